@@ -1,0 +1,1 @@
+"""bitfold folds the weights of neural networks into few bits."""

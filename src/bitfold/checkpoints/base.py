@@ -1,0 +1,58 @@
+"""What every checkpoint reader offers: names, facts and tensors, one at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a checkpoint says of a tensor before it is read."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor once read."""
+        return self.numel * self.dtype.itemsize
+
+
+class Source(Protocol):
+    """A checkpoint open for reading; nothing but headers is in memory until `read` is called."""
+
+    path: Path
+    config: dict[str, Any]
+
+    def names(self) -> list[str]:
+        """Names of all tensors, in the order in which they are best read."""
+        ...
+
+    def info(self, name: str) -> TensorInfo:
+        """dtype and shape of the tensor that `read(name)` would return."""
+        ...
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor itself, in memory of its own."""
+        ...
+
+    def copy_side_files(self, out_dir: Path) -> list[str]:
+        """Copy or write tokenizer, generation config, chat template ... to out_dir (all but weights and config.json).
+
+        Returns the names of the files written.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release files and maps."""
+        ...
