@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from bitfold.tensorinfo import TensorInfo
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a checkpoint says of a tensor before it is read."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor once read."""
-        return self.numel * self.dtype.itemsize
+__all__ = ["Source", "TensorInfo"]
 
 
 class Source(Protocol):

@@ -1,0 +1,208 @@
+"""Fits: which scales.
+
+A fit looks at a weight (n, k) and a format and returns one real scale (and zero point) for each block. It does not
+choose codes; it may try some. All arithmetic is float32 on blocks laid out as (down, across, elements).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from bitfold.errors import UsageError
+from bitfold.formats import Fit, Format, Params
+
+
+@dataclass
+class _View:
+    """A weight in blocks, with the weight of each element in the error (0 on padding)."""
+
+    w: torch.Tensor
+    importance: torch.Tensor | None
+    format: Format
+
+    def mean(self, x: torch.Tensor) -> torch.Tensor:
+        """Weighted mean over the elements of each block."""
+        if self.importance is None:
+            return x.mean(-1)
+        return (x * self.importance).sum(-1) / self.importance.sum(-1).clamp_min(1e-30)
+
+    def points(self, params: Params) -> torch.Tensor:
+        """Nearest grid points under params, zero point taken off: values are points * scale."""
+        inverse = torch.where(params.scale == 0, 0.0, 1 / params.scale)
+        scaled = self.w * inverse[..., None]
+        if params.zero_point is None:
+            return self.format.grid.decode(self.format.grid.encode(scaled))
+        zero = params.zero_point[..., None]
+        return self.format.grid.decode(self.format.grid.encode(scaled + zero)) - zero
+
+    def error(self, params: Params) -> torch.Tensor:
+        """Weighted mean square error of each block."""
+        return self.mean((self.points(params) * params.scale[..., None] - self.w).square_())
+
+    def round_zero(self, zero: torch.Tensor) -> torch.Tensor:
+        """Zero points as the format will store them."""
+        offset = self.format.scale.offset if self.format.scale else None
+        if offset is None or isinstance(offset, torch.dtype):
+            return zero
+        return offset.decode(offset.encode(zero))
+
+
+def _view(w: torch.Tensor, format: Format, importance: torch.Tensor | None) -> _View:
+    blocks = format.blocks(tuple(w.shape))
+    mask = blocks.mask(w.device)
+    if importance is not None:
+        mask = blocks.split(importance.float().expand(w.shape))
+    return _View(blocks.split(w.float()), mask, format)
+
+
+def absmax(w: torch.Tensor, format: Format, importance: torch.Tensor | None = None) -> Params:
+    """The smallest scale that clips nothing; formats with a zero point put it where 0 sits in the middle."""
+    view = _view(w, format, None)
+    low, high = format.grid.span
+    if format.scale is not None and format.scale.offset is not None:
+        bound = view.w.abs().amax(-1)
+        return _affine(view, -bound, bound)
+    top = view.w.amax(-1).clamp_min(0) / high
+    return Params(torch.maximum(top, view.w.amin(-1).clamp_max(0) / low) if low < 0 else top)
+
+
+def minmax(w: torch.Tensor, format: Format, importance: torch.Tensor | None = None) -> Params:
+    """The range of each block onto the range of the grid (0 always inside); without a zero point the same as absmax."""
+    if format.scale is None or format.scale.offset is None:
+        return absmax(w, format)
+    view = _view(w, format, None)
+    return _affine(view, view.w.amin(-1).clamp_max(0), view.w.amax(-1).clamp_min(0))
+
+
+def _affine(view: _View, low: torch.Tensor, high: torch.Tensor) -> Params:
+    first, last = view.format.grid.span
+    scale = (high - low) / (last - first)
+    zero = torch.where(scale == 0, 0.0, first - low / torch.where(scale == 0, 1.0, scale))
+    rounded = view.round_zero(zero)
+    # An integer zero point moves the range by up to half a step: stretch the scale so that neither end is clipped.
+    below, above = (rounded - first).clamp_min(1e-9), (last - rounded).clamp_min(1e-9)
+    scale = torch.maximum(-low / below, high / above) if rounded is not zero else scale
+    return Params(scale, rounded)
+
+
+def mse(w: torch.Tensor, format: Format, importance: torch.Tensor | None = None) -> Params:
+    """Least mean square error of each block: a search over clipped ranges, then alternating least squares.
+
+    Each candidate is a shrunken range; the best is refined by solving for the scale (and zero point) with the codes
+    fixed, as Lloyd's algorithm does. Never worse than minmax (absmax without a zero point).
+    """
+    view = _view(w, format, importance)
+    best = minmax(w, format)
+    best_error = view.error(best)
+    start = Params(best.scale, best.zero_point)
+    for factor in _shrink(len(format.grid.points)):
+        best_error = _keep_better(view, best, best_error, _scaled(view, start, factor))
+    if _skewed(format):
+        for factor in _shrink(len(format.grid.points)):
+            best_error = _keep_better(view, best, best_error, Params(start.scale * -factor))
+    for _ in range(3):
+        best_error = _keep_better(view, best, best_error, _least_squares(view, best))
+    return best
+
+
+def _skewed(format: Format) -> bool:
+    """Integer grids reach one step further down than up: a negative scale turns the long side to where it is needed."""
+    low, high = format.grid.span
+    signed = format.scale is not None and isinstance(format.scale.store, torch.dtype) and format.scale.offset is None
+    return signed and low != -high
+
+
+def _shrink(levels: int) -> list[float]:
+    """Fractions of the full range worth trying: few levels want much clipping, many want none."""
+    floor = {2: 0.25, 3: 0.35, 4: 0.4, 8: 0.5, 16: 0.6}.get(levels, 0.8)
+    steps = 12 if levels <= 16 else 5
+    return [floor + (1 - floor) * i / steps for i in range(steps)]
+
+
+def _scaled(view: _View, start: Params, factor: float) -> Params:
+    scale = start.scale * factor
+    if start.zero_point is None:
+        return Params(scale)
+    first, last = view.format.grid.span
+    centre = (first + last) / 2
+    return Params(scale, view.round_zero(centre + (start.zero_point - centre) / factor))
+
+
+def _keep_better(view: _View, best: Params, best_error: torch.Tensor, other: Params) -> torch.Tensor:
+    """Put the better of the two into `best`, block by block; returns its error."""
+    error = view.error(other)
+    better = error < best_error
+    best.scale = torch.where(better, other.scale, best.scale)
+    if best.zero_point is not None and other.zero_point is not None:
+        best.zero_point = torch.where(better, other.zero_point, best.zero_point)
+    return torch.where(better, error, best_error)
+
+
+def _least_squares(view: _View, params: Params) -> Params:
+    """Scale (and zero point) that fit the blocks best with the codes of `params`."""
+    points = view.points(params)
+    if params.zero_point is None:
+        return Params(_safe_divide(view.mean(points * view.w), view.mean(points.square()), params.scale))
+    mean_p, mean_w = view.mean(points), view.mean(view.w)
+    covariance = view.mean(points * view.w) - mean_p * mean_w
+    scale = _safe_divide(covariance, view.mean(points.square()) - mean_p.square(), params.scale)
+    shift = mean_p - torch.where(scale == 0, 0.0, mean_w / torch.where(scale == 0, 1.0, scale))
+    return Params(scale, view.round_zero(params.zero_point + shift))
+
+
+def _safe_divide(a: torch.Tensor, b: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
+    return torch.where(b > 1e-12, a / b.clamp_min(1e-12), otherwise)
+
+
+def hqq(w: torch.Tensor, format: Format, importance: torch.Tensor | None = None) -> Params:
+    """Half-quadratic quantization (Badri and Shaji 2023): an l_p norm (p = 0.7) of the error, robust to outliers.
+
+    Alternates the shrinkage of the error towards its large entries with a closed-form zero point; in formats without
+    a zero point the scale takes its place. Stops when no block improves; at most 20 rounds.
+    """
+    view = _view(w, format, importance)
+    params = minmax(w, format)
+    beta, p = 10.0, 0.7
+    best = torch.full_like(params.scale, torch.inf)
+    for _ in range(20):
+        points = view.points(params)
+        error = view.w - points * params.scale[..., None]
+        norm = view.mean(error.abs())
+        if not bool((norm < best).any()):
+            break
+        best = torch.minimum(norm, best)
+        # In units of the step, so that the result does not depend on the magnitude of the weights.
+        step = params.scale.abs().clamp_min(1e-30)[..., None]
+        _half_quadratic_step(view, params, points, _shrink_lp(error / step, beta, p) * step, norm <= best)
+        beta *= 1.01
+    return Params(params.scale, None if params.zero_point is None else view.round_zero(params.zero_point))
+
+
+def _shrink_lp(x: torch.Tensor, beta: float, p: float) -> torch.Tensor:
+    """Generalised soft threshold of the l_p norm."""
+    return x.sign() * (x.abs() - x.abs().clamp_min(1e-12).pow(p - 1) / beta).clamp_min_(0)
+
+
+def _half_quadratic_step(
+    view: _View, params: Params, points: torch.Tensor, outliers: torch.Tensor, move: torch.Tensor
+) -> None:
+    target = view.w - outliers
+    if params.zero_point is None:
+        scale = _safe_divide(view.mean(points * target), view.mean(points.square()), params.scale)
+        params.scale = torch.where(move, scale, params.scale)
+        return
+    inverse = torch.where(params.scale == 0, 0.0, 1 / params.scale)[..., None]
+    zero = view.mean(points + params.zero_point[..., None] - target * inverse)
+    params.zero_point = torch.where(move, zero, params.zero_point)
+
+
+FITS: dict[str, Fit] = {"absmax": absmax, "minmax": minmax, "mse": mse, "hqq": hqq}
+
+
+def get_fit(name: str) -> Fit:
+    """The fit of that name; UsageError if there is none."""
+    if name not in FITS:
+        raise UsageError(f"unknown fit {name!r}", hint=f"known fits: {', '.join(FITS)}")
+    return FITS[name]

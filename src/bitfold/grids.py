@@ -1,0 +1,200 @@
+"""Grids: what a code means.
+
+A grid is a short table of real numbers; a code is an index into it. Integers, minifloats (OCP FP8/FP4, E8M0), NormalFloat
+and ternary are all the same thing here. Rounding is to the nearest point, ties as IEEE 754 does it (to the even code),
+or upwards for grids that hold scales (a scale rounded down would clip the largest weight).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+
+import torch
+
+from bitfold import packing
+from bitfold.errors import FormatError
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of representable numbers.
+
+    Args:
+        name: short name, used in format names and in stored descriptions.
+        points: value of each code; NaN marks a code that is never produced (NaN and infinity of FP8).
+        round: "nearest" (ties to the even code) or "up" (towards +infinity, for scales).
+    """
+
+    name: str
+    points: tuple[float, ...]
+    round: str = "nearest"
+
+    @property
+    def levels(self) -> int:
+        """Number of different finite values."""
+        return len(self._order[1])
+
+    @property
+    def trits(self) -> bool:
+        """Three levels are packed five to a byte instead of in 2 bits."""
+        return len(self.points) == 3
+
+    @property
+    def bits(self) -> Fraction:
+        """Stored bits of one code."""
+        return Fraction(8, 5) if self.trits else Fraction(self.code_bits)
+
+    @property
+    def code_bits(self) -> int:
+        """Whole bits needed to hold one code unpacked from its neighbours."""
+        return max(1, (len(self.points) - 1).bit_length())
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """Smallest and largest finite value."""
+        values = self._order[0]
+        return values[0], values[-1]
+
+    @cached_property
+    def _order(self) -> tuple[list[float], list[int]]:
+        # Both zeros of a minifloat mean the same number: keep the first code (+0), so that codes are canonical.
+        first: dict[float, int] = {}
+        for code, value in enumerate(self.points):
+            if math.isfinite(value) and value not in first:
+                first[value] = code
+        values = sorted(first)
+        return values, [first[v] for v in values]
+
+    @cached_property
+    def _uniform(self) -> bool:
+        """Codes 0, 1, 2 ... name consecutive integers: rounding is arithmetic and needs no search."""
+        steps = {b - a for a, b in zip(self.points, self.points[1:], strict=False)}
+        return steps == {1.0} and self.round == "nearest"
+
+    @cached_property
+    def _boundaries(self) -> torch.Tensor:
+        values, codes = self._order
+        if self.round == "up":
+            # A hair of slack, or a scale that is exactly representable would move up after one rounding in its computation.
+            return torch.tensor(values[:-1], dtype=torch.float32) * (1 + 2**-18)
+        mids = torch.tensor([(a + b) / 2 for a, b in zip(values, values[1:], strict=False)], dtype=torch.float32)
+        # `bucketize` sends x == boundary down; where the upper code is the even one, move the boundary just below.
+        upper_even = torch.tensor([c % 2 == 0 for c in codes[1:]])
+        return torch.where(upper_even, torch.nextafter(mids, torch.tensor(-math.inf)), mids)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """uint8 codes of the nearest points; x is float32 of any shape, values outside the span saturate."""
+        if self._uniform:
+            low = self.points[0]
+            return (x.round() - low).clamp_(0, len(self.points) - 1).to(torch.uint8)
+        index = torch.bucketize(x, self._boundaries, out_int32=True)
+        return torch.tensor(self._order[1], dtype=torch.uint8)[index]
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """float32 values of uint8 codes of any shape."""
+        if self._uniform:
+            return codes.to(torch.float32).add_(self.points[0])
+        return torch.tensor(self.points, dtype=torch.float32)[codes.int()]
+
+    def packed_bytes(self, length: int) -> int:
+        """Bytes of one row of `length` codes."""
+        return math.ceil(length / 5) if self.trits else math.ceil(length * self.code_bits / 8)
+
+    def pack(self, codes: torch.Tensor) -> torch.Tensor:
+        """uint8 codes (..., length) -> bytes (..., packed_bytes(length))."""
+        return packing.pack_trits(codes) if self.trits else packing.pack(codes, self.code_bits)
+
+    def unpack(self, packed: torch.Tensor, length: int) -> torch.Tensor:
+        """Inverse of `pack`."""
+        return (
+            packing.unpack_trits(packed, length) if self.trits else packing.unpack(packed, self.code_bits, length)
+        )
+
+
+def ints(bits: int) -> Grid:
+    """Signed integers -2**(bits-1) ... 2**(bits-1)-1 in offset binary; one bit is {-1, +1}."""
+    if bits == 1:
+        return Grid("int1", (-1.0, 1.0))
+    half = 2 ** (bits - 1)
+    return Grid(f"int{bits}", tuple(float(v) for v in range(-half, half)))
+
+
+def uints(bits: int) -> Grid:
+    """Unsigned integers 0 ... 2**bits-1."""
+    return Grid(f"uint{bits}", tuple(float(v) for v in range(2**bits)))
+
+
+def minifloat(name: str, exponent: int, mantissa: int, special: Callable[[int], bool]) -> Grid:
+    """Sign, exponent, mantissa bits with subnormals and bias 2**(exponent-1)-1.
+
+    `special(code without sign)` names the codes that are infinity or NaN in that encoding (OCP FP8 specification 1.0,
+    OCP microscaling specification 1.0).
+    """
+    bias = 2 ** (exponent - 1) - 1
+
+    def value(code: int) -> float:
+        body = code & (2 ** (exponent + mantissa) - 1)
+        if special(body):
+            return math.nan
+        field, fraction = body >> mantissa, body & (2**mantissa - 1)
+        significand = fraction / 2**mantissa + (field > 0)
+        return math.copysign(significand * 2.0 ** (max(field, 1) - bias), -1.0 if code != body else 1.0)
+
+    return Grid(name, tuple(value(code) for code in range(2 ** (1 + exponent + mantissa))))
+
+
+E2M1 = minifloat("e2m1", 2, 1, lambda body: False)
+E4M3 = minifloat("e4m3", 4, 3, lambda body: body == 0x7F)
+E5M2 = minifloat("e5m2", 5, 2, lambda body: body >= 0x7C)
+E8M0 = Grid("e8m0", (*(2.0 ** (e - 127) for e in range(255)), math.nan), round="up")
+# Positive magnitudes for scales of scales: rounding up keeps the largest weight inside the span.
+U8_SCALE = Grid("u8-scale", tuple(float(v) for v in range(256)), round="up")
+TERNARY = Grid("ternary", (-1.0, 0.0, 1.0))
+# QLoRA (Dettmers et al. 2023), appendix E: the 16 levels of NormalFloat-4.
+NF4 = Grid(
+    "nf4",
+    (
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ),
+)
+
+GRIDS: dict[str, Grid] = {
+    grid.name: grid
+    for grid in (
+        *(ints(b) for b in range(1, 9)),
+        *(uints(b) for b in range(1, 9)),
+        E2M1,
+        E4M3,
+        E5M2,
+        E8M0,
+        U8_SCALE,
+        TERNARY,
+        NF4,
+    )
+}
+
+
+def get_grid(name: str) -> Grid:
+    """The grid of that name; FormatError if there is none."""
+    if name not in GRIDS:
+        raise FormatError(f"unknown grid {name!r}", hint=f"known grids: {', '.join(GRIDS)}")
+    return GRIDS[name]

@@ -1,0 +1,221 @@
+"""Layers whose weights are QTensors.
+
+`QWeight` stands where a weight tensor stood: its fields are buffers, so `layer.weight` becomes `layer.weight.codes`,
+`layer.weight.scale` ... in the state dict and in the checkpoint. Code that uses the weight directly still works: as the
+second argument of `torch.nn.functional.linear` a QWeight runs its kernel, for any other torch function it is
+dequantized first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bitfold import kernels
+from bitfold.errors import UsageError
+from bitfold.formats import AnyFormat
+from bitfold.qtensor import QTensor
+
+Transform = Callable[[torch.Tensor], torch.Tensor]
+_ACTS = ("float", "int8")
+
+
+class QWeight(nn.Module):
+    """A quantized weight as a module without a forward.
+
+    Args:
+        qtensor: the weight, (n, k) or (experts, n, k); its fields may live on the meta device.
+        act: "float", or "int8" for dynamic per-token int8 activations.
+        transposed: the model's own tensor was (..., k, n): slices and dequantized values come out that way.
+    """
+
+    def __init__(self, qtensor: QTensor, *, act: str = "float", transposed: bool = False) -> None:
+        super().__init__()
+        if act not in _ACTS:
+            raise UsageError(f"unknown activation type {act!r}", hint=" or ".join(_ACTS))
+        self.format: AnyFormat = qtensor.format
+        self.qshape = tuple(qtensor.shape)
+        self.act = act
+        self.transposed = transposed
+        self.dtype = torch.float32
+        self._field_names = tuple(qtensor.fields)
+        self._prepacked: Any = None
+        for name, field in qtensor.fields.items():
+            self.register_buffer(name, field)
+
+    @property
+    def qtensor(self) -> QTensor:
+        """The weight as it is stored."""
+        return QTensor(self.format, self.qshape, {name: getattr(self, name) for name in self._field_names})
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the tensor that this weight stands for."""
+        *lead, n, k = self.qshape
+        return torch.Size((*lead, k, n) if self.transposed else (*lead, n, k))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the fields live."""
+        device: torch.device = getattr(self, self._field_names[0]).device
+        return device
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The weight as the model knew it, in float32 or the given dtype."""
+        w = self.qtensor.dequantize(dtype or self.dtype)
+        return w.transpose(-1, -2) if self.transposed else w
+
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., k) times the weight (n, k) transposed -> (..., n), in the dtype of x."""
+        n, k = self.qshape
+        if x.shape[-1] != k:
+            raise UsageError(f"the activations have {x.shape[-1]} columns, the weight has {k}")
+        kernel, state = self._kernel()
+        y = kernel.matmul(x.reshape(-1, k), state)
+        return y.to(x.dtype).reshape(*x.shape[:-1], n)
+
+    def __getitem__(self, index: int | torch.Tensor) -> QWeight:
+        """One expert of a stack, kept in step with the stack's own fields."""
+        i = int(index)
+        if self._prepacked is None:
+            self._prepacked = {}
+        if i not in self._prepacked:
+            self._prepacked[i] = QWeight(self.qtensor.expert(i), act=self.act, transposed=self.transposed)
+        part: QWeight = self._prepacked[i]
+        return part
+
+    def _kernel(self) -> tuple[Any, Any]:
+        if self._prepacked is None:
+            kernel = kernels.select(self.qtensor, self.act)
+            self._prepacked = (kernel, kernel.prepack(self.qtensor, self.act))
+        kernel, state = self._prepacked
+        return kernel, state
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QWeight:
+        """Move with the model, but never change the dtype of a field: it is part of the format."""
+        self._prepacked = None
+        for name in self._field_names:
+            field = getattr(self, name)
+            moved = fn(field)
+            self._buffers[name] = moved if moved.dtype == field.dtype else field.to(moved.device)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._prepacked = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepacked": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QWeight:
+        fields = {name: getattr(self, name).clone() for name in self._field_names}
+        copy = QWeight(QTensor(self.format, self.qshape, fields), act=self.act, transposed=self.transposed)
+        memo[id(self)] = copy
+        return copy
+
+    def extra_repr(self) -> str:
+        """For printing."""
+        return f"{self.format.name}, shape={tuple(self.shape)}, act={self.act}"
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is F.linear and len(args) > 1 and isinstance(args[1], cls) and not args[1].transposed:
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+            y = args[1].matmul(args[0])
+            return y if bias is None else y + bias
+        if func in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__) and _is_right_factor(args, cls):
+            return args[1].matmul(args[0])
+        plain = [_dequantized(a, args) for a in args]
+        return func(*plain, **{key: _dequantized(value, args) for key, value in kwargs.items()})
+
+
+def _is_right_factor(args: Sequence[Any], cls: type[QWeight]) -> bool:
+    return len(args) == 2 and isinstance(args[1], cls) and args[1].transposed and len(args[1].qshape) == 2
+
+
+def _dequantized(value: Any, args: Sequence[Any]) -> Any:
+    if not isinstance(value, QWeight):
+        return value
+    floats = [a.dtype for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
+    return value.dequantize(floats[0] if floats else None)
+
+
+class QLinear(nn.Module):
+    """y = transform(x) W^T + b with W in few bits.
+
+    Args:
+        qtensor: the weight (n, k), or a QWeight to share with another layer.
+        bias: (n,) float, or None.
+        transform: applied to the activations first (the weight is expressed in the transformed basis).
+        act: "float" or "int8", see QWeight.
+    """
+
+    def __init__(
+        self,
+        qtensor: QTensor | QWeight,
+        bias: torch.Tensor | None = None,
+        transform: Transform | None = None,
+        *,
+        act: str = "float",
+    ) -> None:
+        super().__init__()
+        self.weight = qtensor if isinstance(qtensor, QWeight) else QWeight(qtensor, act=act)
+        if len(self.weight.qshape) != 2:
+            raise UsageError(f"a linear layer has a weight (n, k), not {self.weight.qshape}")
+        self.out_features, self.in_features = self.weight.qshape
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", bias)
+        self.transform = transform
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in_features) -> (..., out_features), in the dtype of x."""
+        y = self.weight.matmul(x if self.transform is None else self.transform(x))
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        """For printing."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class QEmbedding(nn.Module):
+    """Rows of a quantized table; only the rows asked for are decoded.
+
+    Args:
+        qtensor: the table (vocabulary, width), or a QWeight to share with an output head.
+        padding_idx: kept for callers that ask; padding rows are ordinary rows.
+        dtype: dtype of the rows returned.
+        scale: factor on the rows (Gemma's scaled embedding).
+    """
+
+    def __init__(
+        self,
+        qtensor: QTensor | QWeight,
+        padding_idx: int | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        scale: float | torch.Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = qtensor if isinstance(qtensor, QWeight) else QWeight(qtensor)
+        self.num_embeddings, self.embedding_dim = self.weight.qshape
+        self.padding_idx = padding_idx
+        self.dtype = dtype
+        self.scale = scale
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids of any shape -> (..., width)."""
+        unique, inverse = torch.unique(ids, return_inverse=True)
+        rows = self.weight.qtensor.rows(unique).to(self.dtype)[inverse]
+        return rows if self.scale is None else rows * torch.as_tensor(self.scale, dtype=self.dtype)
+
+    def extra_repr(self) -> str:
+        """For printing."""
+        return f"{self.num_embeddings}, {self.embedding_dim}"
