@@ -41,7 +41,7 @@ class Patience:
 
 
 def patiently(action: Callable[[], T], patience: Patience) -> T:
-    """Run `action`, again when the failure may pass (rate limit, server error, lost connection), a bounded number of times.
+    """Run `action`; again, a bounded number of times, when the failure may pass (rate limit, 5xx, lost connection).
 
     Raises:
         HubError: the action failed for good or too often.

@@ -29,8 +29,9 @@ SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md"
 NOT_UPLOADED = [".*", "*/.*", "*.tmp", "*.partial", "*.incomplete", "__pycache__/*"]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_GGUF_IN_REPO = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)[:/](?P<file>[^:\\]+\.gguf)")
+_NAME = r"[A-Za-z0-9][\w.-]*"
+_REPO_ID = re.compile(rf"{_NAME}(/{_NAME})?")
+_GGUF_IN_REPO = re.compile(rf"(?P<repo>{_NAME}/{_NAME})[:/](?P<file>[^:\\]+\.gguf)")
 _FILE_SUFFIXES = (".safetensors", ".json", ".gguf", ".toml", ".txt", *PICKLES)
 
 
@@ -133,7 +134,9 @@ class _Fetch:
         # By name, so that the cache remembers which commit the name meant; everything after it by commit.
         folder = self._snapshot(["config.json", INDEX], self.revision)
         if folder.name != info.sha:
-            raise HubError("the repository changed while it was read", where=self.where, hint="run the command again")
+            # The library falls back on an older download when the listing fails.
+            what = "the Hub stopped answering, and the cache has only an older commit"
+            raise HubError(what, where=self.where, hint="run the command again")
         weights = _weights(folder, files)
         folder = self._snapshot([*SIDE_FILES, *weights], info.sha)
         require_complete(folder, where=self.where)
@@ -186,7 +189,7 @@ def _require_gguf(files: list[str], wanted: str, where: str) -> None:
 
 
 def require_safetensors(files: list[str], where: str) -> None:
-    """Raise HubError, before anything large is fetched, unless config.json and safetensors weights are among `files`."""
+    """Raise HubError, before anything large is fetched, unless `files` has config.json and safetensors weights."""
     ggufs = [f for f in files if f.endswith(".gguf")]
     if "config.json" in files and any(f.endswith(".safetensors") and "/" not in f for f in files):
         return
