@@ -1,0 +1,111 @@
+"""Encoders are judged by what they are used for: do their sentence embeddings still point the same way?"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitfold import progress
+from bitfold.errors import ModelError, UsageError
+from bitfold.evaluate.subjects import Model, Subject
+
+
+@dataclass(frozen=True)
+class EmbeddingAgreement:
+    """Cosines between the embeddings of the same text by two models.
+
+    Args:
+        cosine_mean, cosine_min: over the texts.
+        texts: how many.
+        width: numbers of an embedding.
+        seconds: wall-clock time, loading included.
+    """
+
+    cosine_mean: float
+    cosine_min: float
+    texts: int
+    width: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, keys as the attributes."""
+        return asdict(self)
+
+
+def embedding_cosine(
+    model: Model,
+    reference: Model,
+    texts: Sequence[str],
+    *,
+    batch: int = 16,
+    tokenizer: Any = None,
+    max_length: int = 512,
+    dtype: torch.dtype | None = torch.float32,
+) -> EmbeddingAgreement:
+    """Compare two encoders by the mean over tokens of the last hidden state, for each text.
+
+    The reference runs first and is released before the model is loaded.
+
+    Args:
+        model, reference: folders, Hub repositories or modules with transformers' encoder interface.
+        texts: sentences; empty ones are refused.
+        batch: texts to run at once, padded to the longest.
+        tokenizer: needed when both are modules; otherwise the reference's (the model's) own is used.
+        max_length: longer texts are cut to this many tokens.
+        dtype: what plain weights are computed in; None: as they are stored.
+
+    Raises:
+        UsageError: no texts, or no tokenizer.
+        ModelError: a model without hidden states, embeddings of different widths, or NaN.
+    """
+    if not texts or not all(t.strip() for t in texts):
+        raise UsageError("there is nothing to embed, or an empty text among the texts", where="texts")
+    start = time.monotonic()
+    judged, against = Subject.of(model), Subject.of(reference)
+    if tokenizer is None:
+        tokenizer = (against if against.path is not None else judged).tokenizer()
+    batches = [
+        tokenizer(list(texts[i : i + batch]), return_tensors="pt", padding=True, truncation=True, max_length=max_length)
+        for i in range(0, len(texts), batch)
+    ]
+    b = _embeddings(against, "reference", batches, dtype)
+    a = _embeddings(judged, "evaluating", batches, dtype)
+    if a.shape != b.shape:
+        raise ModelError(f"embeddings of {a.shape[1]} and {b.shape[1]} numbers cannot be compared", where=judged.name)
+    cosines = torch.cosine_similarity(a.double(), b.double(), dim=-1)
+    if not torch.isfinite(cosines).all():
+        raise ModelError("NaN or infinity among the embeddings", where=judged.name)
+    seconds = time.monotonic() - start
+    return EmbeddingAgreement(cosines.mean().item(), cosines.min().item(), len(texts), a.shape[1], seconds)
+
+
+def _embeddings(subject: Subject, label: str, batches: list[Any], dtype: torch.dtype | None) -> torch.Tensor:
+    """float32 (texts, width)."""
+    model = subject.load("AutoModel", dtype)
+    parts = []
+    with progress.bar(label, len(batches)) as bar:
+        for tokens in batches:
+            parts.append(_embed(model, tokens))
+            bar.advance()
+    del model
+    gc.collect()
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def _embed(model: nn.Module, tokens: Any) -> torch.Tensor:
+    output = model(**tokens, output_hidden_states=True)
+    hidden = getattr(output, "last_hidden_state", None)
+    if hidden is None and getattr(output, "hidden_states", None):
+        hidden = output.hidden_states[-1]
+    if hidden is None:
+        raise ModelError("the model returns no hidden states", where=type(model).__name__)
+    mask = tokens["attention_mask"][..., None].float()
+    mean: torch.Tensor = (hidden.float() * mask).sum(1) / mask.sum(1)
+    return mean

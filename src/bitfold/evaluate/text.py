@@ -1,0 +1,103 @@
+"""Text -> windows of token ids, in the one way that perplexities are comparable."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitfold.errors import UsageError
+
+DEFAULT_CONTEXT = 2048
+DEFAULT_MAX_TOKENS = 20480
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token ids cut into windows of equal length.
+
+    Args:
+        ids: int64 (windows, context).
+        stride: tokens between the starts of two windows, at most the context.
+    """
+
+    ids: torch.Tensor
+    stride: int
+
+    def __len__(self) -> int:
+        return int(self.ids.shape[0])
+
+    @property
+    def context(self) -> int:
+        """Tokens of a window."""
+        return int(self.ids.shape[1])
+
+    def first(self, window: int) -> int:
+        """First position of the window whose prediction counts: those before were predicted in an earlier window."""
+        return 0 if window == 0 else max(0, self.context - 1 - self.stride)
+
+    def scored(self, window: int) -> int:
+        """Predictions of the window that count; the last position predicts nothing that the window holds."""
+        return self.context - 1 - self.first(window)
+
+    @property
+    def total(self) -> int:
+        """Predictions that count in all windows."""
+        return sum(self.scored(i) for i in range(len(self)))
+
+    def digest(self) -> str:
+        """Hash of the ids and how they are cut."""
+        head = f"{tuple(self.ids.shape)} {self.stride} ".encode()
+        return hashlib.sha256(head + self.ids.contiguous().numpy().tobytes()).hexdigest()
+
+
+def read_text(text: str | os.PathLike[str] | None) -> str:
+    """The text itself, or what is in the file that `text` names.
+
+    Raises:
+        UsageError: no text, no such file, or a file that is not UTF-8.
+    """
+    if text is None:
+        raise UsageError("there is no text to evaluate on", hint="name a UTF-8 text file (--text FILE)")
+    if isinstance(text, str) and ("\n" in text or len(text) > 1000):
+        return text
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise UsageError("no such text file", where=str(path), hint="give a UTF-8 text file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot be read as UTF-8 text: {error}", where=str(path)) from error
+
+
+def tokenize(text: str, tokenizer: Any) -> torch.Tensor:
+    """int64 (tokens,): the ids of the text alone, no begin-of-text or other special token added."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def cut(ids: torch.Tensor, context: int, stride: int | None, max_tokens: int | None) -> Windows:
+    """Windows of `context` tokens over the first `max_tokens` ids, `stride` apart (None: side by side).
+
+    A rest shorter than a window is left out.
+
+    Raises:
+        UsageError: impossible sizes, or a text shorter than one window.
+    """
+    stride = context if stride is None else stride
+    if context < 2:
+        raise UsageError(f"a window needs at least 2 tokens, not {context}", where="context")
+    if not 1 <= stride <= context:
+        raise UsageError(f"the stride must be between 1 and the context, {context}, not {stride}", where="stride")
+    if max_tokens is not None and max_tokens < context:
+        raise UsageError(f"fewer than one window of {context} tokens", where=f"max_tokens = {max_tokens}")
+    if ids.numel() < context:
+        raise UsageError(
+            f"the text has {ids.numel()} tokens, fewer than one window of {context}",
+            hint=f"give a longer text, or a context of at most {ids.numel()}",
+        )
+    return Windows(ids[:max_tokens].unfold(0, context, stride).contiguous(), stride)
