@@ -69,3 +69,9 @@ class HubError(BitfoldError):
     """The Hugging Face Hub refused, failed or could not be reached."""
 
     exit_code = 6
+
+
+class QualityError(BitfoldError):
+    """A measured loss above the limit that the caller set."""
+
+    exit_code = 7
