@@ -1,1 +1,46 @@
+"""Checkpoints: lazy readers and careful writers, one tensor at a time."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
+from bitfold.checkpoints.base import Source, TensorInfo
+from bitfold.checkpoints.convert import convert
+from bitfold.errors import CheckpointError
+
+__all__ = ["Source", "TensorInfo", "convert", "open_source"]
+
+
+def open_source(path: str | Path) -> Source:
+    """Open a local checkpoint for reading, whatever it is: safetensors folder, bitfold folder, GGUF file.
+
+    Raises:
+        CheckpointError: nothing there, or nothing that can be read; the message says what to do.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _open_file(path)
+    from bitfold.checkpoints.native import QuantizedSource, quantization_config
+    from bitfold.checkpoints.safetensors import SafetensorsSource
+
+    if quantization_config(path) is not None:
+        return QuantizedSource(path)
+    return SafetensorsSource(path)
+
+
+def _open_file(path: Path) -> Source:
+    with path.open("rb") as stream:
+        magic = stream.read(4)
+    if magic == b"GGUF":
+        from bitfold.checkpoints.gguf import GgufSource
+
+        return GgufSource(path)
+    if path.suffix == ".safetensors":
+        raise CheckpointError(
+            "is a single file of weights", where=str(path), hint="name the folder that holds it and its config.json"
+        )
+    raise CheckpointError(
+        "is neither a model folder nor a GGUF file",
+        where=str(path),
+        hint="pickled weights (.bin, .pt) are refused: save the model with safetensors",
+    )

@@ -1,7 +1,7 @@
 """ggml's block types (GGUF files: Q4_0 ... Q6_K and relatives) as formats.
 
 Decoding is bit-exact with ggml's own dequantization. Encoding is bit-exact with the reference for the types whose
-reference is one formula (Q4_0 ... Q8_0, MXFP4, the ternary ones). llama.cpp's encoders of the K-quants are searches over
+reference is one formula (Q4_0 ... Q8_0, MXFP4, TQ2_0). llama.cpp's encoders of the K-quants are searches over
 importance-weighted candidates; here each sub-block gets the scale of its extremes and every code is the nearest one
 under the stored scales: valid files, a little more error. What cannot be written says so.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from math import prod
 from typing import Any
 
 import torch
@@ -106,13 +105,7 @@ class Ggml:
         info, blocks = self.layout(shape)["blocks"], fields["blocks"]
         if blocks.dtype != info.dtype or tuple(blocks.shape) != info.shape:
             raise FormatError(f"blocks of {self.name} {shape} must be uint8 {info.shape}, not {tuple(blocks.shape)}")
-        raw = blocks.reshape(-1, self.block[1])
-        out = torch.empty(len(raw), self.block[0], dtype=torch.float32)
-        for part in self._chunks(len(raw)):
-            parts = self.split(raw[part])
-            values = parts.codes * parts.scale
-            out[part] = (values if parts.shift is None else values + parts.shift).flatten(1)
-        return out.view(shape)
+        return self._map(blocks, lambda raw: self.expand(raw)[0]).view(shape)
 
     def decode_rows(self, fields: Mapping[str, Tensor], shape: tuple[int, ...], index: Tensor) -> Tensor:
         """float32 rows (len(index), k) of an (n, k) weight."""
@@ -120,17 +113,26 @@ class Ggml:
 
     def steps(self, fields: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         """float32 of `shape`: distance between neighbouring codes around each weight (the scale's magnitude)."""
-        raw = fields["blocks"].reshape(-1, self.block[1])
-        out = torch.empty(len(raw), self.block[0], dtype=torch.float32)
-        for part in self._chunks(len(raw)):
-            parts = self.split(raw[part])
-            out[part] = parts.scale.abs().expand_as(parts.codes).flatten(1)
-        assert prod(shape) == out.numel()
-        return out.view(shape)
+        return self._map(fields["blocks"], lambda raw: self.expand(raw)[1]).view(shape)
+
+    def expand(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and steps, float32 (b, block) each, of uint8 blocks (b, block bytes)."""
+        parts = self.split(raw)
+        values = parts.codes * parts.scale
+        if parts.shift is not None:
+            values += parts.shift
+        return values.flatten(1), parts.scale.abs().expand_as(values).flatten(1)
 
     def describe(self) -> dict[str, Any]:
         """JSON-able description."""
         return {"family": "ggml", "type": self.name, "block": list(self.block)}
+
+    def _map(self, blocks: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        raw = blocks.reshape(-1, self.block[1])
+        out = torch.empty(len(raw), self.block[0], dtype=torch.float32)
+        for part in self._chunks(len(raw)):
+            out[part] = function(raw[part])
+        return out
 
     def _chunks(self, count: int) -> list[slice]:
         step = _CHUNK // self.block[0]

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bitfold.errors import FormatError
+
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 E2M1_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
@@ -36,7 +38,7 @@ class Parts:
 
 
 def planes(raw: Tensor, group: int, bits: int) -> Tensor:
-    """uint8 (b, bytes) -> uint8 (b, bytes * 8 / bits): of each run of `group` bytes first all lowest bits, and so on."""
+    """uint8 (b, bytes) -> uint8 (b, bytes * 8 / bits): of each run of `group` bytes the lowest bits, then the next."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8)[:, None]
     runs = raw.reshape(raw.shape[0], -1, 1, group)
     return ((runs >> shifts) & ((1 << bits) - 1)).reshape(raw.shape[0], -1)
@@ -55,8 +57,15 @@ def half(raw: Tensor) -> Tensor:
 
 
 def half_bytes(x: Tensor) -> Tensor:
-    """float32 (b, 1) -> the two bytes (b, 2) of its rounding to half."""
-    return x.to(torch.float16).contiguous().view(torch.uint8)
+    """float32 (b, 1) -> the two bytes (b, 2) of its rounding to half.
+
+    Raises:
+        FormatError: a number beyond the range of half precision.
+    """
+    rounded = x.to(torch.float16)
+    if not torch.isfinite(rounded).all():
+        raise FormatError("a block's scale exceeds the range of half precision, 65504", hint="scale the weights down")
+    return rounded.contiguous().view(torch.uint8)
 
 
 def signed(raw: Tensor) -> Tensor:

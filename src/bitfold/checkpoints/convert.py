@@ -1,0 +1,124 @@
+"""Any readable checkpoint -> an ordinary Hugging Face folder of plain floating point weights.
+
+Streams tensor by tensor into a folder aside, which takes its final name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from bitfold import progress
+from bitfold.checkpoints.base import Source
+from bitfold.checkpoints.safetensors import ShardWriter, write_json
+from bitfold.errors import CheckpointError, UsageError
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def convert(
+    src: str | Path,
+    out_dir: str | Path,
+    dtype: str = "bfloat16",
+    dither_seed: int | None = None,
+    max_shard_bytes: int = 4 << 30,
+) -> Path:
+    """Write `src` as an unquantized Hugging Face checkpoint: sharded safetensors, config, tokenizer, a short card.
+
+    Args:
+        src: a GGUF file, a bitfold folder (which is dequantized) or a Hugging Face folder.
+        out_dir: the new folder; must not exist or be empty.
+        dtype: of all floating point tensors: "bfloat16", "float16", "float32", or "auto": as they are read.
+        dither_seed: for GGUF files: noise within the quantization steps, see `GgufSource`; the card says so.
+        max_shard_bytes: size of a shard.
+
+    Returns: the folder.
+
+    Raises:
+        UsageError: an unknown dtype, or dithering of something that is not a GGUF file.
+        CheckpointError: an output that exists, a source that cannot be read, a weight that float16 cannot hold.
+    """
+    if dtype not in (*_DTYPES, "auto"):
+        raise UsageError(f"unknown dtype {dtype!r}", hint=f"one of {', '.join([*_DTYPES, 'auto'])}")
+    source, out = _open(Path(src), dither_seed), Path(out_dir)
+    try:
+        with _written_aside(out) as folder:
+            _write(source, folder, _DTYPES.get(dtype), max_shard_bytes)
+            (folder / "README.md").write_text(_card(out.name, source, dtype, dither_seed), encoding="utf-8")
+    finally:
+        source.close()
+    return out
+
+
+def _open(src: Path, dither_seed: int | None) -> Source:
+    from bitfold.checkpoints import open_source
+
+    if dither_seed is None:
+        return open_source(src)
+    if not src.is_file():
+        raise UsageError("only the weights of a GGUF file can be dithered", where=str(src))
+    from bitfold.checkpoints.gguf import GgufSource
+
+    return GgufSource(src, dither_seed)
+
+
+def _write(source: Source, folder: Path, dtype: torch.dtype | None, max_shard_bytes: int) -> None:
+    names = source.names()
+    infos = {name: source.info(name) for name in names}  # raises before anything is written
+    writer = ShardWriter(folder, max_shard_bytes)
+    with progress.bar("convert", sum(info.numel for info in infos.values())) as bar:
+        for name in names:
+            writer.add(name, _cast(source.read(name), dtype, name))
+            bar.advance(infos[name].numel, name)
+    writer.close()
+    source.copy_side_files(folder)
+    config = {k: v for k, v in source.config.items() if k not in ("torch_dtype", "quantization_config")}
+    if dtype is not None:
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    write_json(folder / "config.json", config)
+
+
+def _cast(w: torch.Tensor, dtype: torch.dtype | None, name: str) -> torch.Tensor:
+    if dtype is None or not w.is_floating_point():
+        return w
+    cast = w.to(dtype)
+    if dtype == torch.float16 and (torch.isinf(cast) & ~torch.isinf(w)).any():
+        raise CheckpointError("a weight exceeds the range of float16", where=name, hint="use bfloat16")
+    return cast
+
+
+@contextmanager
+def _written_aside(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write into; renamed to `out` if the block succeeds, removed if it does not."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise CheckpointError("exists already", where=str(out), hint="choose another output folder, or remove it")
+    aside = out.with_name(f".{out.name}.partial")
+    try:
+        if aside.exists():
+            shutil.rmtree(aside)
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot be made: {error}", where=str(aside)) from error
+    try:
+        yield aside
+        if out.is_dir():
+            out.rmdir()
+        aside.rename(out)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _card(title: str, source: Source, dtype: str, dither_seed: int | None) -> str:
+    text = f"# {title}\n\nWritten by `bitfold` from `{source.path.name}`, weights in {dtype}.\n"
+    if dither_seed is None:
+        return text
+    return text + (
+        f"\nThe source is quantized; uniform noise within half a step of each block (seed {dither_seed}) was added, so\n"
+        "that the weights do not lie on the source's lattice. They are a plausible draw of the original weights, not\n"
+        "the original weights: compare quantized versions with this folder, not with the published model.\n"
+    )
