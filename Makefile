@@ -1,0 +1,83 @@
+# One verb for each habit. `make` lists them.
+#
+#   make setup PYTHON=python3.12      another interpreter for .venv
+#   make setup TORCH='torch'          another PyTorch (any pip arguments)
+#   make test ARGS='-k packing'       arguments for pytest
+
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+ARGS   ?=
+VENV   := .venv
+BIN    := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+PY     := $(BIN)/python
+PIP    := $(PY) -m pip --disable-pip-version-check
+CSRC   := $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint format bench demo docs sanitize neon clean
+
+help: ## what can be made
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+setup: $(VENV)/.native.stamp ## .venv with the package (editable), its native core and the developer tools
+
+$(VENV)/.torch.stamp:
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet $(TORCH)
+	$(PIP) install --quiet "scikit-build-core>=0.11" "nanobind>=2.2"
+	command -v cmake > /dev/null || $(PIP) install --quiet cmake
+	command -v ninja > /dev/null || $(PIP) install --quiet ninja
+	touch $@
+
+# No build isolation: the build keeps its cache in build/, and only what has changed is compiled again.
+$(VENV)/.native.stamp: $(VENV)/.torch.stamp pyproject.toml CMakeLists.txt $(CSRC)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --quiet --no-build-isolation --editable '.[dev]'
+	touch $@
+
+test: setup ## all the tests
+	$(PY) -m pytest $(ARGS)
+
+lint: setup ## ruff, mypy --strict, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict src
+	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+
+format: setup ## rewrite the sources in the house style
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
+
+bench: setup ## speed of the native core on this machine
+	$(PY) benchmarks/bench_packing.py
+	$(PY) benchmarks/bench_kernels.py
+
+demo: setup ## the main job on a real model, from download to generated text
+	$(PY) examples/demo.py
+
+$(VENV)/.docs.stamp: $(VENV)/.native.stamp
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --quiet --no-build-isolation --editable '.[docs]'
+	touch $@
+
+docs: $(VENV)/.docs.stamp ## HTML documentation in site/
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs site
+	@echo "site/index.html"
+
+sanitize: setup ## the native tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	cmake -S . -B build/sanitize -DBITFOLD_TESTS=ON -DBITFOLD_SANITIZE=ON > /dev/null
+	cmake --build build/sanitize --parallel 2
+	build/sanitize/bitfold_test
+
+NEON_CXX ?= aarch64-linux-gnu-g++
+QEMU     ?= qemu-aarch64
+neon: ## the native tests on an emulated AArch64
+	@command -v $(NEON_CXX) > /dev/null || { echo "make neon needs $(NEON_CXX) (Debian: g++-aarch64-linux-gnu)"; exit 1; }
+	@command -v $(QEMU) > /dev/null || { echo "make neon needs $(QEMU) (Debian: qemu-user)"; exit 1; }
+	cmake -S . -B build/neon -DBITFOLD_TESTS=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=$(NEON_CXX) -DCMAKE_EXE_LINKER_FLAGS=-static > /dev/null
+	cmake --build build/neon --parallel 2
+	$(QEMU) -cpu max build/neon/bitfold_test scalar neon
+
+clean: ## remove what was built (not .venv)
+	rm -rf build dist site $(VENV)/.native.stamp

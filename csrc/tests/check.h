@@ -1,0 +1,18 @@
+// The least that a test driver needs: CHECK that says where, and a count of failures.
+#pragma once
+#include <cstdio>
+#include <cstdlib>
+
+inline int failures = 0;
+
+#define CHECK(condition, ...)                                              \
+  do {                                                                     \
+    if (!(condition)) {                                                    \
+      std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+      std::fprintf(stderr, __VA_ARGS__);                                   \
+      std::fputc('\n', stderr);                                            \
+      if (++failures > 20) std::exit(1);                                   \
+    }                                                                      \
+  } while (0)
+
+void test_packing(const char* isa);

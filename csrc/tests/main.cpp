@@ -1,0 +1,23 @@
+// Tests of the native core that need no Python, so that they run under sanitizers and in an emulator.
+// Usage: bitfold_test [ISA...]; all that this CPU has by default.
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "dispatch.h"
+
+int main(int argc, char** argv) {
+  std::vector<std::string> names(argv + 1, argv + argc);
+  if (names.empty()) names = bitfold::isas();
+  for (const std::string& name : names) {
+    if (!bitfold::set_isa(name)) {
+      std::fprintf(stderr, "instruction set %s is not available here\n", name.c_str());
+      return 2;
+    }
+    test_packing(name.c_str());
+    std::printf("%s: done\n", name.c_str());
+  }
+  if (bitfold::set_isa("no such thing")) return 1;
+  std::printf(failures ? "%d checks failed\n" : "all passed\n", failures);
+  return failures != 0;
+}
