@@ -119,10 +119,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _load_bitfold(path: Path, dtype: torch.dtype | None) -> nn.Module:
-    import bitfold
+    from bitfold.models.load import load_folder
 
-    model: nn.Module = bitfold.load(path)
-    return (model if dtype is None else model.to(dtype)).eval()
+    return load_folder(path, dtype=dtype)
 
 
 def _load_plain(path: Path, auto_class: str, dtype: torch.dtype | None) -> nn.Module:
