@@ -1,7 +1,8 @@
 """Packing against a memcpy of the larger side, and against what one would write without it.
 
 Medians of several runs; `ratio` is the time over that of copying the codes (one byte each) once, into memory already
-there, with the same number of threads; pack and unpack allocate what they return. The obvious Python loop is measured on fewer codes and scaled up.
+there, with the same number of threads; pack and unpack allocate what they return. The obvious Python loop is measured
+on fewer codes and scaled up.
 
     python benchmarks/bench_packing.py [--codes 67108864] [--threads 1]
 """

@@ -204,6 +204,9 @@ def _out_of_range(codes: Tensor, levels: int) -> PackingError:
 
 def _torch_pack(codes: Tensor, bits: int, out: Tensor) -> None:
     """codes (rows, length) -> out (rows, bytes): eight codes make a 64-bit number, of which `bits` bytes are kept."""
+    if bits == 8:
+        out.copy_(codes)
+        return
     for part, kept in _chunks(codes, 8, out, bits):
         words = part[..., 0].long()
         for i in range(1, 8):
@@ -214,6 +217,9 @@ def _torch_pack(codes: Tensor, bits: int, out: Tensor) -> None:
 
 def _torch_unpack(packed: Tensor, bits: int, out: Tensor) -> None:
     """packed (rows, bytes) -> out (rows, length), the other way round."""
+    if bits == 8:
+        out.copy_(packed)
+        return
     for part, kept in _chunks(packed, bits, out, 8):
         words = part[..., 0].long()
         for i in range(1, bits):
