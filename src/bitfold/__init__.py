@@ -1,1 +1,77 @@
-"""bitfold folds the weights of neural networks into few bits."""
+"""bitfold folds the weights of neural networks into few bits.
+
+It picks the codes, packs them, stores them, runs them and proves what was lost. The public names are imported when they
+are first used, so that `import bitfold` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from bitfold.integrations import hook as _hook
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "pack": "bitfold.packing",
+    "unpack": "bitfold.packing",
+    "quantize_tensor": "bitfold.methods",
+    "FORMATS": "bitfold.formats",
+    "QTensor": "bitfold.qtensor",
+    "quantize_": "bitfold.models.swap",
+    "quantize": "bitfold.driver",
+    "load": "bitfold.models.load",
+    "save": "bitfold.models.save",
+    "evaluate": "bitfold.evaluation",
+    "Recipe": "bitfold.recipe",
+    "Rule": "bitfold.recipe",
+    "nn": "bitfold.nn",
+    "errors": "bitfold.errors",
+}
+
+if TYPE_CHECKING:
+    from bitfold import errors, nn
+    from bitfold.evaluation import evaluate
+    from bitfold.formats import FORMATS
+    from bitfold.methods import quantize_tensor
+    from bitfold.models.load import load
+    from bitfold.models.save import save
+    from bitfold.models.swap import quantize_
+    from bitfold.packing import pack, unpack
+    from bitfold.qtensor import QTensor
+    from bitfold.driver import quantize
+    from bitfold.recipe import Recipe, Rule
+
+__all__ = [
+    "FORMATS",
+    "QTensor",
+    "Recipe",
+    "Rule",
+    "errors",
+    "evaluate",
+    "load",
+    "nn",
+    "pack",
+    "quantize",
+    "quantize_",
+    "quantize_tensor",
+    "save",
+    "unpack",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'bitfold' has no attribute {name!r}")
+    module = import_module(_PUBLIC[name])
+    value = module if name in ("nn", "errors") else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
+
+
+_hook.install()

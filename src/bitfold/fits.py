@@ -33,13 +33,13 @@ class _View:
         inverse = torch.where(params.scale == 0, 0.0, 1 / params.scale)
         scaled = self.w * inverse[..., None]
         if params.zero_point is None:
-            return self.format.grid.decode(self.format.grid.encode(scaled))
+            return self.format.grid.nearest(scaled)
         zero = params.zero_point[..., None]
-        return self.format.grid.decode(self.format.grid.encode(scaled + zero)) - zero
+        return self.format.grid.nearest(scaled.add_(zero)).sub_(zero)
 
     def error(self, params: Params) -> torch.Tensor:
         """Weighted mean square error of each block."""
-        return self.mean((self.points(params) * params.scale[..., None] - self.w).square_())
+        return self.mean(self.points(params).mul_(params.scale[..., None]).sub_(self.w).square_())
 
     def round_zero(self, zero: torch.Tensor) -> torch.Tensor:
         """Zero points as the format will store them."""
@@ -80,11 +80,8 @@ def _affine(view: _View, low: torch.Tensor, high: torch.Tensor) -> Params:
     first, last = view.format.grid.span
     scale = (high - low) / (last - first)
     zero = torch.where(scale == 0, 0.0, first - low / torch.where(scale == 0, 1.0, scale))
-    rounded = view.round_zero(zero)
-    # An integer zero point moves the range by up to half a step: stretch the scale so that neither end is clipped.
-    below, above = (rounded - first).clamp_min(1e-9), (last - rounded).clamp_min(1e-9)
-    scale = torch.maximum(-low / below, high / above) if rounded is not zero else scale
-    return Params(scale, rounded)
+    # An integer zero point shifts the range by at most half a step, so an end is clipped by at most half a step.
+    return Params(scale, view.round_zero(zero))
 
 
 def mse(w: torch.Tensor, format: Format, importance: torch.Tensor | None = None) -> Params:

@@ -100,6 +100,12 @@ class Grid:
             return codes.to(torch.float32).add_(self.points[0])
         return torch.tensor(self.points, dtype=torch.float32)[codes.int()]
 
+    def nearest(self, x: torch.Tensor) -> torch.Tensor:
+        """The value that `decode(encode(x))` gives; may overwrite x, which fits try thousands of times."""
+        if self._uniform:
+            return x.round_().clamp_(*self.span)
+        return self.decode(self.encode(x))
+
     def packed_bytes(self, length: int) -> int:
         """Bytes of one row of `length` codes."""
         return math.ceil(length / 5) if self.trits else math.ceil(length * self.code_bits / 8)

@@ -41,6 +41,7 @@ class QWeight(nn.Module):
         self.qshape = tuple(qtensor.shape)
         self.act = act
         self.transposed = transposed
+        self.stored_transposed = transposed
         self.dtype = torch.float32
         self._field_names = tuple(qtensor.fields)
         self._prepacked: Any = None
@@ -77,6 +78,11 @@ class QWeight(nn.Module):
         kernel, state = self._kernel()
         y = kernel.matmul(x.reshape(-1, k), state)
         return y.to(x.dtype).reshape(*x.shape[:-1], n)
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of an embedding table: ids of any shape -> (..., k); only the rows asked for are decoded."""
+        unique, inverse = torch.unique(ids, return_inverse=True)
+        return self.qtensor.rows(unique).to(self.dtype)[inverse]
 
     def __getitem__(self, index: int | torch.Tensor) -> QWeight:
         """One expert of a stack, kept in step with the stack's own fields."""
@@ -132,6 +138,8 @@ class QWeight(nn.Module):
             return y if bias is None else y + bias
         if func in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__) and _is_right_factor(args, cls):
             return args[1].matmul(args[0])
+        if func is F.embedding and len(args) > 1 and isinstance(args[1], cls):
+            return args[1].lookup(args[0])
         plain = [_dequantized(a, args) for a in args]
         return func(*plain, **{key: _dequantized(value, args) for key, value in kwargs.items()})
 
@@ -191,30 +199,17 @@ class QEmbedding(nn.Module):
     Args:
         qtensor: the table (vocabulary, width), or a QWeight to share with an output head.
         padding_idx: kept for callers that ask; padding rows are ordinary rows.
-        dtype: dtype of the rows returned.
-        scale: factor on the rows (Gemma's scaled embedding).
     """
 
-    def __init__(
-        self,
-        qtensor: QTensor | QWeight,
-        padding_idx: int | None = None,
-        *,
-        dtype: torch.dtype = torch.float32,
-        scale: float | torch.Tensor | None = None,
-    ) -> None:
+    def __init__(self, qtensor: QTensor | QWeight, padding_idx: int | None = None) -> None:
         super().__init__()
         self.weight = qtensor if isinstance(qtensor, QWeight) else QWeight(qtensor)
         self.num_embeddings, self.embedding_dim = self.weight.qshape
         self.padding_idx = padding_idx
-        self.dtype = dtype
-        self.scale = scale
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Token ids of any shape -> (..., width)."""
-        unique, inverse = torch.unique(ids, return_inverse=True)
-        rows = self.weight.qtensor.rows(unique).to(self.dtype)[inverse]
-        return rows if self.scale is None else rows * torch.as_tensor(self.scale, dtype=self.dtype)
+        """Token ids of any shape -> (..., width), in the dtype of the model."""
+        return self.weight.lookup(ids)
 
     def extra_repr(self) -> str:
         """For printing."""

@@ -77,6 +77,8 @@ def _parse(name: str) -> Format | None:
     offset: Store | None = None
     if base.startswith("int"):
         bits = int(base[3:])
+        if bits == 1 and zero == "asym":
+            return None  # an integer zero point leaves one of the two levels at zero
         grid = uints(bits) if zero else ints(bits)
         offset = uints(bits) if zero == "asym" else torch.float16 if zero == "affine" else None
     elif zero:

@@ -21,7 +21,7 @@ from bitfold.tensorinfo import TensorInfo
 
 Store = Grid | torch.dtype
 Fields = Mapping[str, torch.Tensor]
-_CHUNK = 1 << 22  # elements decoded at a time, so that temporaries stay small beside the weights
+_CHUNK = 1 << 20  # elements decoded at a time, so that temporaries stay small beside the weights
 
 
 def store_name(store: Store | None) -> str | None:

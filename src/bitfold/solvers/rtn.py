@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from bitfold.formats import AnyFormat, Fit, Params
+from bitfold.parallel import parallel_map
 from bitfold.qtensor import QTensor
 
-_CHUNK = 1 << 22  # elements fitted at a time: fits need about six float32 copies of what they look at
+_CHUNK = 1 << 15  # elements fitted at a time: the temporaries of a fit stay in the cache
 
 
 def rtn(
@@ -36,6 +37,6 @@ def _fit_by_rows(w: torch.Tensor, format: AnyFormat, fit: Fit) -> Params:
     if rows == 0 or w.numel() <= _CHUNK:
         return fit(w, format, None)
     step = max(1, _CHUNK // k // rows) * rows
-    parts = [fit(w[i : i + step], format, None) for i in range(0, n, step)]
+    parts = parallel_map(lambda i: fit(w[i : i + step], format, None), range(0, n, step))
     zeros = [p.zero_point for p in parts if p.zero_point is not None]
     return Params(torch.cat([p.scale for p in parts]), torch.cat(zeros) if zeros else None)

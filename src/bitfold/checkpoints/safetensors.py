@@ -1,0 +1,293 @@
+"""Safetensors folders: read lazily, written shard by shard.
+
+A folder is read through its index (`model.safetensors.index.json`), or its single file, or whatever `*.safetensors` it
+holds. Headers are checked against file sizes before anything is allocated; file names in an index must stay inside
+the folder. Pickles (`.bin`, `.pt`) are refused: reading one runs whatever code its author put there.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from bitfold.errors import CheckpointError
+from bitfold.tensorinfo import TensorInfo
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
+    "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64, "F16": torch.float16,
+    "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+}  # fmt: skip
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_NOT_SIDE = (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz", ".index.json", *_PICKLES)
+
+
+class SafetensorsSource:
+    """A local Hugging Face folder open for reading (implements `Source`).
+
+    Raises:
+        CheckpointError: no config.json, no safetensors, a truncated or inconsistent file, an index that points outside.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = read_config(self.path)
+        self._where = _locate(self.path)
+        self._info: dict[str, TensorInfo] = {}
+        self._open: dict[Path, Any] = {}
+        for file in dict.fromkeys(self._where.values()):
+            self._info.update({n: i for n, i in read_header(file).items() if self._where.get(n) == file})
+        if missing := [name for name in self._where if name not in self._info]:
+            raise CheckpointError(
+                f"{len(missing)} tensors of the index are in no file, the first is {missing[0]}", where=str(self.path)
+            )
+
+    def names(self) -> list[str]:
+        """All tensor names, file by file, in the order of the data."""
+        return list(self._info)
+
+    def info(self, name: str) -> TensorInfo:
+        """dtype and shape."""
+        return self._info[name]
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor; its pages come from the file as they are touched and are given back with the tensor."""
+        file = self._where[name]
+        try:
+            with safe_open(str(file), framework="pt") as handle:
+                tensor: torch.Tensor = handle.get_tensor(name)
+                return tensor
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot read tensor {name}: {error}", where=str(file)) from error
+
+    def copy_side_files(self, out_dir: Path) -> list[str]:
+        """Copy everything but weights and config.json: tokenizer, generation config, chat template, licence ..."""
+        return copy_side_files(self.path, out_dir)
+
+    def close(self) -> None:
+        """Nothing stays open between reads."""
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder; CheckpointError when it is missing or not a JSON object."""
+    file = folder / "config.json"
+    if not folder.is_dir():
+        raise CheckpointError("there is no such folder", where=str(folder))
+    if not file.is_file():
+        raise CheckpointError("has no config.json", where=str(folder), hint="a Hugging Face model folder has one")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"is not readable JSON: {error}", where=str(file)) from error
+    if not isinstance(config, dict):
+        raise CheckpointError("is not a JSON object", where=str(file))
+    return config
+
+
+def _locate(folder: Path) -> dict[str, Path]:
+    """Which file holds which tensor."""
+    index = folder / INDEX
+    if index.is_file():
+        return _read_index(index)
+    files = [folder / SINGLE] if (folder / SINGLE).is_file() else sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLES)
+        if pickles:
+            raise CheckpointError(
+                f"holds only pickled weights ({pickles[0]}), which can run code when read",
+                where=str(folder),
+                hint="save the model with safetensors (model.save_pretrained does) or take a revision that has them",
+            )
+        raise CheckpointError("holds no .safetensors files", where=str(folder))
+    where: dict[str, Path] = {}
+    for file in files:
+        for name in read_header(file):
+            if name in where:
+                raise CheckpointError(f"tensor {name} is in {where[name].name} as well", where=str(file))
+            where[name] = file
+    return where
+
+
+def _read_index(index: Path) -> dict[str, Path]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        items = [(str(name), str(file)) for name, file in weight_map.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"is not a safetensors index: {error}", where=str(index)) from error
+    for _, file in items:
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise CheckpointError(f"names the file {file!r}, which is not in this folder", where=str(index))
+        if not (index.parent / file).is_file():
+            raise CheckpointError(f"the shard {file} is missing", where=str(index.parent), hint="download it again")
+    return {name: index.parent / file for name, file in items}
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """Names, dtypes and shapes in a safetensors file, checked against its size.
+
+    Raises:
+        CheckpointError: truncated file, a header that is not JSON, holes, overlaps, unknown dtypes.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+            if length > min(size - 8, 100_000_000):
+                raise CheckpointError("the file is truncated: its header is longer than the file", where=str(file))
+            header = json.loads(stream.read(length))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"is not a safetensors file: {error}", where=str(file)) from error
+    return _check_header(header, size - 8 - length, file)
+
+
+def _check_header(header: Any, data_size: int, file: Path) -> dict[str, TensorInfo]:
+    try:
+        entries = [(n, e) for n, e in header.items() if n != "__metadata__"]
+        entries.sort(key=lambda item: tuple(item[1]["data_offsets"]))
+        at, infos = 0, {}
+        for name, entry in entries:
+            start, stop = entry["data_offsets"]
+            info = TensorInfo(_DTYPES[entry["dtype"]], tuple(int(d) for d in entry["shape"]))
+            if start != at or stop - start != info.nbytes or min(info.shape, default=0) < 0:
+                raise CheckpointError(f"tensor {name}: its bytes do not follow its shape", where=str(file))
+            infos[name], at = info, stop
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"the header is damaged: {error!r}", where=str(file)) from error
+    if at > data_size:
+        raise CheckpointError(
+            f"the file is truncated: {data_size} bytes of data, {at} expected", where=str(file), hint="fetch it again"
+        )
+    if at < data_size:
+        raise CheckpointError(f"{data_size - at} bytes at the end belong to no tensor", where=str(file))
+    return infos
+
+
+def copy_side_files(source: Path, out_dir: Path) -> list[str]:
+    """Copy the files beside the weights (not config.json, not the model card); names of what was copied."""
+    copied = []
+    for file in sorted(source.iterdir()):
+        if not file.is_file() or file.name in ("config.json", "README.md") or file.name.endswith(_NOT_SIDE):
+            continue
+        if file.name.startswith("."):
+            continue
+        shutil.copyfile(file, out_dir / file.name)
+        copied.append(file.name)
+    return copied
+
+
+class ShardWriter:
+    """Writes tensors into shards as they come; memory holds only the tensor being added.
+
+    The format wants its header first and its tensors aligned, so the bytes go into a data file and are put in order
+    when the shard is full. The final names (model-00001-of-00003.safetensors) are known only at the end: until then
+    shards have names that no loader looks for, and an interrupted write never looks whole.
+
+    Args:
+        out_dir: an existing folder.
+        max_shard_bytes: a shard is closed before it would grow past this.
+    """
+
+    def __init__(self, out_dir: Path, max_shard_bytes: int = 4 << 30) -> None:
+        self.out_dir = out_dir
+        self.max_shard_bytes = max_shard_bytes
+        self.total = 0
+        self._data: BinaryIO | None = None
+        self._pending: dict[str, tuple[TensorInfo, int]] = {}
+        self._pending_bytes = 0
+        self._shards: list[tuple[Path, list[str]]] = []
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Append one tensor; CheckpointError when the disk is full or the name was written before."""
+        info = TensorInfo(tensor.dtype, tuple(tensor.shape))
+        if self._pending and self._pending_bytes + info.nbytes > self.max_shard_bytes:
+            self._flush()
+        if name in self._pending or any(name in names for _, names in self._shards):
+            raise CheckpointError(f"tensor {name} is written twice", where=str(self.out_dir))
+        try:
+            if self._data is None:
+                self._data = self._path("data").open("w+b")
+            if info.nbytes:
+                tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tofile(self._data)
+        except OSError as error:
+            raise CheckpointError(f"tensor {name} cannot be written: {error}", where=str(self.out_dir)) from error
+        self._pending[name] = (info, self._pending_bytes)
+        self._pending_bytes += info.nbytes
+        self.total += info.nbytes
+
+    def _path(self, suffix: str) -> Path:
+        return self.out_dir / f"shard-{len(self._shards) + 1:05d}.{suffix}"
+
+    def _flush(self) -> None:
+        path = self._path("partial")
+        # Wide types first: every tensor then starts at a multiple of its item size, which zero-copy loaders need.
+        order = sorted(self._pending, key=lambda n: (-self._pending[n][0].dtype.itemsize, n))
+        try:
+            with path.open("wb") as out:
+                out.write(_header(order, {name: info for name, (info, _) in self._pending.items()}))
+                for name in order if self._data else ():
+                    info, start = self._pending[name]
+                    _copy_range(self._data, out, start, info.nbytes)
+            if self._data is not None:
+                self._data.close()
+                self._path("data").unlink()
+        except OSError as error:
+            raise CheckpointError(f"cannot be written: {error}", where=str(path)) from error
+        self._shards.append((path, order))
+        self._data, self._pending, self._pending_bytes = None, {}, 0
+
+    def close(self) -> list[str]:
+        """Write the last shard, give all of them their names, write the index; returns the file names."""
+        if self._pending or not self._shards:
+            self._flush()
+        if len(self._shards) == 1:
+            self._shards[0][0].rename(self.out_dir / SINGLE)
+            return [SINGLE]
+        count, weight_map = len(self._shards), {}
+        for i, (path, names) in enumerate(self._shards, 1):
+            final = f"model-{i:05d}-of-{count:05d}.safetensors"
+            path.rename(self.out_dir / final)
+            weight_map.update(dict.fromkeys(names, final))
+        index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(self.out_dir / INDEX, index)
+        return sorted(set(weight_map.values()))
+
+
+def _header(order: list[str], infos: Mapping[str, TensorInfo]) -> bytes:
+    names = {dtype: text for text, dtype in _DTYPES.items()}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name in order:
+        info = infos[name]
+        stop = at + info.nbytes
+        entries[name] = {"dtype": names[info.dtype], "shape": list(info.shape), "data_offsets": [at, stop]}
+        at = stop
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _copy_range(source: BinaryIO | None, out: BinaryIO, start: int, length: int) -> None:
+    assert source is not None
+    source.seek(start)
+    while length > 0:
+        chunk = source.read(min(length, 1 << 22))
+        if not chunk:
+            raise OSError("the data file ended early")
+        out.write(chunk)
+        length -= len(chunk)
+
+
+def write_json(path: Path, data: Mapping[str, Any] | Iterable[Any]) -> None:
+    """Indented UTF-8 JSON with a newline at the end."""
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

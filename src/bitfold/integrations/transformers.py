@@ -1,0 +1,62 @@
+"""bitfold folders through `AutoModel...from_pretrained`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from bitfold.checkpoints.native import QUANT_METHOD
+from bitfold.models.swap import read_entries, swap_entries
+
+
+class BitfoldConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The `quantization_config` of a bitfold folder, kept word for word."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.quant_method = QUANT_METHOD
+        for name, value in fields.items():
+            setattr(self, name, value)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Take all keys as they are."""
+        config = cls(**{k: v for k, v in config_dict.items() if k != "quant_method"})
+        return (config, kwargs) if return_unused_kwargs else config
+
+
+class BitfoldQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Swaps quantized layers into the skeleton before transformers loads the weights."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        swap_entries(model, read_entries(self.quantization_config.to_dict()))
+        return model
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Fields keep the dtype that the format gives them; `dtype` is already that of the model's own tensor."""
+        return dtype
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can be trained on top; the packed weights stay frozen."""
+        return True
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """`bitfold.save` writes a quantized model; transformers' save_pretrained would not know the tied fields."""
+        return False
+
+
+def register() -> None:
+    """Make transformers know `quant_method: bitfold`; harmless when done twice."""
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(BitfoldConfig)
+        register_quantizer(QUANT_METHOD)(BitfoldQuantizer)

@@ -1,0 +1,147 @@
+"""Load a quantized folder: skeleton on the meta device, quantized layers swapped in, weights assigned, nothing copied."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitfold.checkpoints.hub import resolve
+from bitfold.checkpoints.native import quantization_config, stored_tensors
+from bitfold.checkpoints.safetensors import read_config
+from bitfold.errors import CheckpointError, ModelError
+from bitfold.models import skeleton
+from bitfold.models.sites import find_sites
+from bitfold.models.swap import Entry, read_entries, swap_entries
+
+
+def load(
+    path: str | Path,
+    *,
+    module: nn.Module | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> nn.Module:
+    """The model of a quantized folder or Hub repository.
+
+    Args:
+        path: a folder that `bitfold quantize` or `bitfold.save` wrote, or the id of a repository that holds one.
+        module: the skeleton to fill, for models that transformers does not know; its weights are replaced.
+        dtype: of the tensors that are not quantized, and so of the activations; default: as stored.
+        revision, token: of the repository.
+
+    Returns:
+        The model in eval mode. Its memory is the packed size: no float copy of a quantized weight is ever made.
+
+    Raises:
+        CheckpointError: the folder is not one of ours, or damaged.
+        ModelError: tensors are missing, superfluous or misshapen; they are named.
+        HubError: the repository cannot be fetched.
+    """
+    return load_folder(resolve(str(path), revision=revision, token=token), module=module, dtype=dtype)
+
+
+def load_folder(folder: Path, *, module: nn.Module | None = None, dtype: torch.dtype | None = None) -> nn.Module:
+    """`load` for a local folder."""
+    config = quantization_config(folder)
+    if config is None:
+        raise CheckpointError("was not written by bitfold", where=str(folder), hint="`bitfold quantize` makes such folders")
+    entries = read_entries(config)
+    model = module if module is not None else _skeleton(folder, dtype)
+    swap_entries(model, entries)
+    assign(model, folder, entries, unused=set(config.get("unused", ())), dtype=dtype)
+    _finish(model, folder, config)
+    return model.eval()
+
+
+def _skeleton(folder: Path, dtype: torch.dtype | None) -> nn.Module:
+    config = read_config(folder)
+    model = skeleton.of_config(config, str(folder), dtype=dtype)
+    if model is None:
+        raise ModelError(
+            f"transformers does not have the class {config.get('architectures')}",
+            where=str(folder),
+            hint="pass the module yourself: bitfold.load(path, module=MyModel(...))",
+        )
+    return model
+
+
+def assign(
+    model: nn.Module, folder: Path, entries: dict[str, Entry], *, unused: set[str], dtype: torch.dtype | None
+) -> None:
+    """Give the model the tensors of the folder, strictly."""
+    quantized = tuple(f"{name}." for name in entries)
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in stored_tensors(folder):
+        if name in unused:
+            continue
+        if dtype is not None and tensor.is_floating_point() and not name.startswith(quantized):
+            tensor = tensor.to(dtype)
+        state[name] = tensor
+    _fill_aliases(model, state)
+    _check_shapes(model, state, folder)
+    model.load_state_dict(state, strict=True, assign=True)
+    for parameter in model.parameters():
+        if not parameter.is_floating_point():
+            parameter.requires_grad_(False)
+    left = [name for name, p in model.named_parameters() if p.is_meta]
+    if left:
+        raise ModelError(f"{len(left)} parameters were never given a value, the first is {left[0]}", where=str(folder))
+    _retie(model)
+
+
+def _fill_aliases(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Tied weights are stored once; strict loading wants all their names."""
+    pairs = list(skeleton.tied_names(model).items())
+    pairs += [(alias, site.tensor) for site in find_sites(model) for alias in site.aliases]
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        if hasattr(module, "qtensor"):
+            pairs += [(module_name, first) for first, m in model.named_modules() if m is module and first != module_name]
+    for alias, name in pairs:
+        _copy_missing(state, alias, name)
+        _copy_missing(state, name, alias)
+
+
+def _copy_missing(state: dict[str, torch.Tensor], alias: str, name: str) -> None:
+    if name in state:
+        state.setdefault(alias, state[name])
+    for key in [k for k in state if k.startswith(f"{name}.")]:
+        state.setdefault(alias + key[len(name) :], state[key])
+
+
+def _check_shapes(model: nn.Module, state: dict[str, torch.Tensor], folder: Path) -> None:
+    expected = model.state_dict()
+    problems = [f"missing {name}" for name in expected if name not in state]
+    problems += [f"unexpected {name}" for name in state if name not in expected]
+    problems += [
+        f"{name} has shape {tuple(state[name].shape)} instead of {tuple(e.shape)}"
+        for name, e in expected.items()
+        if name in state and isinstance(e, torch.Tensor) and state[name].shape != e.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ModelError(f"the tensors do not match the model: {'; '.join(problems[:5])}{more}", where=str(folder))
+
+
+def _retie(model: nn.Module) -> None:
+    for alias, name in skeleton.tied_names(model).items():
+        owner, _, attribute = alias.rpartition(".")
+        module = model.get_submodule(owner)
+        source, _, parameter = name.rpartition(".")
+        if attribute in module._parameters and parameter in model.get_submodule(source)._parameters:
+            module._parameters[attribute] = model.get_submodule(source)._parameters[parameter]
+
+
+def _finish(model: nn.Module, folder: Path, config: dict[str, Any]) -> None:
+    """What transformers' own from_pretrained adds: generation defaults and the quantization config."""
+    hf_config = getattr(model, "config", None)
+    if hf_config is not None:
+        hf_config._name_or_path = str(folder)
+    if (folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
+        from transformers import GenerationConfig
+
+        setattr(model, "generation_config", GenerationConfig.from_pretrained(str(folder)))
+    setattr(model, "bitfold_config", config)

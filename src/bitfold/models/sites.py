@@ -1,0 +1,146 @@
+"""Find what can be quantized: linear layers, GPT-2's Conv1D, embeddings, fused expert stacks.
+
+Any `nn.Module` will do; nothing asks for a model family. What is kept by default (output heads, routers, embeddings,
+tied weights) is found as well, with the reason, because a rule may name it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitfold.tensorinfo import TensorInfo
+
+LINEAR, EMBEDDING, EXPERTS = "linear", "embedding", "experts"
+_ROUTER = re.compile(r"(^|\.)((\w+_)?router|gate|shared_expert_gate|wg|gate_network)(\.\w+)?$")
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|proj_out|decoder\.output|cls\.predictions\.decoder)$")
+_EMBEDDING_NAME = re.compile(
+    r"(^|\.)(\w*embed\w*|wte|wpe|word_embeddings|position_embeddings|token_type_embeddings|shared|\w*relative_attention_bias)$"
+)
+_CONV1D_NAME = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)$")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One weight that can be quantized.
+
+    Args:
+        tensor: its name in the state dict, e.g. model.layers.0.mlp.up_proj.weight.
+        kind: "linear", "embedding" or "experts".
+        shape: as the model has it.
+        keep: why it is kept unless a rule names it; None if it is quantized by default.
+        transposed: the model stores (..., k, n) instead of (..., n, k).
+        aliases: other names of the same parameter (tied weights).
+    """
+
+    tensor: str
+    kind: str
+    shape: tuple[int, ...]
+    keep: str | None = None
+    transposed: bool = False
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def module(self) -> str:
+        """Path of the module that owns the tensor."""
+        return self.tensor.rpartition(".")[0]
+
+    @property
+    def parameter(self) -> str:
+        """Attribute under which the module holds it."""
+        return self.tensor.rpartition(".")[2]
+
+    @property
+    def qshape(self) -> tuple[int, ...]:
+        """Shape as it is quantized: inputs last."""
+        *lead, a, b = self.shape
+        return (*lead, b, a) if self.transposed else (*lead, a, b)
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    """All sites of a module, in the order of its modules; tied weights once, with their aliases."""
+    heads = _output_heads(model)
+    owners: dict[int, int] = {}
+    sites: list[Site] = []
+    for path, module in model.named_modules():
+        for site in _sites_of(path, module, heads):
+            parameter = getattr(module, site.parameter)
+            if id(parameter) in owners:
+                at = owners[id(parameter)]
+                sites[at] = _tie(sites[at], site)
+                continue
+            owners[id(parameter)] = len(sites)
+            sites.append(site)
+    return sites
+
+
+def _tie(first: Site, other: Site) -> Site:
+    keep = first.keep or other.keep
+    return Site(first.tensor, first.kind, first.shape, keep, first.transposed, (*first.aliases, other.tensor))
+
+
+def _sites_of(path: str, module: nn.Module, heads: set[int]) -> list[Site]:
+    prefix = f"{path}." if path else ""
+    weight = module._parameters.get("weight")
+    if isinstance(module, nn.Linear) and weight is not None:
+        keep = "output head" if id(module) in heads or _HEAD.search(path) else _router(path)
+        return [Site(prefix + "weight", LINEAR, tuple(weight.shape), keep)]
+    if isinstance(module, nn.Embedding) and weight is not None:
+        return [Site(prefix + "weight", EMBEDDING, tuple(weight.shape), "embedding")]
+    # transformers' Conv1D, by its look, so that transformers need not be imported for other models
+    if type(module).__name__ == "Conv1D" and weight is not None and weight.dim() == 2 and hasattr(module, "nf"):
+        return [Site(prefix + "weight", LINEAR, tuple(weight.shape), None, transposed=True)]
+    return _experts_of(prefix, module)
+
+
+def _experts_of(prefix: str, module: nn.Module) -> list[Site]:
+    if not (hasattr(module, "is_transposed") or type(module).__name__.endswith("Experts")):
+        return []
+    transposed = bool(getattr(module, "is_transposed", False))
+    stacks = [(name, p) for name, p in module._parameters.items() if p is not None and p.dim() == 3]
+    return [Site(prefix + name, EXPERTS, tuple(p.shape), None, transposed) for name, p in stacks]
+
+
+def _router(path: str) -> str | None:
+    return "router" if _ROUTER.search(path) else None
+
+
+def _output_heads(model: nn.Module) -> set[int]:
+    getter = getattr(model, "get_output_embeddings", None)
+    try:
+        head = getter() if callable(getter) else None
+    except (AttributeError, NotImplementedError):
+        head = None
+    return set() if head is None else {id(head)}
+
+
+def guess_sites(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> list[Site]:
+    """Sites of a checkpoint whose model class is unknown, by the names and shapes of its tensors."""
+    conv1d = config.get("model_type") in ("gpt2", "openai-gpt", "imagegpt")
+    sites = []
+    for name, info in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        if not info.dtype.is_floating_point or info.dtype.itemsize < 2:
+            continue
+        if len(info.shape) == 3 and "expert" in name and leaf != "bias":
+            sites.append(Site(name, EXPERTS, info.shape))
+        elif len(info.shape) == 2 and leaf == "weight":
+            sites.append(_guess(name, module, info.shape, conv1d))
+    return sites
+
+
+def _guess(name: str, module: str, shape: tuple[int, ...], conv1d: bool) -> Site:
+    if _EMBEDDING_NAME.search(module):
+        return Site(name, EMBEDDING, shape, "embedding")
+    keep = "output head" if _HEAD.search(module) else _router(module)
+    return Site(name, LINEAR, shape, keep, transposed=conv1d and bool(_CONV1D_NAME.search(module)))
+
+
+def is_float_matrix(tensor: torch.Tensor) -> bool:
+    """Whether a tensor could be a weight at all."""
+    return tensor.is_floating_point() and tensor.dim() in (2, 3)

@@ -1,0 +1,132 @@
+"""Models without their weights: parameters on the meta device, small computed buffers real.
+
+A model is built from its config with every parameter moved to the meta device as soon as it is registered, and with
+initialisation switched off, so that nothing of the model's size is ever touched. Buffers that are computed and not
+stored (rotary frequencies, position ids) come out right, because their constructors really run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitfold.errors import ModelError
+
+
+@contextlib.contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Within this context every nn.Parameter that a module registers is moved to the meta device."""
+    original = nn.Module.register_parameter
+
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        original(self, name, param)
+        if param is not None and param.device.type != "meta":
+            meta = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+            self._parameters[name] = meta
+
+    setattr(nn.Module, "register_parameter", register)
+    try:
+        with _no_init():
+            yield
+    finally:
+        setattr(nn.Module, "register_parameter", original)
+
+
+@contextlib.contextmanager
+def _no_init() -> Iterator[None]:
+    """Initialisers would touch the memory that torch.empty only promises."""
+    names = [n for n in dir(nn.init) if n.endswith("_") and not n.startswith("_") and callable(getattr(nn.init, n))]
+    saved: dict[str, Callable[..., Any]] = {n: getattr(nn.init, n) for n in names}
+    try:
+        for name in names:
+            setattr(nn.init, name, lambda tensor, *args, **kwargs: tensor)
+        yield
+    finally:
+        for name, function in saved.items():
+            setattr(nn.init, name, function)
+
+
+def model_class(config: Mapping[str, Any]) -> Any | None:
+    """The transformers class that a config asks for; None when transformers does not have it (custom code)."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import transformers
+
+    for name in config.get("architectures") or []:
+        found = getattr(transformers, name, None)
+        if isinstance(found, type):
+            return found
+    return None
+
+
+def config_object(config: Mapping[str, Any], where: str) -> Any:
+    """The transformers config object for the contents of a config.json; None for a model type it does not know.
+
+    Raises:
+        ModelError: transformers knows the type and refuses the values.
+    """
+    from transformers import CONFIG_MAPPING
+
+    kind = config.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        return None
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    try:
+        return CONFIG_MAPPING[kind].from_dict(plain)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        first = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise ModelError(f"transformers refuses the config: {first}", where=where) from error
+
+
+def of_config(config: Mapping[str, Any], where: str, *, dtype: torch.dtype | None = None) -> nn.Module | None:
+    """The skeleton for the contents of a config.json; None when transformers does not have the class."""
+    cls = model_class(config)
+    found = config_object(config, where) if cls is not None else None
+    return None if found is None else build(cls, found, dtype=dtype)
+
+
+def build(cls: Any, config: Any, *, dtype: torch.dtype | None = None) -> nn.Module:
+    """The skeleton of a transformers model.
+
+    Args:
+        cls: a transformers model class.
+        config: its config object.
+        dtype: of the parameters; default: what the config says, else float32.
+    """
+    wanted = dtype or config_dtype(config)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(wanted)
+    try:
+        with parameters_on_meta():
+            model: nn.Module = cls._from_config(config) if hasattr(cls, "_from_config") else cls(config)
+    except (ImportError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ModelError(f"{cls.__name__} cannot be built from this config: {error}") from error
+    finally:
+        torch.set_default_dtype(before)
+    _retie(model)
+    return model.eval()
+
+
+def config_dtype(config: Any) -> torch.dtype:
+    """dtype that a config asks for; float32 where it says nothing."""
+    dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, None)
+    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32
+
+
+def _retie(model: nn.Module) -> None:
+    """Moving to meta gave each name a parameter of its own: tie what the model ties."""
+    for alias, target in tied_names(model).items():
+        owner, _, name = alias.rpartition(".")
+        model.get_submodule(owner)._parameters[name] = model.get_parameter(target)
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Tied parameters of a transformers model: name -> the name that is stored."""
+    tied = getattr(model, "all_tied_weights_keys", None)
+    return {str(a): str(b) for a, b in tied.items()} if isinstance(tied, dict) else {}

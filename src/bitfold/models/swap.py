@@ -1,0 +1,215 @@
+"""Put quantized weights into a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitfold import progress
+from bitfold.errors import BitfoldError, ModelError
+from bitfold.formats import AnyFormat, get_format, read_description
+from bitfold.methods import quantize_tensor
+from bitfold.models.sites import EMBEDDING, EXPERTS, Site, find_sites
+from bitfold.nn import QEmbedding, QLinear, QWeight
+from bitfold.qtensor import QTensor
+from bitfold.recipe import Recipe, Rule
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a checkpoint says of one quantized tensor."""
+
+    format: AnyFormat
+    shape: tuple[int, ...]
+    act: str = "float"
+    transposed: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        text: dict[str, Any] = {"format": self.format.name, "shape": list(self.shape)}
+        if self.act != "float":
+            text["act"] = self.act
+        if self.transposed:
+            text["transposed"] = True
+        return text
+
+    def meta(self) -> QTensor:
+        """A QTensor of this kind on the meta device."""
+        layout = self.format.layout(self.shape)
+        fields = {name: torch.empty(i.shape, dtype=i.dtype, device="meta") for name, i in layout.items()}
+        return QTensor(self.format, self.shape, fields)
+
+
+def read_entries(config: Mapping[str, Any]) -> dict[str, Entry]:
+    """Entries of a `quantization_config` by tensor name; ModelError when they make no sense."""
+    try:
+        formats = {name: read_description(name, text) for name, text in config["formats"].items()}
+        return {
+            name: Entry(
+                formats[e["format"]], tuple(int(d) for d in e["shape"]), e.get("act", "float"), e.get("transposed", False)
+            )
+            for name, e in config["tensors"].items()
+        }
+    except BitfoldError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"the quantization_config is damaged: {error!r}", where="config.json") from error
+
+
+def swap(model: nn.Module, site: Site, qtensor: QTensor, *, act: str = "float") -> None:
+    """Replace the weight of a site by a quantized one; tied aliases share it."""
+    weight = QWeight(qtensor, act=act, transposed=site.transposed)
+    for name in (site.tensor, *site.aliases):
+        path, _, parameter = name.rpartition(".")
+        owner = model.get_submodule(path)
+        weight.dtype = _float_dtype(owner, parameter)
+        _place(model, path, owner, parameter, weight)
+
+
+def _float_dtype(owner: nn.Module, parameter: str) -> torch.dtype:
+    old = owner._parameters.get(parameter)
+    return old.dtype if old is not None else torch.float32
+
+
+def _place(model: nn.Module, path: str, owner: nn.Module, parameter: str, weight: QWeight) -> None:
+    plain_linear = type(owner).forward is nn.Linear.forward and type(owner) is nn.Linear
+    if path and (plain_linear or type(owner).__name__ == "Conv1D"):
+        bias = owner._parameters.get("bias")
+        if type(owner).__name__ == "Conv1D":
+            weight.transposed = False  # QLinear multiplies by (n, k) whatever the model's own layer stored
+        _replace(model, path, QLinear(weight, bias, act=weight.act))
+    elif path and type(owner) is nn.Embedding:
+        _replace(model, path, QEmbedding(weight, owner.padding_idx))
+    else:
+        # A class of its own (scaled embeddings, attention projections, expert stacks): it keeps its forward, and
+        # QWeight answers the torch functions that the forward calls.
+        del owner._parameters[parameter]
+        setattr(owner, parameter, weight)
+        if len(weight.qshape) == 3:
+            _one_expert_at_a_time(owner)
+
+
+def _replace(model: nn.Module, path: str, new: nn.Module) -> None:
+    parent, _, child = path.rpartition(".")
+    new.train(model.training)
+    setattr(model.get_submodule(parent), child, new)
+
+
+def _one_expert_at_a_time(owner: nn.Module) -> None:
+    """transformers multiplies all experts at once where it can; with packed weights it must take them one by one."""
+    config = getattr(owner, "config", None)
+    if config is not None and hasattr(config, "_experts_implementation"):
+        config._experts_implementation = "eager"
+
+
+def swap_entries(model: nn.Module, entries: Mapping[str, Entry]) -> None:
+    """Prepare a skeleton (on the meta device) for a quantized checkpoint.
+
+    Raises:
+        ModelError: an entry names a tensor that the model does not have, or with another shape.
+    """
+    sites = {name: site for site in find_sites(model) for name in (site.tensor, *site.aliases)}
+    for name, entry in entries.items():
+        site = sites.get(name)
+        if site is None:
+            raise ModelError("the checkpoint quantizes a tensor that this model does not have", where=name)
+        stored = entry.shape if entry.transposed == site.transposed else None
+        if stored != site.qshape:
+            raise ModelError(f"is {site.qshape} in the model and {entry.shape} in the checkpoint", where=name)
+        swap(model, site, entry.meta(), act=entry.act)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What happened to one tensor: `format` is None where it was kept, and `reason` says why."""
+
+    tensor: str
+    format: str | None
+    reason: str
+
+
+def decide(recipe: Recipe, site: Site) -> tuple[Rule | None, str]:
+    """The rule for a site (None = keep) and the reason in words."""
+    rule = recipe.find(site.tensor, default_keep=site.keep is not None)
+    if rule is None:
+        return None, f"{site.keep}, kept by default" if site.keep else "no rule matches"
+    if rule.keep:
+        return None, f"kept by the rule {rule.match!r}"
+    return rule, f"rule {rule.match!r}"
+
+
+def quantize_(
+    model: nn.Module, recipe: Recipe | str, *, seed: int = 0, on_tensor: Callable[[Outcome], None] | None = None
+) -> list[Outcome]:
+    """Quantize a module in place.
+
+    Args:
+        model: any module; its linear layers, Conv1D layers and expert stacks become quantized ones.
+        recipe: rules, or the name of one format for everything.
+        seed: for solvers that draw random numbers.
+        on_tensor: called with each outcome as it happens.
+
+    Returns:
+        One outcome for each weight that could have been quantized.
+
+    Raises:
+        FormatError, WeightError: with the name of the tensor; what was done before stays done.
+    """
+    rules = Recipe.of(recipe) if isinstance(recipe, str) else recipe
+    sites = find_sites(model)
+    outcomes: list[Outcome] = []
+    with progress.bar("quantize", sum(_numel(s) for s in sites)) as bar:
+        for site in sites:
+            outcome = _quantize_site(model, site, rules, seed)
+            outcomes.append(outcome)
+            bar.advance(_numel(site), site.tensor)
+            if on_tensor is not None:
+                on_tensor(outcome)
+    return outcomes
+
+
+def _quantize_site(model: nn.Module, site: Site, recipe: Recipe, seed: int) -> Outcome:
+    rule, reason = decide(recipe, site)
+    if rule is None:
+        return Outcome(site.tensor, None, reason)
+    owner = model.get_submodule(site.module)
+    weight: torch.Tensor = getattr(owner, site.parameter)
+    qtensor = quantize_site_tensor(weight.detach(), site, rule, seed)
+    if is_plain(qtensor.format):
+        weight.data = weight.data.to(qtensor.fields["values"].dtype)
+    else:
+        swap(model, site, qtensor, act=rule.act)
+    return Outcome(site.tensor, qtensor.format.name, reason)
+
+
+def quantize_site_tensor(w: torch.Tensor, site: Site, rule: Rule, seed: int) -> QTensor:
+    """Quantize the weight of a site, inputs last; errors name the tensor."""
+    try:
+        oriented = w.transpose(-1, -2) if site.transposed else w
+        return quantize_tensor(oriented, rule.format, solver=rule.solver, fit=rule.fit, seed=seed)
+    except BitfoldError as error:
+        raise type(error)(error.what, where=site.tensor, hint=error.hint) from error
+
+
+def is_plain(format: AnyFormat) -> bool:
+    """Whether the format is an ordinary float dtype, stored as an ordinary tensor."""
+    return bool(getattr(format, "plain", False))
+
+
+def _numel(site: Site) -> int:
+    count = 1
+    for size in site.shape:
+        count *= size
+    return count
+
+
+def formats_of(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Descriptions of formats for a checkpoint."""
+    return {name: get_format(name).describe() for name in sorted(set(names))}
+
+
+__all__ = ["EMBEDDING", "EXPERTS", "Entry", "Outcome", "decide", "quantize_", "read_entries", "swap", "swap_entries"]

@@ -1,0 +1,188 @@
+"""The plan of a run: for every tensor of the source what will become of it, before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from bitfold.checkpoints import Source
+from bitfold.errors import BitfoldError
+from bitfold.formats import get_format
+from bitfold.methods import check_block
+from bitfold.models.mapping import Target, map_names
+from bitfold.models.sites import Site, find_sites, guess_sites
+from bitfold.models.skeleton import tied_names
+from bitfold.models.swap import Entry, decide, is_plain
+from bitfold.recipe import Recipe, Rule
+from bitfold.report import TensorReport
+from bitfold.tensorinfo import TensorInfo
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one tensor of the model.
+
+    Args:
+        tensor: its name.
+        info: dtype and shape in the source.
+        site: where it sits, if it is something that can be quantized.
+        rule: the rule that quantizes it; None = kept.
+        reason: in words.
+        alias_of: the tensor it is tied to, which stands for both.
+        used: False when the model class has no place for it.
+    """
+
+    tensor: str
+    info: TensorInfo
+    site: Site | None
+    rule: Rule | None
+    reason: str
+    alias_of: str | None = None
+    used: bool = True
+
+    def entry(self) -> Entry | None:
+        """The entry for the checkpoint's config; None for tensors stored as ordinary ones."""
+        if self.rule is None or self.site is None or is_plain(get_format(self.rule.format)):
+            return None
+        return Entry(get_format(self.rule.format), self.site.qshape, self.rule.act, self.site.transposed)
+
+    def nbytes(self) -> int:
+        """Bytes it will take, exactly."""
+        if self.alias_of is not None:
+            return 0
+        if self.rule is None or self.site is None:
+            return self.info.nbytes
+        return sum(field.nbytes for field in get_format(self.rule.format).layout(self.site.qshape).values())
+
+    def report(self, nbytes: int, *, error: float | None = None) -> TensorReport:
+        """What the run reports of it."""
+        name = get_format(self.rule.format).name if self.rule is not None else None
+        return TensorReport(self.tensor, self.info.shape, name, self.reason, self.info.nbytes, nbytes, error)
+
+
+@dataclass(frozen=True)
+class Item:
+    """Tensors of the model that are made together from tensors of the source."""
+
+    target: Target
+    decisions: Mapping[str, Decision]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All items of a run."""
+
+    items: tuple[Item, ...]
+
+    @property
+    def decisions(self) -> list[Decision]:
+        """Every tensor of the model, in the order of writing."""
+        return [d for item in self.items for d in item.decisions.values()]
+
+    @property
+    def numel(self) -> int:
+        """Numbers to be written."""
+        return sum(d.info.numel for d in self.decisions if d.alias_of is None)
+
+    def entries(self) -> dict[str, Entry]:
+        """Entries of the quantized tensors."""
+        found = ((d.tensor, d.entry()) for d in self.decisions if d.alias_of is None)
+        return {name: entry for name, entry in found if entry is not None}
+
+    def unused(self) -> list[str]:
+        """Tensors that are carried along although the model class has no place for them."""
+        return [d.tensor for d in self.decisions if not d.used]
+
+
+def make_plan(source: Source, model: nn.Module | None, recipe: Recipe, *, shorten_groups: bool) -> Plan:
+    """Decide what becomes of every tensor.
+
+    Args:
+        source: the open checkpoint.
+        model: its skeleton, or None when the class is unknown (tensors are then judged by name and shape).
+        recipe: the rules.
+        shorten_groups: in rows shorter than the group of a format use one scale a row instead of raising.
+
+    Raises:
+        FormatError: a format that cannot hold a tensor, named.
+        ModelError: the checkpoint lacks tensors of the model.
+    """
+    targets = map_names(source.names(), model)
+    infos = _infos(source, targets, model)
+    sites = find_sites(model) if model is not None else guess_sites(infos, source.config)
+    by_name = {site.tensor: site for site in sites}
+    aliases = {alias: site.tensor for site in sites for alias in site.aliases}
+    if model is not None:
+        aliases.update(tied_names(model))
+    items = []
+    for target in targets:
+        decisions = {}
+        for name in target.names:
+            decision = _decide(name, infos, by_name, aliases, recipe, target.used)
+            decisions[name] = _shorten(decision) if shorten_groups else decision
+            _check(decisions[name])
+        items.append(Item(target, decisions))
+    return Plan(tuple(items))
+
+
+def _infos(source: Source, targets: list[Target], model: nn.Module | None) -> dict[str, TensorInfo]:
+    """What each tensor of the model will be: the source's dtype, and the model's shape where tensors are combined."""
+    stored = {} if model is None else model.state_dict()
+    infos = {}
+    for target in targets:
+        first = source.info(target.sources[0])
+        for name in target.names:
+            shape = tuple(stored[name].shape) if target.converter is not None else first.shape
+            infos[name] = TensorInfo(first.dtype, shape)
+    return infos
+
+
+def _decide(
+    name: str,
+    infos: Mapping[str, TensorInfo],
+    sites: Mapping[str, Site],
+    aliases: Mapping[str, str],
+    recipe: Recipe,
+    used: bool,
+) -> Decision:
+    info = infos[name]
+    if not used:
+        return Decision(name, info, None, None, "the model class has no place for it", used=False)
+    tied_to = aliases.get(name)
+    if tied_to is not None and tied_to in infos:
+        return Decision(name, info, None, None, f"tied to {tied_to}", alias_of=tied_to)
+    site = sites.get(name)
+    if site is None:
+        return Decision(name, info, None, None, _why_not(info))
+    rule, reason = decide(recipe, site)
+    return Decision(name, info, replace(site, shape=info.shape), rule, reason)
+
+
+def _why_not(info: TensorInfo) -> str:
+    if len(info.shape) < 2:
+        return "a vector (norm, bias)"
+    return "not the weight of a linear layer, embedding or expert stack"
+
+
+def _shorten(decision: Decision) -> Decision:
+    if decision.rule is None or decision.site is None:
+        return decision
+    scale, width = get_format(decision.rule.format).scale, decision.site.qshape[-1]
+    if scale is None or scale.block[1] <= width:
+        return decision
+    row = decision.rule.format.rsplit("-g", 1)[0] + "-row"
+    reason = f"{decision.reason}; rows of {width} are shorter than a group: one scale a row"
+    return replace(decision, rule=replace(decision.rule, format=row), reason=reason)
+
+
+def _check(decision: Decision) -> None:
+    if decision.rule is None or decision.site is None:
+        return
+    format = get_format(decision.rule.format)
+    try:
+        check_block(decision.site.qshape, format)
+        format.layout(decision.site.qshape)
+    except BitfoldError as error:
+        raise type(error)(error.what, where=decision.tensor, hint=error.hint) from error

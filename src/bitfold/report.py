@@ -1,0 +1,162 @@
+"""What a run reports: every tensor, its bytes before and after, its error; totals."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass, field
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bitfold.qtensor import QTensor
+from bitfold.recipe import Recipe
+
+if TYPE_CHECKING:
+    from bitfold.plan import Plan
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """One tensor.
+
+    Args:
+        tensor: its name.
+        shape: as the model has it.
+        format: the format it was stored in; None = kept as it was.
+        reason: the rule, or why it was kept.
+        bytes_before, bytes_after: stored size.
+        error: relative square error of the weights, |w - wq|^2 / |w|^2; None for kept tensors and plans.
+    """
+
+    tensor: str
+    shape: tuple[int, ...]
+    format: str | None
+    reason: str
+    bytes_before: int
+    bytes_after: int
+    error: float | None = None
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return prod(self.shape)
+
+    @property
+    def bpw(self) -> float:
+        """Stored bits per weight."""
+        return 8 * self.bytes_after / max(1, self.numel)
+
+
+@dataclass
+class QuantizeReport:
+    """A whole run. Sizes count tensors, not the few kilobytes of headers and side files."""
+
+    source: str
+    output: str | None
+    recipe: list[dict[str, Any]]
+    tensors: list[TensorReport] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    peak_memory: int | None = None
+    url: str | None = None
+
+    @classmethod
+    def of_plan(cls, plan: Plan, source: str, output: str | None, recipe: Recipe) -> QuantizeReport:
+        """The report before the run: for a dry run it already lists every tensor."""
+        report = cls(source, output, recipe.to_dict())
+        if output is None:
+            report.tensors = [d.report(d.nbytes()) for d in plan.decisions if d.alias_of is None]
+        return report
+
+    def add(self, tensor: TensorReport) -> None:
+        """Append a tensor that was written."""
+        self.tensors.append(tensor)
+
+    @property
+    def quantized(self) -> list[TensorReport]:
+        """Tensors that were quantized."""
+        return [t for t in self.tensors if t.format is not None]
+
+    @property
+    def kept(self) -> list[TensorReport]:
+        """Tensors that were left alone."""
+        return [t for t in self.tensors if t.format is None]
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of all tensors in the source."""
+        return sum(t.bytes_before for t in self.tensors)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all tensors in the output."""
+        return sum(t.bytes_after for t in self.tensors)
+
+    @property
+    def bpw_quantized(self) -> float:
+        """Bits per weight over the quantized tensors, all side data counted."""
+        return _bpw(self.quantized)
+
+    @property
+    def bpw_whole(self) -> float:
+        """Bits per weight over everything in the folder."""
+        return _bpw(self.tensors)
+
+    @property
+    def error(self) -> float | None:
+        """Relative square error over all quantized weights, each tensor counted by its size."""
+        parts = [(t.error, t.numel) for t in self.quantized if t.error is not None]
+        return sum(e * n for e, n in parts) / sum(n for _, n in parts) if parts else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, with stable keys."""
+        keys = ("bytes_before", "bytes_after", "bpw_quantized", "bpw_whole", "error")
+        return {
+            "source": self.source,
+            "output": self.output,
+            **{key: getattr(self, key) for key in keys},
+            "seconds": round(self.seconds, 3),
+            "peak_memory": self.peak_memory,
+            "url": self.url,
+            "recipe": self.recipe,
+            "tensors": [{**asdict(t), "shape": list(t.shape), "bpw": t.bpw} for t in self.tensors],
+        }
+
+
+def _bpw(tensors: list[TensorReport]) -> float:
+    return 8 * sum(t.bytes_after for t in tensors) / max(1, sum(t.numel for t in tensors))
+
+
+def relative_error(w: torch.Tensor, q: QTensor) -> float:
+    """|w - wq|^2 / |w|^2; 0 for a weight that is all zeros. Works through a few rows at a time."""
+    if len(q.shape) == 3:
+        pairs = [(relative_parts(w[i], q.expert(i))) for i in range(q.shape[0])]
+    else:
+        pairs = [relative_parts(w, q)]
+    loss, norm = (sum(p[i] for p in pairs) for i in (0, 1))
+    return loss / norm if norm > 0 else 0.0
+
+
+def relative_parts(w: torch.Tensor, q: QTensor) -> tuple[float, float]:
+    """|w - wq|^2 and |w|^2 of a matrix."""
+    step = max(1, (1 << 22) // w.shape[1])
+    loss = norm = 0.0
+    whole = None if w.numel() > (1 << 24) else q.dequantize()
+    for start in range(0, w.shape[0], step):
+        part = w[start : start + step].float()
+        rows = torch.arange(start, start + part.shape[0])
+        decoded = whole[start : start + step] if whole is not None else q.rows(rows)
+        loss += float((part - decoded).square().sum(dtype=torch.float64))
+        norm += float(part.square().sum(dtype=torch.float64))
+    return loss, norm
+
+
+def peak_memory() -> int | None:
+    """Largest resident size of this process so far, in bytes; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
