@@ -118,7 +118,7 @@ def _card(title: str, source: Source, dtype: str, dither_seed: int | None) -> st
     if dither_seed is None:
         return text
     return text + (
-        f"\nThe source is quantized; uniform noise within half a step of each block (seed {dither_seed}) was added, so\n"
-        "that the weights do not lie on the source's lattice. They are a plausible draw of the original weights, not\n"
+        f"\nThe source is quantized; uniform noise within half a step of its block (seed {dither_seed}) was added to\n"
+        "each weight, so that they do not lie on its lattice. They are a plausible draw of the original weights, not\n"
         "the original weights: compare quantized versions with this folder, not with the published model.\n"
     )
