@@ -1,4 +1,4 @@
-"""What is judged: a folder, a Hub repository or a module that is already in memory."""
+"""A model to run: a folder, a Hub repository or a module that is already in memory."""
 
 from __future__ import annotations
 
@@ -16,11 +16,17 @@ from torch import nn
 from bitfold.errors import CheckpointError, ModelError, UsageError
 
 Model = str | Path | nn.Module
+DTYPES: dict[str, torch.dtype | None] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "auto": None,
+}
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to judge, not loaded before it is needed.
+    """A model, not loaded before it is needed.
 
     Args:
         path: its folder, or None.
@@ -69,6 +75,29 @@ class Subject:
             raise CheckpointError(f"not readable JSON: {error}", where=str(file)) from error
         return dict(config)
 
+    @property
+    def longest(self) -> int | None:
+        """Positions that the model was built for; None when its config does not say."""
+        config = self.config
+        if self.module is not None and (own := getattr(self.module, "config", None)) is not None:
+            config = own.to_dict()
+        text_config = config.get("text_config") or config
+        limit = text_config.get("max_position_embeddings") or text_config.get("n_positions")
+        return int(limit) if limit else None
+
+    def require_causal(self, hint: str) -> None:
+        """ModelError for a folder whose architecture does not predict the next token.
+
+        Without it, transformers would put a random head on an encoder.
+        """
+        config = self.config
+        if not config.get("architectures"):
+            return
+        name = str(config["architectures"][0])
+        causal = name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+        if not causal or config.get("is_encoder_decoder"):
+            raise ModelError(f"{name} does not predict the next token", where=self.name, hint=hint)
+
     def tokenizer(self) -> Any:
         """The tokenizer of the folder; UsageError for a module."""
         if self.path is None:
@@ -105,6 +134,13 @@ class Subject:
             state = file.stat()
             hasher.update(f"{file.name} {state.st_size} {state.st_mtime_ns}\n".encode())
         return hasher.hexdigest()
+
+
+def read_dtype(name: str) -> torch.dtype | None:
+    """The dtype of that name; None for "auto", which means: as stored. UsageError for others."""
+    if name not in DTYPES:
+        raise UsageError(f"unknown dtype {name!r}", hint=f"one of {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def is_bitfold(config: dict[str, Any]) -> bool:

@@ -1,8 +1,8 @@
 """The table of formats: range, levels, exact bits per weight, and the signal-to-noise ratio on Gaussian weights.
 
 The ratio is measured with the fit that `bitfold quantize` uses, on a fixed sample. That takes a while for some eighty
-formats, so the measured numbers travel with the package, each under a hash of the format's description: a format that is
-new or changed is measured on the spot. `python -m bitfold.evaluate.gaussian` writes the file anew.
+formats, so the measured numbers travel with the package, each under a hash of its description: a format that is
+new or changed is measured on the spot. `python -m bitfold.evaluation.gaussian` writes the file anew.
 """
 
 from __future__ import annotations

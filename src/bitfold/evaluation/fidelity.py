@@ -33,12 +33,12 @@ from torch import nn
 
 from bitfold import progress
 from bitfold.errors import ModelError, QualityError, UsageError
-from bitfold.evaluate import text as texts
-from bitfold.evaluate.predictions import PIECE, DiskPredictions, Predictions, Writer
-from bitfold.evaluate.subjects import Model, Subject, weight_files
-from bitfold.evaluate.text import Windows
+from bitfold.evaluation import text as texts
+from bitfold.evaluation.predictions import PIECE, DiskPredictions, Predictions, Writer
+from bitfold.evaluation.text import Windows
+from bitfold.subjects import Model, Subject, read_dtype, weight_files
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": None}
+_NOT_CAUSAL = "compare embeddings instead: bitfold eval --metric embedding, bitfold.evaluation.embedding_cosine"
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,10 @@ def evaluate(
     judged = Subject.of(model)
     against = None if reference is None else Subject.of(reference)
     for subject in (judged, against):
-        _require_causal(subject)
+        if subject is not None:
+            subject.require_causal(_NOT_CAUSAL)
     windows = _windows(judged, against, texts.read_text(text), tokenizer, (context, stride, max_tokens))
-    setting = _Setting(windows, batch, _dtype(dtype))
+    setting = _Setting(windows, batch, read_dtype(dtype))
     with _workspace(cache_dir) as folder:
         scores, bpw = _run(judged, against, setting, folder)
     size = None if judged.path is None else sum(f.stat().st_size for f in weight_files(judged.path))
@@ -146,26 +147,6 @@ class _Scores:
     reference_nll: float | None = None
     kl: np.ndarray[Any, np.dtype[np.float32]] | None = None
     agreements: int = 0
-
-
-def _dtype(name: str) -> torch.dtype | None:
-    if name not in DTYPES:
-        raise UsageError(f"unknown dtype {name!r}", hint=f"one of {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def _require_causal(subject: Subject | None) -> None:
-    """Refuse folders whose architecture does not predict the next token, before a random head is put on them."""
-    if subject is None or not subject.config.get("architectures"):
-        return
-    name = str(subject.config["architectures"][0])
-    causal = name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
-    if not causal or subject.config.get("is_encoder_decoder"):
-        raise ModelError(
-            f"{name} does not predict the next token, so it has no perplexity",
-            where=subject.name,
-            hint="compare embeddings instead: bitfold eval --metric embedding, bitfold.evaluate.embedding_cosine",
-        )
 
 
 def _windows(
@@ -191,22 +172,13 @@ def _windows(
 
 
 def _context(asked: int | None, subjects: list[Subject]) -> int:
-    limits = [limit for subject in subjects if (limit := _longest(subject))]
+    limits = [limit for subject in subjects if (limit := subject.longest)]
     limit = min(limits, default=None)
     if asked is None:
         return min(texts.DEFAULT_CONTEXT, limit or texts.DEFAULT_CONTEXT)
     if limit is not None and asked > limit:
         raise UsageError(f"the model takes at most {limit} tokens, not {asked}", where="context")
     return asked
-
-
-def _longest(subject: Subject) -> int | None:
-    config = subject.config
-    if subject.module is not None and (own := getattr(subject.module, "config", None)) is not None:
-        config = own.to_dict()
-    text_config = config.get("text_config") or config
-    limit = text_config.get("max_position_embeddings") or text_config.get("n_positions")
-    return int(limit) if limit else None
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import nn
 
 from bitfold import progress
 from bitfold.errors import ModelError, UsageError
-from bitfold.evaluate.subjects import Model, Subject
+from bitfold.subjects import Model, Subject
 
 
 @dataclass(frozen=True)

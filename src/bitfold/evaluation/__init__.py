@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bitfold.evaluate.embedding import EmbeddingAgreement, embedding_cosine
-from bitfold.evaluate.fidelity import Evaluation, evaluate
+from bitfold.evaluation.embedding import EmbeddingAgreement, embedding_cosine
+from bitfold.evaluation.fidelity import Evaluation, evaluate
 
 __all__ = ["EmbeddingAgreement", "Evaluation", "embedding_cosine", "evaluate"]
