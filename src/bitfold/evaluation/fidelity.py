@@ -98,6 +98,7 @@ def evaluate(
     tokenizer: Any = None,
     dtype: str = "float32",
     cache_dir: str | Path | None = None,
+    revision: str | None = None,
 ) -> Evaluation:
     """Judge a causal language model, alone or against the model it was made from.
 
@@ -111,6 +112,7 @@ def evaluate(
         batch: windows to run at once.
         tokenizer: needed when both are modules; otherwise the reference's (the model's) own is used.
         dtype: "float32", "bfloat16", "float16", or "auto" for the dtype of the checkpoint.
+        revision: branch, tag or commit of the model's Hub repository.
         cache_dir: keep the reference's predictions in this folder, for the next model to be compared with it.
 
     Raises:
@@ -119,7 +121,7 @@ def evaluate(
         CheckpointError, HubError: a model that cannot be read or fetched.
     """
     start = time.monotonic()
-    judged = Subject.of(model)
+    judged = Subject.of(model, revision=revision)
     against = None if reference is None else Subject.of(reference)
     for subject in (judged, against):
         if subject is not None:

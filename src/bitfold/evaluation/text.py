@@ -74,6 +74,11 @@ def read_text(text: str | os.PathLike[str] | None) -> str:
         raise UsageError(f"cannot be read as UTF-8 text: {error}", where=str(path)) from error
 
 
+def read_lines(text: str | os.PathLike[str] | None) -> list[str]:
+    """The lines of a text or file (see `read_text`) that are not empty."""
+    return [line.strip() for line in read_text(text).splitlines() if line.strip()]
+
+
 def tokenize(text: str, tokenizer: Any) -> torch.Tensor:
     """int64 (tokens,): the ids of the text alone, no begin-of-text or other special token added."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -1,0 +1,16 @@
+"""The command line: reads options, calls the library, prints. Nothing is decided here.
+
+Modules that need PyTorch are imported inside the commands, so that `bitfold --help` answers at once.
+"""
+
+from __future__ import annotations
+
+from bitfold.cli import evaluate, generate, look, move, quantize
+from bitfold.cli.app import app
+
+__all__ = ["app", "evaluate", "generate", "look", "main", "move", "quantize"]
+
+
+def main() -> None:
+    """Entry point of the `bitfold` program."""
+    app(prog_name="bitfold")

@@ -1,0 +1,121 @@
+"""The program itself: version, spelling of flags, and how errors end it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Mapping
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from bitfold import progress
+from bitfold.errors import BitfoldError
+
+INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h
+INTERRUPTED = 130  # 128 + SIGINT
+# typer may carry a copy of click of its own, so click's base class is found through what typer exports.
+_ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
+_ORDER = ("quantize", "eval", "generate", "chat", "inspect", "formats", "convert", "upload")
+
+
+class _Group(TyperGroup):
+    """Lists commands as they are used, and ends with one message and an exit code whatever a command raises."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*_ORDER, *(name for name in super().list_commands(ctx) if name not in _ORDER)]
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BitfoldError as error:
+            _debug_traceback()
+            _stop(_describe(error), error.exit_code)
+        except KeyboardInterrupt:
+            _stop("interrupted", INTERRUPTED)
+        except (typer.Exit, typer.Abort, _ClickException, BrokenPipeError):
+            raise
+        except Exception as error:
+            _debug_traceback()
+            _stop(_unexpected(error), INTERNAL_ERROR)
+
+
+def _describe(error: BitfoldError) -> str:
+    lines = [f"error: {error.where}: {error.what}" if error.where else f"error: {error.what}"]
+    return "\n".join([*lines, f"  hint: {error.hint}"] if error.hint else lines)
+
+
+def _unexpected(error: Exception) -> str:
+    detail = (str(error).strip().splitlines() or [""])[0]
+    text = f"unexpected error: {type(error).__name__}" + (f": {detail}" if detail else "")
+    return text if _debugging() else f"{text}\n  hint: set BITFOLD_DEBUG=1 and run the command again for the traceback"
+
+
+def _debugging() -> bool:
+    return os.environ.get("BITFOLD_DEBUG", "0") not in ("", "0")
+
+
+def _debug_traceback() -> None:
+    if _debugging():
+        traceback.print_exc()
+
+
+def _stop(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def _hyphens(token: str) -> str:
+    """--group_size is --group-size."""
+    return token.replace("_", "-")
+
+
+app = typer.Typer(
+    cls=_Group,
+    help="Fold the weights of neural networks into few bits: quantize, pack, store, run, and prove what was lost.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"token_normalize_func": _hyphens, "help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")]
+ModelArgument = Annotated[
+    str, typer.Argument(help="A model folder, or a Hub repository (org/name).", show_default=False)
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from bitfold import __version__
+
+        print(f"bitfold {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is about code that the user did not write
+    warnings.showwarning = _one_line_warning
+    progress.enable()
+
+
+def _one_line_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    """Warnings of the library are for the user; those of others about their own future are not."""
+    if not issubclass(category, (DeprecationWarning, FutureWarning, PendingDeprecationWarning)):
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def print_json(data: Mapping[str, Any]) -> None:
+    """One JSON object on stdout."""
+    print(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))

@@ -1,0 +1,168 @@
+"""Text for people: tables and lines of facts."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bitfold.progress import duration
+from bitfold.units import size_text
+
+if TYPE_CHECKING:
+    from bitfold.evaluation import EmbeddingAgreement, Evaluation
+    from bitfold.evaluation.gaussian import FormatRow
+    from bitfold.inspection import Inspection
+    from bitfold.report import QuantizeReport, TensorReport
+
+_WIDE = 200  # off a terminal nothing is cut or wrapped
+Facts = Iterable[tuple[str, str | None]]
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False)
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> None:
+    """Print rows under headers; all but the first `left` columns are numbers."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < left or column == "note" else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    _console().print(table)
+
+
+def _facts(facts: Facts) -> None:
+    known = [(name, value) for name, value in facts if value is not None]
+    width = max(len(name) for name, _ in known)
+    for name, value in known:
+        print(f"{name:<{width}}  {value}")
+
+
+def _number(value: float | None, digits: int = 3, unit: str = "") -> str | None:
+    return None if value is None else f"{value:.{digits}f}{unit}"
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(str(n) for n in shape) or "scalar"
+
+
+def show_quantized(report: QuantizeReport, *, tensors: bool) -> None:
+    """What a run did, or with a dry run would do."""
+    if tensors:
+        _table(
+            ("tensor", "format", "shape", "bits/weight", "size", "error", "note"),
+            map(_tensor_row, report.tensors),
+            left=2,
+        )
+        print()
+    groups: dict[str, list[TensorReport]] = {}
+    for tensor in report.tensors:
+        groups.setdefault(tensor.format or "kept", []).append(tensor)
+    rows = []
+    for name, group in groups.items():
+        before, after = (sum(getattr(t, key) for t in group) for key in ("bytes_before", "bytes_after"))
+        bpw = 8 * after / max(1, sum(t.numel for t in group))
+        rows.append((name, str(len(group)), f"{bpw:.3f}", size_text(before), size_text(after)))
+    _table(("format", "tensors", "bits/weight", "before", "after"), rows)
+    print()
+    _facts(_quantize_facts(report))
+
+
+def _tensor_row(t: TensorReport) -> tuple[str, ...]:
+    error = "" if t.error is None else f"{t.error:.2e}"
+    return t.tensor, t.format or "kept", _shape(t.shape), f"{t.bpw:.3f}", size_text(t.bytes_after), error, t.reason
+
+
+def _quantize_facts(report: QuantizeReport) -> Facts:
+    change = report.bytes_before / max(1, report.bytes_after)
+    yield "size", f"{size_text(report.bytes_before)} -> {size_text(report.bytes_after)} ({change:.2f}x smaller)"
+    yield "bits per weight", f"{report.bpw_quantized:.3f} quantized tensors, {report.bpw_whole:.3f} whole model"
+    yield "relative error", None if report.error is None else f"{report.error:.3e} of the squared weights"
+    yield "time", duration(report.seconds)
+    yield "peak memory", None if report.peak_memory is None else size_text(report.peak_memory)
+    yield "written to", report.output or "nothing, this was a dry run"
+    yield "uploaded to", report.url
+
+
+def show_evaluation(result: Evaluation) -> None:
+    """Perplexity and, against a reference, what was lost."""
+    kl = result.kl_mean
+    parts = f"median {result.kl_median:.5f}, 99% {result.kl_p99:.5f}" if kl is not None else ""
+    _facts(
+        [
+            ("perplexity", _number(result.perplexity, 4)),
+            ("  of the reference", _number(result.reference_perplexity, 4)),
+            ("KL(reference || model)", None if kl is None else f"{kl:.6f} nats a token ({parts})"),
+            ("top-1 agreement", None if result.top1 is None else f"{100 * result.top1:.2f} %"),
+            ("bits per weight", None if result.bpw is None else f"{result.bpw:.3f} over the quantized weights"),
+            ("weight files", None if result.size is None else size_text(result.size)),
+            ("tokens", f"{result.tokens} predicted, in {result.windows} windows of {result.context}"),
+            ("time", duration(result.seconds)),
+        ]
+    )
+
+
+def show_embedding(result: EmbeddingAgreement) -> None:
+    """Cosines of sentence embeddings."""
+    _facts(
+        [
+            ("cosine, mean", f"{result.cosine_mean:.6f}"),
+            ("cosine, smallest", f"{result.cosine_min:.6f}"),
+            ("texts", str(result.texts)),
+            ("time", duration(result.seconds)),
+        ]
+    )
+
+
+def show_inspection(result: Inspection) -> None:
+    """Every tensor, then totals for each format."""
+    rows = ((t.tensor, t.format, _shape(t.shape), f"{t.bpw:.3f}", size_text(t.nbytes), t.note) for t in result.tensors)
+    _table(("tensor", "format", "shape", "bits/weight", "size", "note"), rows, left=2)
+    print()
+    totals = ((t.format, str(t.tensors), str(t.numel), f"{t.bpw:.3f}", size_text(t.nbytes)) for t in result.totals())
+    _table(("format", "tensors", "weights", "bits/weight", "size"), totals)
+    print()
+    quantized = result.bpw_quantized
+    _facts(
+        [
+            ("checkpoint", f"{result.path} ({result.kind}, {result.model_type or 'unknown architecture'})"),
+            ("weights", f"{result.numel} in {len(result.tensors)} tensors"),
+            ("size", size_text(result.nbytes)),
+            ("bits per weight", f"{result.bpw:.3f} whole model"),
+            ("", None if quantized is None else f"{quantized:.3f} quantized tensors"),
+        ]
+    )
+
+
+def show_formats(rows: Iterable[FormatRow]) -> None:
+    """The table of formats."""
+    cells = (
+        (
+            row.name,
+            f"{row.bits:g}",
+            f"{row.bpw:.4g}",
+            row.bpw_exact,
+            "" if row.levels is None else str(row.levels),
+            f"{row.low:.5g} .. {row.high:.5g}",
+            _sqnr(row.sqnr_db),
+        )
+        for row in rows
+    )
+    _table(("format", "code bits", "bits/weight", "exactly", "levels", "range at scale 1", "SQNR dB"), cells)
+    print()
+    print("bits/weight counts scales and zero points of full groups; numbers stored once a row or tensor come on top.")
+    print("SQNR: signal to quantization noise on Gaussian weights in rows of 4096, scales fitted by mse.")
+    print("Other groups and scopes by name: int3-g32, int4-asym-row, fp8-e4m3-g128, nf4-g32-dq ...")
+
+
+def _sqnr(value: float | None) -> str:
+    if value is None:
+        return "read only"
+    return "exact" if value == math.inf else f"{value:.2f}"
