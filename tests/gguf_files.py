@@ -8,12 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-gguf_module = None
-try:
-    import gguf as gguf_module
-except ImportError:
-    pass
-
 # The converter's names, stated here on their own: tests must not read them from the code under test.
 LAYER_NAMES = {
     "input_layernorm": "attn_norm",
@@ -91,16 +85,17 @@ def write_gguf(
     alignment: int | None = None,
 ) -> Path:
     """Write a file; `types` gives tensors a ggml type other than F32."""
-    assert gguf_module is not None
-    writer = gguf_module.GGUFWriter(path, arch)
+    import gguf
+
+    writer = gguf.GGUFWriter(path, arch)
     if alignment is not None:
         writer.add_custom_alignment(alignment)
     for key, value in (metadata or {}).items():
         _add(writer, key, value)
     for name, w in tensors.items():
-        kind = gguf_module.GGMLQuantizationType[(types or {}).get(name, "f32").upper()]
+        kind = gguf.GGMLQuantizationType[(types or {}).get(name, "f32").upper()]
         plain = kind.name in ("F32", "F16")
-        data = w.astype(np.float16 if kind.name == "F16" else np.float32) if plain else gguf_module.quantize(w, kind)
+        data = w.astype(np.float16 if kind.name == "F16" else np.float32) if plain else gguf.quantize(w, kind)
         writer.add_tensor(name, np.ascontiguousarray(data), raw_dtype=None if plain else kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

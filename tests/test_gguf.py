@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf_files import LLAMA, llama_tensors, write_gguf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from bitfold.checkpoints import convert, open_source
 from bitfold.checkpoints.gguf import GgufSource
 from bitfold.checkpoints.gguf_file import GGML_TYPES, GgufFile
 from bitfold.errors import CheckpointError, UsageError
+from gguf_files import LLAMA, llama_tensors, write_gguf
 
 gguf = pytest.importorskip("gguf", reason="the gguf package (dev extra) writes the files")
 
@@ -144,13 +144,15 @@ def test_any_damage_gives_our_error_or_sound_tensors(llama: Path, tmp_path: Path
         raw[int(where * (header - 1))] ^= mask
     path = tmp_path / "damaged.gguf"
     path.write_bytes(raw[: int(len(raw) * cut)] if cut < 0.9 else raw)
+    refusal = None
     try:
         source = GgufSource(path)
         for name in source.names():
             assert tuple(source.read(name).shape) == source.info(name).shape
         source.close()
     except CheckpointError as error:
-        assert "damaged.gguf" in str(error)
+        refusal = str(error)
+    assert refusal is None or "damaged.gguf" in refusal
 
 
 def test_every_truncation_is_refused(llama: Path, tmp_path: Path):

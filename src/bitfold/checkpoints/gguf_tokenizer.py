@@ -128,10 +128,10 @@ class _Vocabulary:
     def __init__(self, metadata: Mapping[str, Any], where: str) -> None:
         self.metadata, self.where = metadata, where
         self.tokens: list[str] = self._list("tokens", str, None)
-        self.types: list[int] = self._list("token_type", int, [_NORMAL] * len(self.tokens))
         self.ids = {token: i for i, token in enumerate(self.tokens)}
         if len(self.ids) != len(self.tokens):
             raise CheckpointError("tokenizer.ggml.tokens holds the same token twice", where=where)
+        self.types: list[int] = self._list("token_type", int, [_NORMAL] * len(self.tokens))
 
     def _list(self, key: str, kind: type, default: list[Any] | None) -> list[Any]:
         values = self.metadata.get(f"tokenizer.ggml.{key}", default)
