@@ -59,7 +59,9 @@ def choose_recipe(
     """
     if recipe is not None:
         if bits is not None or format is not None or group_size is not None or fit is not None:
-            raise UsageError("a recipe already says formats and fits", hint="drop --bits, --format, --group-size, --fit")
+            raise UsageError(
+                "a recipe already says formats and fits", hint="drop --bits, --format, --group-size, --fit"
+            )
         loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
         return loaded.ignoring(ignore)
     if (bits is None) == (format is None):
@@ -135,8 +137,10 @@ def quantize(
     target = Path(out)
     if not dry_run:
         refuse_existing(target)
-    from bitfold.checkpoints.hub import resolve, upload
+    from bitfold.checkpoints.hub import check_login, resolve, upload
 
+    if upload_repo is not None and not dry_run:
+        check_login(token)  # before the work, not after it
     source = open_source(resolve(str(src), revision=revision, token=token))
     try:
         model = _open_model(source)
@@ -198,7 +202,8 @@ def _write(
                         on_tensor(done)
         report.files = writer.close()
         source.copy_side_files(partial)
-        write_json(partial / "config.json", {**source.config, "quantization_config": _config(plan, report)})
+        config = skeleton.with_dtype(source.config, (source.info(name).dtype for name in source.names()))
+        write_json(partial / "config.json", {**config, "quantization_config": _config(plan, report)})
         write_card(partial, report)
         if out.is_dir():
             out.rmdir()

@@ -1,4 +1,4 @@
-"""Load a quantized folder: skeleton on the meta device, quantized layers swapped in, weights assigned, nothing copied."""
+"""Load a quantized folder: a skeleton on the meta device, quantized layers swapped in, tensors assigned."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def load_folder(folder: Path, *, module: nn.Module | None = None, dtype: torch.d
     """`load` for a local folder."""
     config = quantization_config(folder)
     if config is None:
-        raise CheckpointError("was not written by bitfold", where=str(folder), hint="`bitfold quantize` makes such folders")
+        raise CheckpointError(
+            "was not written by bitfold", where=str(folder), hint="`bitfold quantize` makes such folders"
+        )
     entries = read_entries(config)
     model = module if module is not None else _skeleton(folder, dtype)
     swap_entries(model, entries)
@@ -97,10 +99,12 @@ def _fill_aliases(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Tied weights are stored once; strict loading wants all their names."""
     pairs = list(skeleton.tied_names(model).items())
     pairs += [(alias, site.tensor) for site in find_sites(model) for alias in site.aliases]
-    for module_name, module in model.named_modules(remove_duplicate=False):
-        if hasattr(module, "qtensor"):
-            pairs += [(module_name, first) for first, m in model.named_modules() if m is module and first != module_name]
+    first: dict[int, str] = {}
+    for named in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+        pairs += [(name, first.setdefault(id(tensor), name)) for name, tensor in named]
     for alias, name in pairs:
+        if alias == name:
+            continue
         _copy_missing(state, alias, name)
         _copy_missing(state, name, alias)
 
@@ -135,7 +139,7 @@ def _retie(model: nn.Module) -> None:
             module._parameters[attribute] = model.get_submodule(source)._parameters[parameter]
 
 
-def _finish(model: nn.Module, folder: Path, config: dict[str, Any]) -> None:
+def _finish(model: Any, folder: Path, config: dict[str, Any]) -> None:
     """What transformers' own from_pretrained adds: generation defaults and the quantization config."""
     hf_config = getattr(model, "config", None)
     if hf_config is not None:
@@ -143,5 +147,5 @@ def _finish(model: nn.Module, folder: Path, config: dict[str, Any]) -> None:
     if (folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
         from transformers import GenerationConfig
 
-        setattr(model, "generation_config", GenerationConfig.from_pretrained(str(folder)))
-    setattr(model, "bitfold_config", config)
+        model.generation_config = GenerationConfig.from_pretrained(str(folder))
+    model.bitfold_config = config

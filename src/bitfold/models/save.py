@@ -11,7 +11,7 @@ from torch import nn
 from bitfold.checkpoints.native import QUANT_METHOD, VERSION
 from bitfold.checkpoints.safetensors import ShardWriter, write_json
 from bitfold.errors import CheckpointError
-from bitfold.models.skeleton import tied_names
+from bitfold.models.skeleton import tied_names, with_dtype
 from bitfold.models.swap import Entry
 from bitfold.nn import QWeight
 
@@ -67,6 +67,7 @@ def _config(model: nn.Module) -> dict[str, Any]:
     text.setdefault("architectures", [type(model).__name__])
     if text["architectures"] is None:
         text["architectures"] = [type(model).__name__]
+    text = with_dtype(text, (p.dtype for p in model.parameters()))
     return {**text, "quantization_config": quantization_of(model)}
 
 

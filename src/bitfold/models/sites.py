@@ -67,7 +67,7 @@ def find_sites(model: nn.Module) -> list[Site]:
     heads = _output_heads(model)
     owners: dict[int, int] = {}
     sites: list[Site] = []
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):  # a module used twice has two names as well
         for site in _sites_of(path, module, heads):
             parameter = getattr(module, site.parameter)
             if id(parameter) in owners:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,12 +29,12 @@ def parameters_on_meta() -> Iterator[None]:
             meta = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
             self._parameters[name] = meta
 
-    setattr(nn.Module, "register_parameter", register)
+    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
     try:
         with _no_init():
             yield
     finally:
-        setattr(nn.Module, "register_parameter", original)
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
@@ -71,7 +71,7 @@ def config_object(config: Mapping[str, Any], where: str) -> Any:
     """
     from transformers import CONFIG_MAPPING
 
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind not in CONFIG_MAPPING:
         return None
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
@@ -117,6 +117,16 @@ def config_dtype(config: Any) -> torch.dtype:
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, None)
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32
+
+
+def with_dtype(config: Mapping[str, Any], dtypes: Iterable[torch.dtype]) -> dict[str, Any]:
+    """The contents of a config.json with its dtype said: the first float one of `dtypes` if it says none.
+
+    transformers guesses a missing dtype from the first float tensor of the file, and in ours that may be a scale.
+    """
+    said = config.get("dtype") or config.get("torch_dtype")
+    found = None if said else next((d for d in dtypes if d.is_floating_point), None)
+    return dict(config) if found is None else {**config, "dtype": str(found).removeprefix("torch.")}
 
 
 def _retie(model: nn.Module) -> None:

@@ -50,7 +50,10 @@ def read_entries(config: Mapping[str, Any]) -> dict[str, Entry]:
         formats = {name: read_description(name, text) for name, text in config["formats"].items()}
         return {
             name: Entry(
-                formats[e["format"]], tuple(int(d) for d in e["shape"]), e.get("act", "float"), e.get("transposed", False)
+                formats[e["format"]],
+                tuple(int(d) for d in e["shape"]),
+                e.get("act", "float"),
+                e.get("transposed", False),
             )
             for name, e in config["tensors"].items()
         }
@@ -63,10 +66,10 @@ def read_entries(config: Mapping[str, Any]) -> dict[str, Entry]:
 def swap(model: nn.Module, site: Site, qtensor: QTensor, *, act: str = "float") -> None:
     """Replace the weight of a site by a quantized one; tied aliases share it."""
     weight = QWeight(qtensor, act=act, transposed=site.transposed)
+    weight.dtype = _float_dtype(model.get_submodule(site.module), site.parameter)
     for name in (site.tensor, *site.aliases):
         path, _, parameter = name.rpartition(".")
         owner = model.get_submodule(path)
-        weight.dtype = _float_dtype(owner, parameter)
         _place(model, path, owner, parameter, weight)
 
 
@@ -87,7 +90,7 @@ def _place(model: nn.Module, path: str, owner: nn.Module, parameter: str, weight
     else:
         # A class of its own (scaled embeddings, attention projections, expert stacks): it keeps its forward, and
         # QWeight answers the torch functions that the forward calls.
-        del owner._parameters[parameter]
+        owner._parameters.pop(parameter, None)  # gone already when a shared module comes by its second name
         setattr(owner, parameter, weight)
         if len(weight.qshape) == 3:
             _one_expert_at_a_time(owner)
