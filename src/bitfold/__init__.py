@@ -32,6 +32,7 @@ _PUBLIC = {
 
 if TYPE_CHECKING:
     from bitfold import errors, nn
+    from bitfold.driver import quantize
     from bitfold.evaluation import evaluate
     from bitfold.formats import FORMATS
     from bitfold.methods import quantize_tensor
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from bitfold.models.swap import quantize_
     from bitfold.packing import pack, unpack
     from bitfold.qtensor import QTensor
-    from bitfold.driver import quantize
     from bitfold.recipe import Recipe, Rule
 
 __all__ = [

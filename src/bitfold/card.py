@@ -30,7 +30,14 @@ def write_card(folder: Path, report: QuantizeReport) -> None:
     if report.error is not None:
         lines.append(f"* relative square error of the quantized weights: {report.error:.3g}")
     lines += ["", *_formats(report), "", "## Run it", "", *_usage(), "", "## Recipe", "", *_recipe(report), ""]
-    lines += ["## Measured loss", "", _BEGIN, "Not evaluated yet: `bitfold eval FOLDER --reference ORIGINAL`.", _END, ""]
+    lines += [
+        "## Measured loss",
+        "",
+        _BEGIN,
+        "Not evaluated yet: `bitfold eval FOLDER --reference ORIGINAL`.",
+        _END,
+        "",
+    ]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 

@@ -1,8 +1,8 @@
 """Grids: what a code means.
 
-A grid is a short table of real numbers; a code is an index into it. Integers, minifloats (OCP FP8/FP4, E8M0), NormalFloat
-and ternary are all the same thing here. Rounding is to the nearest point, ties as IEEE 754 does it (to the even code),
-or upwards for grids that hold scales (a scale rounded down would clip the largest weight).
+A grid is a short table of real numbers; a code is an index into it. Integers, minifloats (OCP FP8/FP4, E8M0),
+NormalFloat and ternary are all the same thing here. Rounding is to the nearest point, ties as IEEE 754 does it (to the
+even code), or upwards for grids that hold scales (a scale rounded down would clip the largest weight).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 
@@ -72,16 +73,16 @@ class Grid:
     @cached_property
     def _uniform(self) -> bool:
         """Codes 0, 1, 2 ... name consecutive integers: rounding is arithmetic and needs no search."""
-        steps = {b - a for a, b in zip(self.points, self.points[1:], strict=False)}
+        steps = {b - a for a, b in pairwise(self.points)}
         return steps == {1.0} and self.round == "nearest"
 
     @cached_property
     def _boundaries(self) -> torch.Tensor:
         values, codes = self._order
         if self.round == "up":
-            # A hair of slack, or a scale that is exactly representable would move up after one rounding in its computation.
+            # A hair of slack, or an exactly representable scale would move up after one rounding in its computation.
             return torch.tensor(values[:-1], dtype=torch.float32) * (1 + 2**-18)
-        mids = torch.tensor([(a + b) / 2 for a, b in zip(values, values[1:], strict=False)], dtype=torch.float32)
+        mids = torch.tensor([(a + b) / 2 for a, b in pairwise(values)], dtype=torch.float32)
         # `bucketize` sends x == boundary down; where the upper code is the even one, move the boundary just below.
         upper_even = torch.tensor([c % 2 == 0 for c in codes[1:]])
         return torch.where(upper_even, torch.nextafter(mids, torch.tensor(-math.inf)), mids)
@@ -116,9 +117,7 @@ class Grid:
 
     def unpack(self, packed: torch.Tensor, length: int) -> torch.Tensor:
         """Inverse of `pack`."""
-        return (
-            packing.unpack_trits(packed, length) if self.trits else packing.unpack(packed, self.code_bits, length)
-        )
+        return packing.unpack_trits(packed, length) if self.trits else packing.unpack(packed, self.code_bits, length)
 
 
 def ints(bits: int) -> Grid:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -136,8 +136,16 @@ def inspect(path: str | Path) -> Inspection:
         CheckpointError: nothing there, or damaged.
     """
     path = Path(path)
-    if path.is_file():
-        return _inspect_gguf(path)
+    found = _inspect_gguf(path) if path.is_file() else _inspect_folder(path)
+    return replace(found, tensors=tuple(sorted(found.tensors, key=_by_layer)))
+
+
+def _by_layer(row: TensorRow) -> list[tuple[int, str]]:
+    """Sort key: layer 10 comes after layer 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in row.tensor.split(".")]
+
+
+def _inspect_folder(path: Path) -> Inspection:
     from bitfold.checkpoints import open_source
 
     source = open_source(path)

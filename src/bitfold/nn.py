@@ -76,7 +76,7 @@ class QWeight(nn.Module):
         if x.shape[-1] != k:
             raise UsageError(f"the activations have {x.shape[-1]} columns, the weight has {k}")
         kernel, state = self._kernel()
-        y = kernel.matmul(x.reshape(-1, k), state)
+        y: torch.Tensor = kernel.matmul(x.reshape(-1, k), state)
         return y.to(x.dtype).reshape(*x.shape[:-1], n)
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
@@ -180,6 +180,7 @@ class QLinear(nn.Module):
         self.out_features, self.in_features = self.weight.qshape
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias, requires_grad=False)
+        self.bias: nn.Parameter | None
         self.register_parameter("bias", bias)
         self.transform = transform
 

@@ -28,8 +28,8 @@ class Rule:
     """What to do with the tensors that match.
 
     Args:
-        match: "re:PATTERN" (a regular expression matched from the start), a glob with * or ?, or a name: the whole name or
-            its last parts. All three are tried on the module's name and on the tensor's (with `.weight`).
+        match: "re:PATTERN" (a regular expression matched from the start), a glob with * or ?, or a name: the whole
+            name or its last parts. All three are tried on the module's name and on the tensor's (with `.weight`).
         format: format name, or "keep" to leave the tensor as it is.
         solver: see SOLVERS.
         fit: see FITS.

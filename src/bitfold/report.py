@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bitfold.parallel import parallel_map
 from bitfold.qtensor import QTensor
 from bitfold.recipe import Recipe
 
@@ -140,16 +141,21 @@ def relative_error(w: torch.Tensor, q: QTensor) -> float:
 
 def relative_parts(w: torch.Tensor, q: QTensor) -> tuple[float, float]:
     """|w - wq|^2 and |w|^2 of a matrix."""
-    step = max(1, (1 << 22) // w.shape[1])
-    loss = norm = 0.0
     whole = None if w.numel() > (1 << 24) else q.dequantize()
-    for start in range(0, w.shape[0], step):
+    step = max(1, (1 << 17) // w.shape[1])
+
+    def job(start: int) -> tuple[float, float]:
         part = w[start : start + step].float()
         rows = torch.arange(start, start + part.shape[0])
         decoded = whole[start : start + step] if whole is not None else q.rows(rows)
-        loss += float((part - decoded).square().sum(dtype=torch.float64))
-        norm += float(part.square().sum(dtype=torch.float64))
-    return loss, norm
+        return _square_sum(part - decoded), _square_sum(part.clone())
+
+    sums = parallel_map(job, range(0, w.shape[0], step))
+    return sum(s[0] for s in sums), sum(s[1] for s in sums)
+
+
+def _square_sum(x: torch.Tensor) -> float:
+    return float(x.square_().sum(1).sum(dtype=torch.float64))
 
 
 def peak_memory() -> int | None:

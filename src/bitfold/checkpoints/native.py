@@ -124,4 +124,3 @@ class QuantizedSource:
 
     def close(self) -> None:
         """Nothing stays open between reads."""
-

@@ -212,13 +212,13 @@ def _run(judged: Subject, against: Subject | None, setting: _Setting, folder: Pa
 def _reference_on_disk(reference: Subject, setting: _Setting, folder: Path) -> tuple[DiskPredictions, float]:
     """The reference's predictions and its total negative log-likelihood; computed unless the folder has them."""
     windows = setting.windows
-    before = [sum(windows.scored(i) for i in range(w)) for w in range(len(windows))]
+    origins = [sum(windows.scored(i) for i in range(w)) - windows.first(w) for w in range(len(windows))]
     key = f"{reference.fingerprint()[:24]}-{windows.digest()[:24]}-{setting.dtype or 'auto'}".replace("torch.", "")
     facts, data = folder / f"{key}.json", folder / f"{key}.predictions"
     if not (facts.is_file() and data.is_file()):
         facts.write_text(json.dumps(_write_predictions(reference, setting, data)), encoding="utf-8")
     known = json.loads(facts.read_text(encoding="utf-8"))
-    return DiskPredictions(data, int(known["vocabulary"]), before), float(known["nll"])
+    return DiskPredictions(data, int(known["vocabulary"]), origins), float(known["nll"])
 
 
 def _write_predictions(reference: Subject, setting: _Setting, path: Path) -> dict[str, Any]:

@@ -57,15 +57,15 @@ class DiskPredictions:
     Args:
         path: the file.
         vocabulary: entries of a row.
-        rows_before: for each window, the rows of the windows before it.
+        origins: for each window, the row of the file at which its position 0 would be.
     """
 
-    def __init__(self, path: Path, vocabulary: int, rows_before: list[int]) -> None:
-        self.path, self.vocabulary, self.rows_before = path, vocabulary, rows_before
+    def __init__(self, path: Path, vocabulary: int, origins: list[int]) -> None:
+        self.path, self.vocabulary, self.origins = path, vocabulary, origins
 
     def rows(self, window: int, start: int, stop: int) -> torch.Tensor:
         """See `Predictions`."""
-        first = self.rows_before[window] + start
+        first = self.origins[window] + start
         count = (stop - start) * self.vocabulary
         codes = np.fromfile(self.path, dtype="<i2", count=count, offset=2 * first * self.vocabulary)
         if codes.size != count:

@@ -16,6 +16,7 @@ import torch
 from bitfold.errors import FormatError
 from bitfold.formats.base import Fit, Format, Params, Scale, Store
 from bitfold.formats.cast import Cast
+from bitfold.formats.ggml import GGML
 from bitfold.grids import E2M1, E4M3, E5M2, E8M0, GRIDS, NF4, TERNARY, U8_SCALE, Grid, get_grid, ints, uints
 from bitfold.tensorinfo import TensorInfo
 
@@ -64,8 +65,8 @@ def _scale(block: tuple[int, int], offset: Store | None, double: bool) -> Scale:
         # QLoRA's double quantization: 8-bit scales in blocks of 256 (here magnitudes, so no mean to subtract).
         return Scale(block, U8_SCALE, offset, Scale((1, 256), torch.float32))
     # bfloat16 keeps float32's range; codes are chosen under the rounded scale, so its short mantissa costs nothing
-    # measurable. Numbers stored once for a row or a tensor are cheap enough for float32.
-    return Scale(block, torch.float32 if 0 in block else torch.bfloat16, offset)
+    # measurable. A number stored once for a tensor is cheap enough for float32.
+    return Scale(block, torch.float32 if block == _TENSOR else torch.bfloat16, offset)
 
 
 def _parse(name: str) -> Format | None:
@@ -92,7 +93,12 @@ def _parse(name: str) -> Format | None:
 
 def _entries() -> list[AnyFormat]:
     names = [f"int{b}{zero}{scope}" for b in range(8, 0, -1) for zero in ("", "-asym") for scope in ("", "-g64")]
-    names += [f"int{b}-affine-g64" for b in range(8, 0, -1)] + ["int8-tensor", "int4-g32", "int4-g128", "int4-asym-g128"]
+    names += [f"int{b}-affine-g64" for b in range(8, 0, -1)] + [
+        "int8-tensor",
+        "int4-g32",
+        "int4-g128",
+        "int4-asym-g128",
+    ]
     names += ["fp8-e4m3", "fp8-e4m3-tensor", "fp8-e5m2", "fp4", "nf4", "nf4-dq", "ternary", "ternary-tensor"]
     parsed = [f for f in map(_parse, names) if f is not None]
     return [
@@ -105,13 +111,22 @@ def _entries() -> list[AnyFormat]:
         Format("mxfp8", E4M3, Scale((1, 32), E8M0)),
         Format("mxfp8-e5m2", E5M2, Scale((1, 32), E8M0)),
         Format("nvfp4", E2M1, Scale((1, 16), _UP_E4M3, None, Scale(_TENSOR, torch.float32))),
+        # Blocks of llama.cpp and its relatives; rows must be whole blocks (32 or 256 weights).
+        *GGML.values(),
     ]
 
 
 _UP_E4M3 = Grid("e4m3-up", tuple(p if p == p and p >= 0 else float("nan") for p in E4M3.points), round="up")
 GRIDS[_UP_E4M3.name] = _UP_E4M3
 FORMATS: dict[str, AnyFormat] = {f.name: f for f in _entries()}
-_ALIASES = {"bfloat16": "bf16", "float16": "fp16", "f16": "fp16", "float32": "fp32", "fp8": "fp8-e4m3", "int8-row": "int8"}
+_ALIASES = {
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "f16": "fp16",
+    "float32": "fp32",
+    "fp8": "fp8-e4m3",
+    "int8-row": "int8",
+}
 
 
 def get_format(format: str | AnyFormat) -> AnyFormat:

@@ -17,11 +17,12 @@ import torch
 from bitfold.errors import FormatError
 from bitfold.formats.blocks import Block, Blocks
 from bitfold.grids import Grid
+from bitfold.parallel import parallel_map
 from bitfold.tensorinfo import TensorInfo
 
 Store = Grid | torch.dtype
 Fields = Mapping[str, torch.Tensor]
-_CHUNK = 1 << 20  # elements decoded at a time, so that temporaries stay small beside the weights
+_CHUNK = 1 << 17  # elements coded at a time, so that temporaries stay in the cache
 
 
 def store_name(store: Store | None) -> str | None:
@@ -69,8 +70,8 @@ class Params:
     zero_point: torch.Tensor | None = None
 
 
-# A fit chooses scales: (weight (n, k), format, importance of each weight or None) -> one Params entry for each block.
-Fit = Callable[[torch.Tensor, "Format", "torch.Tensor | None"], Params]
+# A fit chooses scales: (weight (n, k), a format with scales, importance of each weight or None) -> Params.
+Fit = Callable[[torch.Tensor, Any, "torch.Tensor | None"], Params]
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,13 @@ class Format:
         fields = {} if params is None else self.store_params(params)
         stored = self.load_params(fields, w.shape)
         codes = torch.empty(w.shape[0], self.grid.packed_bytes(w.shape[1]), dtype=torch.uint8)
-        for rows, part in self._row_chunks(tuple(w.shape)):
-            piece = self.codes_of(w[rows].float(), _params_rows(stored, part.index, self.blocks(w.shape)))
-            codes[rows] = self.grid.pack(piece)
+        blocks = self.blocks(w.shape)
+
+        def job(chunk: _Chunk) -> None:
+            piece = self.codes_of(w[chunk.rows].float(), _params_rows(stored, chunk.blocks, blocks))
+            codes[chunk.rows] = self.grid.pack(piece)
+
+        parallel_map(job, self._row_chunks(tuple(w.shape)))
         return {"codes": codes, **fields}
 
     def codes_of(self, w: torch.Tensor, params: Params | None) -> torch.Tensor:
@@ -159,9 +164,13 @@ class Format:
             return torch.stack(slices)
         params = self.load_params(fields, shape)
         out = torch.empty(shape, dtype=torch.float32)
-        for rows, part in self._row_chunks(shape):
-            codes = self.grid.unpack(fields["codes"][rows], shape[1])
-            out[rows] = self.values_of(codes, _params_rows(params, part.index, self.blocks(shape)))
+        blocks = self.blocks(shape)
+
+        def job(chunk: _Chunk) -> None:
+            codes = self.grid.unpack(fields["codes"][chunk.rows], shape[1])
+            out[chunk.rows] = self.values_of(codes, _params_rows(params, chunk.blocks, blocks))
+
+        parallel_map(job, self._row_chunks(shape))
         return out
 
     def decode_rows(self, fields: Fields, shape: tuple[int, ...], index: torch.Tensor) -> torch.Tensor:
@@ -206,7 +215,7 @@ class Format:
         scale = self.scale.describe() if self.scale else None
         return {"family": "grid", "grid": self.grid.name, "bits": float(self.grid.bits), "scale": scale}
 
-    def _row_chunks(self, shape: tuple[int, ...]) -> list[tuple[slice, _Part]]:
+    def _row_chunks(self, shape: tuple[int, ...]) -> list[_Chunk]:
         """Row ranges of about _CHUNK elements that do not cut a block, with the block rows they cover."""
         blocks = self.blocks(shape)
         n, k = shape[-2:]
@@ -218,13 +227,14 @@ class Format:
         for start in range(0, n, step):
             stop = min(start + step, n)
             index = slice(start // blocks.rows, ceil(stop / blocks.rows)) if per_row else slice(0, 1)
-            chunks.append((slice(start, stop), _Part(index)))
+            chunks.append(_Chunk(slice(start, stop), index))
         return chunks
 
 
 @dataclass(frozen=True)
-class _Part:
-    index: slice
+class _Chunk:
+    rows: slice
+    blocks: slice
 
 
 def _params_rows(params: Params | None, index: slice | torch.Tensor, blocks: Blocks) -> Params | None:
@@ -257,7 +267,9 @@ def _inverse(scale: torch.Tensor) -> torch.Tensor:
 
 def _normalise(scale: torch.Tensor, spec: Scale) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale of the scales (stored) and the scales divided by it."""
-    assert spec.of is not None and isinstance(spec.store, Grid) and not isinstance(spec.of.store, Grid)
+    assert spec.of is not None
+    assert isinstance(spec.store, Grid)
+    assert not isinstance(spec.of.store, Grid)
     flat = scale.flatten()
     per = flat.numel() if spec.of.block == (0, 0) else spec.of.block[1]
     groups = torch.nn.functional.pad(flat, (0, -flat.numel() % per)).view(-1, per)

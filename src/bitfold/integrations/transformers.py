@@ -17,11 +17,11 @@ from bitfold.checkpoints.native import QUANT_METHOD
 from bitfold.models.swap import read_entries, swap_entries
 
 
-class BitfoldConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class BitfoldConfig(QuantizationConfigMixin):
     """The `quantization_config` of a bitfold folder, kept word for word."""
 
     def __init__(self, **fields: Any) -> None:
-        self.quant_method = QUANT_METHOD
+        self.quant_method: Any = QUANT_METHOD
         for name, value in fields.items():
             setattr(self, name, value)
 
@@ -32,7 +32,7 @@ class BitfoldConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return (config, kwargs) if return_unused_kwargs else config
 
 
-class BitfoldQuantizer(HfQuantizer):  # type: ignore[misc]
+class BitfoldQuantizer(HfQuantizer):
     """Swaps quantized layers into the skeleton before transformers loads the weights."""
 
     requires_calibration = True

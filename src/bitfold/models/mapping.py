@@ -65,7 +65,7 @@ def map_names(names: Iterable[str], model: nn.Module | None) -> list[Target]:
     if model is None or not hasattr(model, "base_model_prefix"):
         return [Target([name], [name]) for name in names]
     have = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
-    stored = model.state_dict()
+    stored: dict[str, Any] = model.state_dict()
     renamings, converters = _conversions(model)
     targets: dict[str, Target] = {}
     for name in sorted(names, key=_natural):
@@ -75,7 +75,12 @@ def map_names(names: Iterable[str], model: nn.Module | None) -> list[Target]:
 
 
 def _add(
-    targets: dict[str, Target], name: str, stored: Mapping[str, Any], renamings: list[Any], converters: list[Any], prefix: str
+    targets: dict[str, Target],
+    name: str,
+    stored: dict[str, Any],
+    renamings: list[Any],
+    converters: list[Any],
+    prefix: str,
 ) -> None:
     from transformers.core_model_loading import rename_source_key
 
@@ -98,7 +103,7 @@ def _all_targets(first: str, converter: Any) -> list[str]:
     return [first.replace(patterns[0], pattern) for pattern in patterns]
 
 
-def _conversions(model: nn.Module) -> tuple[list[Any], list[Any]]:
+def _conversions(model: Any) -> tuple[list[Any], list[Any]]:
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
@@ -117,7 +122,7 @@ def _check_complete(
     missing = [
         name
         for name in stored
-        if name in have and name not in made and name not in tied_names(model) and not any(p.search(name) for p in ignore)
+        if name in have and name not in {*made, *tied_names(model)} and not any(p.search(name) for p in ignore)
     ]
     # A tied weight may be stored under its alias.
     for alias, name in tied_names(model).items():

@@ -29,7 +29,7 @@ def parameters_on_meta() -> Iterator[None]:
             meta = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
             self._parameters[name] = meta
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
     try:
         with _no_init():
             yield

@@ -11,9 +11,7 @@ from bitfold.qtensor import QTensor
 _CHUNK = 1 << 15  # elements fitted at a time: the temporaries of a fit stay in the cache
 
 
-def rtn(
-    w: torch.Tensor, hessian: torch.Tensor | None, format: AnyFormat, fit: Fit, *, seed: int = 0
-) -> QTensor:
+def rtn(w: torch.Tensor, hessian: torch.Tensor | None, format: AnyFormat, fit: Fit, *, seed: int = 0) -> QTensor:
     """Fit the scales, then take the nearest code of every weight.
 
     Args:
