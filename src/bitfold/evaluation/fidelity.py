@@ -266,7 +266,7 @@ def _logits(model: nn.Module, setting: _Setting) -> Iterator[tuple[int, torch.Te
         if logits is None or logits.shape[:2] != ids.shape:
             raise ModelError("the model does not predict a next token for every position", where=type(model).__name__)
         for offset in range(len(ids)):
-            yield first + offset, logits[offset].cpu()
+            yield first + offset, logits[offset].detach().cpu()
 
 
 class _Beside:
