@@ -240,7 +240,6 @@ def _refused(kind: type[BitfoldError], match: str, *args: object, **options: obj
 
 def test_refusals(original: Path, tmp_path: Path) -> None:
     long = tiny_lm.TEXT
-    _refused(UsageError, "no text to evaluate", original)
     _refused(UsageError, "no such text file", original, None, "nowhere.txt")
     _refused(UsageError, "fewer than one window", original, None, "too short\n")
     _refused(UsageError, "at most 128 tokens", original, None, long, context=129)
@@ -344,6 +343,13 @@ def test_format_table_is_sane() -> None:
         # no format beats the rate-distortion bound of a Gaussian, 6.02 dB a bit
         assert row.sqnr_db is None or row.sqnr_db == math.inf or row.sqnr_db < 6.0206 * row.bpw
         json.dumps(row.to_dict(), allow_nan=False)
+
+
+def test_a_text_comes_with_the_package(original: Path) -> None:
+    result = evaluate(original, context=CONTEXT, max_tokens=CONTEXT)
+    assert result.text == "wikitext2-test.txt (excerpt in the package)"
+    words = texts.read_text(None).split()
+    assert len(words) > texts.DEFAULT_MAX_TOKENS * 0.75  # about 4/3 tokens a word: enough for the default
 
 
 def test_defaults_are_those_of_the_command() -> None:

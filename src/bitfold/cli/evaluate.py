@@ -25,7 +25,9 @@ def evaluate(
     reference: Annotated[
         str | None, typer.Option("--reference", "-r", help="The model to compare with, usually the original.")
     ] = None,
-    text: Annotated[Path | None, typer.Option("--text", "-t", help="A UTF-8 text file to measure on.")] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", "-t", help="A UTF-8 text file. Default: 100 kB of WikiText-2's test split.")
+    ] = None,
     metric: Annotated[
         Metric,
         typer.Option(help="lm: perplexity, KL and top-1. embedding: cosines of sentence embeddings, a text a line."),
@@ -72,7 +74,7 @@ def evaluate(
         revision=revision,
     )
     if json:
-        print_json({"model": model, "reference": reference, "text": str(text), **result.to_dict()})
+        print_json({"model": model, "reference": reference, **result.to_dict()})
     else:
         from bitfold.cli.tables import show_evaluation
 
@@ -89,11 +91,11 @@ def _embedding(model: str, reference: str | None, text: Path | None, batch: int,
     if reference is None:
         raise UsageError("embeddings are compared with those of another model", where="--reference")
     from bitfold.evaluation import embedding_cosine
-    from bitfold.evaluation.text import read_lines
+    from bitfold.evaluation.text import read_lines, text_name
 
     result = embedding_cosine(model, reference, read_lines(text), batch=batch)
     if json:
-        print_json({"model": model, "reference": reference, "text": str(text), **result.to_dict()})
+        print_json({"model": model, "reference": reference, "text": text_name(text), **result.to_dict()})
         return
     from bitfold.cli.tables import show_embedding
 

@@ -104,6 +104,7 @@ def show_evaluation(result: Evaluation) -> None:
             ("bits per weight", None if result.bpw is None else f"{result.bpw:.3f} over the quantized weights"),
             ("weight files", None if result.size is None else size_text(result.size)),
             ("tokens", f"{result.tokens} predicted, in {result.windows} windows of {result.context}"),
+            ("text", result.text),
             ("time", duration(result.seconds)),
         ]
     )
@@ -147,7 +148,7 @@ def show_formats(rows: Iterable[FormatRow]) -> None:
         (
             row.name,
             f"{row.bits:g}",
-            f"{row.bpw:.4g}",
+            f"{row.bpw:.5g}",
             row.bpw_exact,
             "" if row.levels is None else str(row.levels),
             f"{row.low:.5g} .. {row.high:.5g}",
@@ -158,7 +159,7 @@ def show_formats(rows: Iterable[FormatRow]) -> None:
     _table(("format", "code bits", "bits/weight", "exactly", "levels", "range at scale 1", "SQNR dB"), cells)
     print()
     print("bits/weight counts scales and zero points of full groups; numbers stored once a row or tensor come on top.")
-    print("SQNR: signal to quantization noise on Gaussian weights in rows of 4096, scales fitted by mse.")
+    print("SQNR: signal to quantization noise on Gaussian weights in rows of 4096, scales fitted by mse (ggml types have their own fit).")
     print("Other groups and scopes by name: int3-g32, int4-asym-row, fp8-e4m3-g128, nf4-g32-dq ...")
 
 

@@ -52,6 +52,7 @@ class Evaluation:
         top1: fraction of tokens at which both find the same token most likely.
         tokens: predictions that counted.
         windows, context: how many windows of how many tokens.
+        text: the name of the text.
         seconds: wall-clock time, loading included.
         bpw: stored bits per weight over the quantized tensors; None when none is.
         size: bytes of the weight files; None for a module.
@@ -67,6 +68,7 @@ class Evaluation:
     tokens: int
     windows: int
     context: int
+    text: str
     seconds: float
     bpw: float | None
     size: int | None
@@ -105,7 +107,8 @@ def evaluate(
     Args:
         model: a folder (of bitfold or of transformers), a Hub repository, or a module.
         reference: the same, for the model to compare with.
-        text: a UTF-8 file, or the text itself (then with a line break in it, or longer than a path).
+        text: a UTF-8 file, or the text itself (then with a line break in it, or longer than a path); None: the excerpt
+            of WikiText-2 that comes with the package.
         context: tokens of a window; None: 2048, or less if the models cannot take as many.
         stride: tokens between the starts of two windows; None: windows side by side. Each token is predicted once.
         max_tokens: tokens from the start of the text to use; None: all. A rest shorter than a window is left out.
@@ -116,7 +119,7 @@ def evaluate(
         cache_dir: keep the reference's predictions in this folder, for the next model to be compared with it.
 
     Raises:
-        UsageError: no text, a text that is too short, sizes that do not fit, tokenizers that differ.
+        UsageError: a text that is missing or too short, sizes that do not fit, tokenizers that differ.
         ModelError: not a causal language model, or one that predicts NaN.
         CheckpointError, HubError: a model that cannot be read or fetched.
     """
@@ -131,7 +134,8 @@ def evaluate(
     with _workspace(cache_dir) as folder:
         scores, bpw = _run(judged, against, setting, folder)
     size = None if judged.path is None else sum(f.stat().st_size for f in weight_files(judged.path))
-    return _summary(scores, windows, bpw=bpw, size=size, seconds=time.monotonic() - start)
+    facts = {"text": texts.text_name(text), "bpw": bpw, "size": size, "seconds": time.monotonic() - start}
+    return _summary(scores, windows, facts)
 
 
 @dataclass(frozen=True)
@@ -333,7 +337,7 @@ def _perplexity(nll: float, tokens: int) -> float:
     return math.exp(min(nll / tokens, 700.0))
 
 
-def _summary(scores: _Scores, windows: Windows, *, bpw: float | None, size: int | None, seconds: float) -> Evaluation:
+def _summary(scores: _Scores, windows: Windows, facts: dict[str, Any]) -> Evaluation:
     tokens, kl = windows.total, scores.kl
     reference = scores.reference_nll
     return Evaluation(
@@ -347,9 +351,7 @@ def _summary(scores: _Scores, windows: Windows, *, bpw: float | None, size: int 
         tokens=tokens,
         windows=len(windows),
         context=windows.context,
-        seconds=seconds,
-        bpw=bpw,
-        size=size,
+        **facts,
     )
 
 

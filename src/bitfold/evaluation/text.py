@@ -12,6 +12,7 @@ import torch
 
 from bitfold.errors import UsageError
 
+BUNDLED = Path(__file__).parent.parent / "data" / "wikitext2-test.txt"
 DEFAULT_CONTEXT = 2048
 DEFAULT_MAX_TOKENS = 20480
 
@@ -56,22 +57,31 @@ class Windows:
 
 
 def read_text(text: str | os.PathLike[str] | None) -> str:
-    """The text itself, or what is in the file that `text` names.
+    """The text itself, or what is in the file that `text` names; None: the excerpt that comes with the package.
 
     Raises:
-        UsageError: no text, no such file, or a file that is not UTF-8.
+        UsageError: no such file, or a file that is not UTF-8.
     """
-    if text is None:
-        raise UsageError("there is no text to evaluate on", hint="name a UTF-8 text file (--text FILE)")
-    if isinstance(text, str) and ("\n" in text or len(text) > 1000):
+    if isinstance(text, str) and _is_text(text):
         return text
-    path = Path(text).expanduser()
+    path = BUNDLED if text is None else Path(text).expanduser()
     if not path.is_file():
         raise UsageError("no such text file", where=str(path), hint="give a UTF-8 text file")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot be read as UTF-8 text: {error}", where=str(path)) from error
+
+
+def text_name(text: str | os.PathLike[str] | None) -> str:
+    """How reports call the text: the name of the file, or "(given)" for a text that was passed itself."""
+    if text is None:
+        return f"{BUNDLED.name} (excerpt in the package)"
+    return "(given)" if isinstance(text, str) and _is_text(text) else str(text)
+
+
+def _is_text(text: str) -> bool:
+    return "\n" in text or len(text) > 1000
 
 
 def read_lines(text: str | os.PathLike[str] | None) -> list[str]:
