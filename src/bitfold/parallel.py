@@ -17,13 +17,19 @@ Result = TypeVar("Result")
 
 
 def parallel_map(function: Callable[[Job], Result], jobs: Iterable[Job]) -> list[Result]:
-    """[function(job) for job in jobs], in order, on as many threads as torch may use."""
+    """[function(job) for job in jobs], in order, on as many threads as torch may use, in the caller's gradient mode."""
     items, threads = list(jobs), torch.get_num_threads()
+    inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+    def run(item: Job) -> Result:
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad):  # both belong to the thread
+            return function(item)
+
     try:
         torch.set_num_threads(1)
         if threads == 1 or len(items) < 2:
             return [function(item) for item in items]
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(function, items))
+            return list(pool.map(run, items))
     finally:
         torch.set_num_threads(threads)
