@@ -6,6 +6,7 @@ choose codes; it may try some. All arithmetic is float32 on blocks laid out as (
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -94,10 +95,11 @@ def mse(w: torch.Tensor, format: Format, importance: torch.Tensor | None = None)
     best = minmax(w, format)
     best_error = view.error(best)
     start = Params(best.scale, best.zero_point)
-    for factor in _shrink(len(format.grid.points)):
+    factors = _shrink(format.grid.levels, view.w.shape[-1])
+    for factor in factors:
         best_error = _keep_better(view, best, best_error, _scaled(view, start, factor))
     if _skewed(format):
-        for factor in _shrink(len(format.grid.points)):
+        for factor in factors:
             best_error = _keep_better(view, best, best_error, Params(start.scale * -factor))
     for _ in range(3):
         best_error = _keep_better(view, best, best_error, _least_squares(view, best))
@@ -111,9 +113,13 @@ def _skewed(format: Format) -> bool:
     return signed and low != -high
 
 
-def _shrink(levels: int) -> list[float]:
-    """Fractions of the full range worth trying: few levels want much clipping, many want none."""
-    floor = {2: 0.25, 3: 0.35, 4: 0.4, 8: 0.5, 16: 0.6}.get(levels, 0.8)
+def _shrink(levels: int, block: int) -> list[float]:
+    """Fractions of the full range worth trying: few levels want much clipping, many want little.
+
+    The largest of `block` Gaussian weights grows as sqrt(2 log block), the best range does not.
+    """
+    floor = {2: 0.25, 3: 0.3, 4: 0.33, 8: 0.45, 16: 0.55}.get(levels, 0.75)
+    floor *= min(1.0, math.sqrt(math.log(64) / math.log(max(block, 2))))
     steps = 12 if levels <= 16 else 5
     return [floor + (1 - floor) * i / steps for i in range(steps)]
 
