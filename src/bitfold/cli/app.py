@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from bitfold import progress
-from bitfold.errors import BitfoldError
+from bitfold.errors import BitfoldError, UsageError
 
 INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h
 INTERRUPTED = 130  # 128 + SIGINT
@@ -39,8 +39,10 @@ class _Group(TyperGroup):
             _stop(_describe(error), error.exit_code)
         except KeyboardInterrupt:
             _stop("interrupted", INTERRUPTED)
-        except (typer.Exit, typer.Abort, _ClickException, BrokenPipeError):
+        except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
+        except _ClickException as error:
+            _stop(_misspelt(error), UsageError.exit_code)
         except Exception as error:
             _debug_traceback()
             _stop(_unexpected(error), INTERNAL_ERROR)
@@ -49,6 +51,12 @@ class _Group(TyperGroup):
 def _describe(error: BitfoldError) -> str:
     lines = [f"error: {error.where}: {error.what}" if error.where else f"error: {error.what}"]
     return "\n".join([*lines, f"  hint: {error.hint}"] if error.hint else lines)
+
+
+def _misspelt(error: Any) -> str:
+    """What typer says of flags, in the words and the one place of all other errors."""
+    path = error.ctx.command_path if getattr(error, "ctx", None) is not None else "bitfold"
+    return f"error: {error.format_message()}\n  hint: see `{path} --help`"
 
 
 def _unexpected(error: Exception) -> str:

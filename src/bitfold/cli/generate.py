@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from bitfold.cli.app import Json, ModelArgument, Revision, app, print_json
+from bitfold.errors import UsageError
 
 MaxNewTokens = Annotated[int, typer.Option(help="When to stop at the latest.")]
 Temperature = Annotated[float, typer.Option(help="0: always the most likely token; 1: as the model says.")]
@@ -25,7 +26,10 @@ def _show(text: str) -> None:
 @app.command()
 def generate(
     model: ModelArgument,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.")],
+    text: Annotated[
+        str | None, typer.Argument(help="The text to continue.", metavar="[PROMPT]", show_default=False)
+    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The same, as an option.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Answer the prompt, through the model's chat template.")] = False,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
@@ -36,17 +40,20 @@ def generate(
     json: Json = False,
 ) -> None:
     """Continue a text, word by word as it is made."""
+    given = [t for t in (text, prompt) if t is not None]
+    if len(given) != 1:
+        raise UsageError("give one text to continue", where="--prompt")
     from bitfold.generate import Sampling, Writer
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     writer = Writer.open(model, dtype=dtype, revision=revision)
     write = writer.say if chat else writer.write
     if json:
-        print_json(write(prompt, sampling).to_dict())
+        print_json(write(given[0], sampling).to_dict())
         return
     if not chat:
-        _show(prompt)
-    result = write(prompt, sampling, _show)
+        _show(given[0])
+    result = write(given[0], sampling, _show)
     print()
     if result.tokens_per_second is not None:
         print(f"{result.tokens} tokens, {result.tokens_per_second:.1f} a second", file=sys.stderr)

@@ -159,7 +159,9 @@ def show_formats(rows: Iterable[FormatRow]) -> None:
     _table(("format", "code bits", "bits/weight", "exactly", "levels", "range at scale 1", "SQNR dB"), cells)
     print()
     print("bits/weight counts scales and zero points of full groups; numbers stored once a row or tensor come on top.")
-    print("SQNR: signal to quantization noise on Gaussian weights in rows of 4096, scales fitted by mse (ggml types have their own fit).")
+    print(
+        "SQNR: signal to quantization noise on Gaussian weights in rows of 4096; scales fitted by mse, but for ggml's."
+    )
     print("Other groups and scopes by name: int3-g32, int4-asym-row, fp8-e4m3-g128, nf4-g32-dq ...")
 
 
