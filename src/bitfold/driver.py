@@ -45,7 +45,8 @@ def choose_recipe(
     """The recipe that a set of options means.
 
     Args:
-        bits: 1..8: integers; 8 with one scale a row, fewer with scale and zero point for each group of 64.
+        bits: 1..8: integers; 8 with one scale a row, 2 to 7 with scale and zero point for each group of 64, 1 with
+            a scale for each group of 64.
         format: a format name instead of bits.
         group_size: weights that share a scale; -1 or 0 = one scale a row.
         fit: see FITS; default "mse".
@@ -75,7 +76,10 @@ def choose_recipe(
 def _format_for_bits(bits: int | None) -> str:
     if bits is None or not 1 <= bits <= 8:
         raise UsageError(f"cannot quantize to {bits} bits", hint="1 to 8")
-    return "int8" if bits == 8 else f"int{bits}-asym-g{DEFAULT_GROUP}"
+    if bits == 8:
+        return "int8"
+    # One bit has two levels: they sit on both sides of zero, which needs no zero point.
+    return f"int{bits}-g{DEFAULT_GROUP}" if bits == 1 else f"int{bits}-asym-g{DEFAULT_GROUP}"
 
 
 def _with_group(name: str, group_size: int) -> str:

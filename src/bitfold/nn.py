@@ -155,6 +155,20 @@ def _dequantized(value: Any, args: Sequence[Any]) -> Any:
     return value.dequantize(floats[0] if floats else None)
 
 
+def attach(module: nn.Module, weight: QTensor | QWeight, *, act: str = "float", name: str = "weight") -> QWeight:
+    """Give a module its quantized weight.
+
+    A QWeight that is passed in belongs to another layer (tied weights): it is only referred to, so that its fields
+    stand once in the state dict, under the name of the layer that owns it.
+    """
+    if isinstance(weight, QWeight):
+        object.__setattr__(module, name, weight)
+        return weight
+    owned = QWeight(weight, act=act)
+    setattr(module, name, owned)
+    return owned
+
+
 class QLinear(nn.Module):
     """y = transform(x) W^T + b with W in few bits.
 
@@ -174,7 +188,8 @@ class QLinear(nn.Module):
         act: str = "float",
     ) -> None:
         super().__init__()
-        self.weight = qtensor if isinstance(qtensor, QWeight) else QWeight(qtensor, act=act)
+        self.weight: QWeight
+        attach(self, qtensor, act=act)
         if len(self.weight.qshape) != 2:
             raise UsageError(f"a linear layer has a weight (n, k), not {self.weight.qshape}")
         self.out_features, self.in_features = self.weight.qshape
@@ -204,7 +219,8 @@ class QEmbedding(nn.Module):
 
     def __init__(self, qtensor: QTensor | QWeight, padding_idx: int | None = None) -> None:
         super().__init__()
-        self.weight = qtensor if isinstance(qtensor, QWeight) else QWeight(qtensor)
+        self.weight: QWeight
+        attach(self, qtensor)
         self.num_embeddings, self.embedding_dim = self.weight.qshape
         self.padding_idx = padding_idx
 

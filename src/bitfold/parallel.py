@@ -25,10 +25,9 @@ def parallel_map(function: Callable[[Job], Result], jobs: Iterable[Job]) -> list
         with torch.inference_mode(inference), torch.set_grad_enabled(grad):  # both belong to the thread
             return function(item)
 
+    if threads == 1 or len(items) < 2:
+        return [function(item) for item in items]
     try:
-        torch.set_num_threads(1)
-        if threads == 1 or len(items) < 2:
-            return [function(item) for item in items]
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(run, items))
     finally:

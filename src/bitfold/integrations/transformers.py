@@ -14,7 +14,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitfold.checkpoints.native import QUANT_METHOD
+from bitfold.models.skeleton import retie
 from bitfold.models.swap import read_entries, swap_entries
+from bitfold.nn import QWeight
 
 
 class BitfoldConfig(QuantizationConfigMixin):
@@ -38,12 +40,19 @@ class BitfoldQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        swap_entries(model, read_entries(self.quantization_config.to_dict()))
+        entries = read_entries(self.quantization_config.to_dict())
+        retie(model)
+        swap_entries(model, entries)
+        tied = model.all_tied_weights_keys
+        for alias in [alias for alias, name in tied.items() if name in entries or alias in entries]:
+            del tied[alias]  # the layers share one QWeight: there is nothing left to tie
+        weights = [(name, module) for name, module in model.named_modules() if isinstance(module, QWeight)]
+        self._fields = {f"{name}.{field}": b.dtype for name, w in weights for field, b in w.named_buffers()}
         return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Fields keep the dtype that the format gives them; `dtype` is already that of the model's own tensor."""
-        return dtype
+        """Fields keep the dtype that the format gives them, whatever the model wants of a layer (`wo` of T5 in float32)."""
+        return self._fields.get(converter.target_patterns[0], dtype)
 
     @property
     def is_trainable(self) -> bool:

@@ -96,24 +96,17 @@ def assign(
 
 
 def _fill_aliases(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Tied weights are stored once; strict loading wants all their names."""
+    """Tied weights are stored once; strict loading wants every name that the model's state dict has."""
     pairs = list(skeleton.tied_names(model).items())
     pairs += [(alias, site.tensor) for site in find_sites(model) for alias in site.aliases]
     first: dict[int, str] = {}
     for named in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
         pairs += [(name, first.setdefault(id(tensor), name)) for name, tensor in named]
-    for alias, name in pairs:
-        if alias == name:
-            continue
-        _copy_missing(state, alias, name)
-        _copy_missing(state, name, alias)
-
-
-def _copy_missing(state: dict[str, torch.Tensor], alias: str, name: str) -> None:
-    if name in state:
-        state.setdefault(alias, state[name])
-    for key in [k for k in state if k.startswith(f"{name}.")]:
-        state.setdefault(alias + key[len(name) :], state[key])
+    expected = set(model.state_dict())
+    for pair in pairs:
+        for name, other in (pair, pair[::-1]):
+            if name in expected and other in state:
+                state.setdefault(name, state[other])
 
 
 def _check_shapes(model: nn.Module, state: dict[str, torch.Tensor], folder: Path) -> None:

@@ -102,12 +102,12 @@ def build(cls: Any, config: Any, *, dtype: torch.dtype | None = None) -> nn.Modu
     torch.set_default_dtype(wanted)
     try:
         with parameters_on_meta():
-            model: nn.Module = cls._from_config(config) if hasattr(cls, "_from_config") else cls(config)
+            model: nn.Module = cls._from_config(config, dtype=wanted) if hasattr(cls, "_from_config") else cls(config)
     except (ImportError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise ModelError(f"{cls.__name__} cannot be built from this config: {error}") from error
     finally:
         torch.set_default_dtype(before)
-    _retie(model)
+    retie(model)
     return model.eval()
 
 
@@ -129,7 +129,7 @@ def with_dtype(config: Mapping[str, Any], dtypes: Iterable[torch.dtype]) -> dict
     return dict(config) if found is None else {**config, "dtype": str(found).removeprefix("torch.")}
 
 
-def _retie(model: nn.Module) -> None:
+def retie(model: nn.Module) -> None:
     """Moving to meta gave each name a parameter of its own: tie what the model ties."""
     for alias, target in tied_names(model).items():
         owner, _, name = alias.rpartition(".")

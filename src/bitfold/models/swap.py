@@ -14,7 +14,7 @@ from bitfold.errors import BitfoldError, ModelError
 from bitfold.formats import AnyFormat, get_format, read_description
 from bitfold.methods import quantize_tensor
 from bitfold.models.sites import EMBEDDING, EXPERTS, Site, find_sites
-from bitfold.nn import QEmbedding, QLinear, QWeight
+from bitfold.nn import QEmbedding, QLinear, QWeight, attach
 from bitfold.qtensor import QTensor
 from bitfold.recipe import Recipe, Rule
 
@@ -71,6 +71,9 @@ def swap(model: nn.Module, site: Site, qtensor: QTensor, *, act: str = "float") 
         path, _, parameter = name.rpartition(".")
         owner = model.get_submodule(path)
         _place(model, path, owner, parameter, weight)
+    first = model.get_submodule(site.module)
+    object.__getattribute__(first, "__dict__").pop(site.parameter, None)
+    setattr(first, site.parameter, weight)  # the first name owns the weight, the aliases refer to it
 
 
 def _float_dtype(owner: nn.Module, parameter: str) -> torch.dtype:
@@ -84,14 +87,14 @@ def _place(model: nn.Module, path: str, owner: nn.Module, parameter: str, weight
         bias = owner._parameters.get("bias")
         if type(owner).__name__ == "Conv1D":
             weight.transposed = False  # QLinear multiplies by (n, k) whatever the model's own layer stored
-        _replace(model, path, QLinear(weight, bias, act=weight.act))
+        _replace(model, path, QLinear(weight, bias))
     elif path and type(owner) is nn.Embedding:
         _replace(model, path, QEmbedding(weight, owner.padding_idx))
     else:
         # A class of its own (scaled embeddings, attention projections, expert stacks): it keeps its forward, and
         # QWeight answers the torch functions that the forward calls.
         owner._parameters.pop(parameter, None)  # gone already when a shared module comes by its second name
-        setattr(owner, parameter, weight)
+        attach(owner, weight, name=parameter)
         if len(weight.qshape) == 3:
             _one_expert_at_a_time(owner)
 
