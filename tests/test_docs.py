@@ -1,0 +1,37 @@
+"""What the documents claim."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bitfold.methods import quantize_tensor
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "shape"), [(2, 64, (3, 130)), (3, 64, (5, 200)), (5, 32, (4, 96)), (8, 50, (2, 101))]
+)
+def test_the_decoder_of_the_specification(bits: int, group: int, shape: tuple[int, int]) -> None:
+    """docs/format.md decodes what the library writes, bit for bit."""
+    text = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
+    found = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert found is not None
+    names: dict[str, Any] = {}
+    exec(found[1], names)
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(bits))
+    q = quantize_tensor(w, f"int{bits}-asym-g{group}", fit="mse")
+    decoded = names["decode"](q.fields["codes"], q.fields["scale"], q.fields["zero_point"], *shape, bits, group)
+    assert torch.equal(decoded, q.dequantize())
+
+
+def test_local_links_lead_somewhere() -> None:
+    """Every relative link in README and docs."""
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
