@@ -108,6 +108,38 @@ def test_the_folder_quantized_out_of_core_is_the_same_model(case: Case, tmp_path
     check_same(type(model).from_pretrained(tmp_path / "out"), model, expected, case)  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.bfloat16) for name in ("llama", "gpt2", "mixtral", "gpt-oss", "whisper", "bert-classifier")]
+    + [("llama", torch.float16), ("t5", torch.float16)],
+)
+def test_half_precision(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    case = ZOO[name]
+    model = case.build()
+    for parameter in model.parameters():  # and not the rotary frequencies, which transformers keeps in float32
+        parameter.data = parameter.data.to(dtype)
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in case.inputs().items()}
+    bitfold.quantize_(model, RECIPES["int8"])
+    expected = outputs(model, inputs)
+    assert all(out.dtype == dtype and out.isfinite().all() for out in expected)
+    bitfold.save(model, tmp_path / "out")
+    for loaded in (bitfold.load(tmp_path / "out"), type(model).from_pretrained(tmp_path / "out")):  # type: ignore[attr-defined]
+        assert all(torch.equal(a, b) for a, b in zip(outputs(loaded, inputs), expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "whisper"])
+def test_generation(name: str) -> None:
+    """With a cache, token by token: the same tokens as the dequantized float model."""
+    case = ZOO[name]
+    model, _ = quantized(case, RECIPES["int4-asym-g24"])
+    inputs = {k: v for k, v in case.inputs().items() if not k.startswith("decoder")}
+    answers: list[torch.Tensor] = [
+        m.generate(**inputs, max_new_tokens=6, do_sample=False)  # type: ignore[operator]
+        for m in (model, dequantized(case, model))
+    ]
+    assert answers[0].tolist() == answers[1].tolist()
+
+
 @cases
 def test_int8_activations(case: Case) -> None:
     """W8A8: rounding activations to 8 bits costs what 8 bits cost, not more."""

@@ -51,7 +51,7 @@ class BitfoldQuantizer(HfQuantizer):
         return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Fields keep the dtype that the format gives them, whatever the model wants of a layer (`wo` of T5 in float32)."""
+        """Fields keep the dtype that the format gives them, whatever the model asks for (T5 wants `wo` in float32)."""
         return self._fields.get(converter.target_patterns[0], dtype)
 
     @property
