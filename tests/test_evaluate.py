@@ -107,7 +107,7 @@ def test_the_floor_of_the_measurement(original: Path) -> None:
     result = evaluate(original, original, tiny_lm.TEXT, context=CONTEXT, max_tokens=512)
     assert result.top1 == 1.0
     assert result.kl_mean is not None
-    assert abs(result.kl_mean) < 3 * STEP**2 / 24 + 1e-7
+    assert abs(result.kl_mean) < 1e-7
     assert result.perplexity == result.reference_perplexity
 
 
@@ -205,6 +205,11 @@ def test_stored_rows(seed: int, spread: float) -> None:
     assert (stored[:, 3] == -torch.inf).all()
     kl = (exact.exp() * (exact - stored)).nan_to_num(0.0, 0.0, 0.0).sum(-1)
     assert (kl.abs() < STEP**2 + 1e-6).all()
+
+
+def test_the_likeliest_entry_survives_rounding() -> None:
+    logits = torch.tensor([[1.0, 1.0 + STEP / 10, 0.0], [0.0, 2.0, 2.0]])
+    assert unpack_rows(pack_rows(logits)).argmax(-1).tolist() == logits.argmax(-1).tolist() == [1, 1]
 
 
 class _Constant(nn.Module):
@@ -328,7 +333,7 @@ def test_stored_format_measurements_are_true() -> None:
 
     assert {_key(f) for f in FORMATS.values()} == set(stored), "run python -m bitfold.evaluation.gaussian"
     for name in ("bf16", "int8", "int2-g64", "nf4"):
-        assert gaussian_sqnr(FORMATS[name]) == pytest.approx(stored[_key(FORMATS[name])], abs=0.01)
+        assert gaussian_sqnr(FORMATS[name]) == pytest.approx(stored[_key(FORMATS[name])], abs=0.05)
     assert FIT == "mse"
 
 
