@@ -28,7 +28,7 @@ uint8_t pack_row(const Table& t, const uint8_t* codes, size_t length, int bits, 
   return seen;
 }
 
-void unpack_row(const Table& t, const uint8_t* packed, size_t length, int bits, uint8_t* out) {
+void unpack_one(const Table& t, const uint8_t* packed, size_t length, int bits, uint8_t* out) {
   const size_t groups = length / 8, rest = length % 8;
   t.unpack(packed, groups, bits, out);
   if (rest) {
@@ -80,9 +80,13 @@ void unpack(const uint8_t* packed, size_t rows, size_t length, int bits, uint8_t
   } else {
     const size_t bytes = packed_row_bytes(length, bits);
     parallel_for(rows, kGrain / length + 1, threads, [&](size_t begin, size_t end) {
-      for (size_t r = begin; r < end; ++r) unpack_row(t, packed + r * bytes, length, bits, out + r * length);
+      for (size_t r = begin; r < end; ++r) unpack_one(t, packed + r * bytes, length, bits, out + r * length);
     });
   }
+}
+
+void unpack_row(const uint8_t* packed, size_t length, int bits, uint8_t* out) {
+  unpack_one(table(), packed, length, bits, out);
 }
 
 }  // namespace bitfold

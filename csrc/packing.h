@@ -14,4 +14,7 @@ uint8_t pack(const uint8_t* codes, size_t rows, size_t length, int bits, uint8_t
 // packed: rows x packed_row_bytes; out: rows x length bytes.
 void unpack(const uint8_t* packed, size_t rows, size_t length, int bits, uint8_t* out, int threads);
 
+// One row of any length.
+void unpack_row(const uint8_t* packed, size_t length, int bits, uint8_t* out);
+
 }  // namespace bitfold

@@ -81,7 +81,7 @@ inline uint8_t or_bytes(uint64_t x) {
 
 // From a run-time number of bits to a template argument, once for each call: f is a class with static members run<B>.
 template <class F, class... A>
-inline auto with_bits(int bits, A... a) {
+inline auto with_bits(int bits, const A&... a) {
   switch (bits) {
     case 1:
       return F::template run<1>(a...);

@@ -4,20 +4,37 @@
 // linkage could be picked by the linker for code that runs on a smaller CPU, so those files include no C++ standard
 // headers with inline functions, and everything they define lives in a namespace of their own (BITFOLD_NS).
 #pragma once
-#include <cstddef>
-#include <cstdint>
+#include "linear.h"
 
 namespace bitfold {
 
 struct Table {
   const char* name;
+  size_t lanes;      // 32-bit lanes of a vector; a step is 4 * lanes columns
+  size_t gemm_rows;  // rows of activations in a block of gemm
 
   // Packs `groups` groups of 8 codes (one byte each) into `bits` bytes each. Returns the bitwise or of all codes, so
   // that the caller sees whether any was too large; what is written is then meaningless. bits in 1..8.
   uint8_t (*pack)(const uint8_t* codes, size_t groups, int bits, uint8_t* out);
-
   // The inverse: `groups` groups of `bits` bytes into 8 codes each.
   void (*unpack)(const uint8_t* packed, size_t groups, int bits, uint8_t* out);
+
+  // One row of activations: float32 (k) -> int8 (padded, zeros behind k). Returns the scale.
+  float (*quantize)(const float* x, size_t k, size_t padded, int8_t* out);
+  // Fills a.start (and a.sums if the weight has zero points) for gemv from a.x.
+  void (*sums8)(const Weight& w, const Act8& a, int32_t* start, float* sums);
+  // One row of activations in the column order of gemv_float, and its sums over groups if the weight has zero points.
+  void (*arrange)(const Weight& w, const float* x, size_t padded, float* out, float* sums);
+  // Rows [begin, end) of the weight times at most kMaxRows rows of activations: y[m * n + row].
+  void (*gemv8)(const Weight& w, const Act8& a, size_t begin, size_t end, float* y);
+  void (*gemvf)(const Weight& w, const ActF& a, size_t begin, size_t end, float* y);
+  // The same for any number of rows of activations; see gemm.h for their arrangement and the scratch memory.
+  void (*arrange8)(const Weight& w, const int8_t* x, size_t m, size_t padded, int8_t* out, int32_t* start, float* sums);
+  void (*gemm8)(const Weight& w, const Act8& a, size_t begin, size_t end, float* y, void* scratch);
+  size_t (*gemm8_scratch)(const Weight& w, const Act8& a);
+
+  // One row of the weight out of its unpacked codes.
+  void (*decode)(const Weight& w, size_t row, const uint8_t* codes, float* out);
 };
 
 }  // namespace bitfold

@@ -1,36 +1,12 @@
 // AVX-512 with BW, VL, DQ, VBMI, VNNI and GFNI (Ice Lake, Zen 4 and later).
 #define BITFOLD_NS avx512
-#include <immintrin.h>
-
-#include "swar.h"
-#include "table.h"
+#include "simd/avx512.h"
+#include "loops/dequant.h"
+#include "loops/gemm.h"
+#include "loops/gemv.h"
 
 namespace bitfold {
 namespace avx512 {
-
-struct Bytes {
-  alignas(64) uint8_t at[64];
-};
-
-// Byte indices that move the low B bytes of each 64-bit lane side by side (compact), or back (spread), and the bit at
-// which each code of a spread lane begins.
-constexpr Bytes compact_bytes(int B) {
-  Bytes b{};
-  for (int i = 0; i < 8 * B; ++i) b.at[i] = static_cast<uint8_t>(i / B * 8 + i % B);
-  return b;
-}
-
-constexpr Bytes spread_bytes(int B) {
-  Bytes b{};
-  for (int i = 0; i < 64; ++i) b.at[i] = static_cast<uint8_t>(i / 8 * B + (i % 8 < B ? i % 8 : 0));
-  return b;
-}
-
-constexpr Bytes bit_offsets(int B) {
-  Bytes b{};
-  for (int i = 0; i < 64; ++i) b.at[i] = static_cast<uint8_t>(i % 8 * B);
-  return b;
-}
 
 struct Pack {
   template <int B>
@@ -68,31 +44,13 @@ struct Unpack {
   template <int B>
   static void run(const uint8_t* packed, size_t groups, uint8_t* out) {
     size_t i = 0;
-    if constexpr (B < 8) {
-      static constexpr Bytes kSpread = spread_bytes(B), kOffsets = bit_offsets(B);
-      const __m512i bytes = _mm512_load_si512(kSpread.at), offsets = _mm512_load_si512(kOffsets.at);
-      const __m512i mask = _mm512_set1_epi8((1 << B) - 1);
-      const __mmask64 keep = ~uint64_t{0} >> (64 - 8 * B);
-      for (; i + 8 <= groups; i += 8) {
-        __m512i x = _mm512_permutexvar_epi8(bytes, _mm512_maskz_loadu_epi8(keep, packed + B * i));
-        x = _mm512_and_si512(_mm512_multishift_epi64_epi8(offsets, x), mask);
-        _mm512_storeu_si512(out + 8 * i, x);
-      }
-    }
+    for (; i + 8 <= groups; i += 8) Simd::store(out + 8 * i, Simd::codes<B>(packed + B * i));
     unpack_words<B>(packed + B * i, groups - i, out + 8 * i);
   }
 };
 
-static uint8_t pack(const uint8_t* codes, size_t groups, int bits, uint8_t* out) {
-  return with_bits<Pack>(bits, codes, groups, out);
-}
-
-static void unpack(const uint8_t* packed, size_t groups, int bits, uint8_t* out) {
-  with_bits<Unpack>(bits, packed, groups, out);
-}
-
 }  // namespace avx512
-
-extern const Table table_avx512 = {"avx512", avx512::pack, avx512::unpack};
-
 }  // namespace bitfold
+
+#define BITFOLD_TABLE table_avx512
+#include "loops/table.inc"

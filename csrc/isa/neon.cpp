@@ -1,7 +1,9 @@
 // AArch64 with dotprod. Packing in 64-bit words is already at memory speed there.
 #define BITFOLD_NS neon
-#include "swar.h"
-#include "table.h"
+#include "simd/neon.h"
+#include "loops/dequant.h"
+#include "loops/gemm.h"
+#include "loops/gemv.h"
 
 namespace bitfold {
 namespace neon {
@@ -20,16 +22,8 @@ struct Unpack {
   }
 };
 
-static uint8_t pack(const uint8_t* codes, size_t groups, int bits, uint8_t* out) {
-  return with_bits<Pack>(bits, codes, groups, out);
-}
-
-static void unpack(const uint8_t* packed, size_t groups, int bits, uint8_t* out) {
-  with_bits<Unpack>(bits, packed, groups, out);
-}
-
 }  // namespace neon
-
-extern const Table table_neon = {"neon", neon::pack, neon::unpack};
-
 }  // namespace bitfold
+
+#define BITFOLD_TABLE table_neon
+#include "loops/table.inc"

@@ -1,7 +1,9 @@
 // Plain C++: every CPU.
 #define BITFOLD_NS scalar
-#include "swar.h"
-#include "table.h"
+#include "simd/scalar.h"
+#include "loops/dequant.h"
+#include "loops/gemm.h"
+#include "loops/gemv.h"
 
 namespace bitfold {
 namespace scalar {
@@ -20,16 +22,8 @@ struct Unpack {
   }
 };
 
-static uint8_t pack(const uint8_t* codes, size_t groups, int bits, uint8_t* out) {
-  return with_bits<Pack>(bits, codes, groups, out);
-}
-
-static void unpack(const uint8_t* packed, size_t groups, int bits, uint8_t* out) {
-  with_bits<Unpack>(bits, packed, groups, out);
-}
-
 }  // namespace scalar
-
-extern const Table table_scalar = {"scalar", scalar::pack, scalar::unpack};
-
 }  // namespace bitfold
+
+#define BITFOLD_TABLE table_scalar
+#include "loops/table.inc"

@@ -16,3 +16,4 @@ inline int failures = 0;
   } while (0)
 
 void test_packing(const char* isa);
+void test_linear(const char* isa);

@@ -15,6 +15,7 @@ int main(int argc, char** argv) {
       return 2;
     }
     test_packing(name.c_str());
+    test_linear(name.c_str());
     std::printf("%s: done\n", name.c_str());
   }
   if (bitfold::set_isa("no such thing")) return 1;

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "viterbi/search.h"
+#include "viterbi/tile_avx512.h"
 
 namespace bitfold {
 namespace viterbi_avx512 {
@@ -90,7 +91,31 @@ struct Masked : B {
 using Full = Masked<Wide>;
 using Few = Masked<Half>;
 
+template <int K>
+static void decode(const TrellisCode& code, const uint8_t* bytes, size_t tiles, int8_t* values) {
+  const TileCode constants = tile_code(code);
+  for (size_t i = 0; i < tiles; ++i) {
+    __m512i v[2];
+    Tile<K>::decode(constants, bytes + i * 16 * K, v);
+    _mm512_storeu_si512(values + 128 * i, v[0]);
+    _mm512_storeu_si512(values + 128 * i + 64, v[1]);
+  }
+}
+
 }  // namespace viterbi_avx512
+
+void trellis_decode_avx512(const TrellisCode& code, const uint8_t* bytes, size_t tiles, int8_t* values) {
+  switch (code.bits) {
+    case 1:
+      return viterbi_avx512::decode<1>(code, bytes, tiles, values);
+    case 2:
+      return viterbi_avx512::decode<2>(code, bytes, tiles, values);
+    case 3:
+      return viterbi_avx512::decode<3>(code, bytes, tiles, values);
+    default:
+      return viterbi_avx512::decode<4>(code, bytes, tiles, values);
+  }
+}
 
 extern const ViterbiKernel viterbi_avx512_full = {"avx512", 32,
                                                   [](int k) { return viterbi_avx512::Full::back_bytes(k); },

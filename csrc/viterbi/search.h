@@ -171,8 +171,14 @@ class Search {
   BITFOLD_INLINE void steps(uint8_t* far, uint32_t rest, V base, uint8_t* back, Int<I>) {
     uint8_t* near = reinterpret_cast<uint8_t*>(mem_.local);
     const uint32_t index = index_of(code_, rest << (K * (I + 1))) * kBytes, top = kBytes << (code_.index_bits - K);
-    const Step s{I == 0 ? far : near, I == kGroup - 1 ? far : near, mem_.offsets, reinterpret_cast<uint8_t*>(metric(I)),
-                 outer_[I], index, top, back + I * step_bytes()};
+    const Step s{I == 0 ? far : near,
+                 I == kGroup - 1 ? far : near,
+                 mem_.offsets,
+                 reinterpret_cast<uint8_t*>(metric(I)),
+                 outer_[I],
+                 index,
+                 top,
+                 back + I * step_bytes()};
     step<V, K, kGroup, I>(s, base);
     if constexpr (I + 1 < kGroup) steps(far, rest, base, back, Int<I + 1>{});
   }

@@ -11,6 +11,7 @@
 
 namespace bitfold {
 
+void trellis_decode_avx512(const TrellisCode& code, const uint8_t* bytes, size_t tiles, int8_t* values);
 extern const ViterbiKernel viterbi_scalar_kernel, viterbi_avx2_kernel, viterbi_avx512_full, viterbi_avx512_few,
     viterbi_neon_kernel;
 
@@ -20,20 +21,34 @@ namespace {
 constexpr float kClamp = 200.f;
 constexpr int kSubsteps = 16;
 
-// Steps on each side of the seam that the first pass looks at to choose the state there.
-int seam_steps(const TrellisCode& code) { return code.bits == 1 ? 48 : 32; }
+// Weights on each side of the seam that the first pass looks at to choose the state there. 64 = the whole tile, turned
+// by half; 128 goes round twice, so that the ends of that pass, which know nothing of each other, are far away.
+int seam_reach(bool thorough) { return thorough ? kTileWeights : kTileWeights / 2; }
+
+// Odd tables (the entry of index ~i is minus that of i) let decoders store half of them.
+bool odd(const TrellisCode& c) {
+  const int last = (1 << c.index_bits) - 1;
+  for (int i = 0; i <= last; ++i)
+    if (c.levels[i] != -c.levels[last - i]) return false;
+  return true;
+}
 
 bool valid(const TrellisCode& c) {
-  const int least = c.bits == 1 || c.bits == 2 || c.bits == 4 ? 9 : 7;
-  return c.bits >= 1 && c.bits <= 4 && c.window >= least && c.window <= 16 && c.index_bits >= c.bits &&
-         c.index_bits <= 8 && c.gain >= 0 && c.gain <= 6;
+  return c.bits >= 1 && c.bits <= 4 && c.window >= 9 && c.window <= (c.bits == 3 ? 14 : 16) && c.index_bits >= c.bits &&
+         c.index_bits <= (c.bits <= 2 ? 6 : c.bits + 4) && c.gain >= 0 && c.gain <= 6 && odd(c);
+}
+
+bool wide_registers() {
+  const char* isa = table().name;
+  return !std::strcmp(isa, "avx512") || !std::strcmp(isa, "amx");
 }
 
 const ViterbiKernel& choose_kernel(size_t tiles, int threads) {
   const char* isa = table().name;
   (void)isa, (void)tiles, (void)threads;
 #if BITFOLD_WITH_AVX512
-  if (!std::strcmp(isa, "avx512")) return tiles <= 16u * threads ? viterbi_avx512_few : viterbi_avx512_full;
+  if (!std::strcmp(isa, "avx512") || !std::strcmp(isa, "amx"))
+    return tiles <= 16u * threads ? viterbi_avx512_few : viterbi_avx512_full;
 #endif
 #if BITFOLD_WITH_AVX2
   if (!std::strcmp(isa, "avx2")) return viterbi_avx2_kernel;
@@ -85,7 +100,8 @@ struct Hash {
 // One thread's encoder: memory for a batch of `lanes` tiles.
 class Encoder {
  public:
-  Encoder(const TrellisCode& code, const ViterbiKernel& kernel) : code_(code), kernel_(kernel), lanes_(kernel.lanes) {
+  Encoder(const TrellisCode& code, const ViterbiKernel& kernel, int reach)
+      : code_(code), kernel_(kernel), lanes_(kernel.lanes), reach_(reach) {
     const size_t states = size_t{1} << code.window, lane_bytes = sizeof(uint16_t) * lanes_;
     size_t at = 0;
     auto reserve = [&at](size_t bytes) {
@@ -96,9 +112,9 @@ class Encoder {
     const size_t cost = reserve(states * lane_bytes), local = reserve(kLocalStates * lane_bytes);
     const size_t metric = reserve((kMaxGroup << code.index_bits) * lane_bytes);
     const size_t offsets = reserve(kLocalStates * sizeof(uint32_t));
-    const size_t back = reserve(kTileWeights * (states >> code.bits) * kernel.back_bytes(code.bits));
-    const size_t x = reserve(kTileWeights * lane_bytes), seam_x = reserve(kTileWeights * lane_bytes);
-    const size_t path = reserve(kTileWeights * lane_bytes), seam = reserve(lane_bytes);
+    const size_t back = reserve(reach_ * 2 * (states >> code.bits) * kernel.back_bytes(code.bits));
+    const size_t x = reserve(kTileWeights * lane_bytes), seam_x = reserve(reach_ * 2 * lane_bytes);
+    const size_t path = reserve(reach_ * 2 * lane_bytes), seam = reserve(lane_bytes);
     memory_ = arena.get(at);
     if (!memory_) return;
     auto words = [this](size_t offset) { return reinterpret_cast<uint16_t*>(memory_ + offset); };
@@ -114,13 +130,12 @@ class Encoder {
   // Up to `lanes` tiles.
   void batch(const float* x, int tiles, uint8_t* bytes, int8_t* values) {
     load(x, tiles);
-    const int half = seam_steps(code_);
-    const size_t row = lanes_, part = half * row;
-    std::copy_n(x_ + (kTileWeights - half) * row, part, seam_x_);
+    const size_t row = lanes_, part = reach_ * row;
+    std::copy_n(x_ + (kTileWeights - reach_) * row, part, seam_x_);
     std::copy_n(x_, part, seam_x_ + part);
-    kernel_.search(code_, scratch_, seam_x_, 2 * half, nullptr, path_);
+    kernel_.search(code_, scratch_, seam_x_, 2 * reach_, nullptr, path_);
     const uint16_t low = static_cast<uint16_t>((1u << (code_.window - code_.bits)) - 1);
-    for (int lane = 0; lane < lanes_; ++lane) seam_[lane] = path_[(half - 1) * row + lane] & low;
+    for (int lane = 0; lane < lanes_; ++lane) seam_[lane] = path_[(reach_ - 1) * row + lane] & low;
     kernel_.search(code_, scratch_, x_, kTileWeights, seam_, path_);
     for (int lane = 0; lane < tiles; ++lane) store(lane, bytes + lane * 16 * code_.bits);
     if (values) decode(tiles, values);
@@ -160,13 +175,33 @@ class Encoder {
 
   const TrellisCode& code_;
   const ViterbiKernel& kernel_;
-  const int lanes_;
+  const int lanes_, reach_;
   uint8_t* memory_ = nullptr;
   ViterbiScratch scratch_{};
   int16_t *x_ = nullptr, *seam_x_ = nullptr;
   uint16_t *path_ = nullptr, *seam_ = nullptr;
   int place_[kTileWeights];
 };
+
+// Any CPU.
+void decode_by_bytes(const TrellisCode& code, const uint8_t* bytes, size_t tiles, int8_t* values) {
+  const Hash hash(code);
+  const size_t size = 16 * static_cast<size_t>(code.bits);
+  int8_t table[256];
+  int place[kTileWeights];
+  uint8_t circle[64 + 4];
+  for (int i = 0; i < 1 << code.index_bits; ++i) table[i] = static_cast<int8_t>(code.levels[i] / kSubsteps);
+  for (int t = 0; t < kTileWeights; ++t) place[t] = trellis_position(code.bits, t);
+  for (size_t i = 0; i < tiles; ++i, bytes += size, values += kTileWeights) {
+    std::memcpy(circle, bytes, size);
+    std::memcpy(circle + size, bytes, 4);
+    for (int t = 0; t < kTileWeights; ++t) {
+      const int bit = t * code.bits, byte = bit >> 3;
+      const uint32_t word = circle[byte] | circle[byte + 1] << 8 | circle[byte + 2] << 16;
+      values[place[t]] = table[hash(word >> (bit & 7) & ((1u << code.window) - 1))];
+    }
+  }
+}
 
 }  // namespace
 
@@ -178,13 +213,13 @@ int trellis_position(int bits, int t) {
 }
 
 bool trellis_encode(const TrellisCode& code, const float* x, size_t tiles, uint8_t* bytes, int8_t* values,
-                    int threads) {
+                    bool thorough, int threads) {
   if (!valid(code)) return false;
   const ViterbiKernel& kernel = choose_kernel(tiles, threads < 1 ? 1 : threads);
   const size_t lanes = kernel.lanes, batches = (tiles + lanes - 1) / lanes;
   std::atomic<bool> ok{true};
   parallel_for(batches, 1, threads, [&](size_t begin, size_t end) {
-    Encoder encoder(code, kernel);
+    Encoder encoder(code, kernel, seam_reach(thorough));
     if (!encoder.ready()) ok = false;
     for (size_t b = begin; b < end && ok; ++b) {
       const size_t first = b * lanes;
@@ -195,23 +230,15 @@ bool trellis_encode(const TrellisCode& code, const float* x, size_t tiles, uint8
   return ok;
 }
 
-bool trellis_decode(const TrellisCode& code, const int8_t* table, const uint8_t* bytes, size_t tiles, int8_t* values,
-                    int threads) {
+bool trellis_decode(const TrellisCode& code, const uint8_t* bytes, size_t tiles, int8_t* values, int threads) {
   if (!valid(code)) return false;
-  const Hash hash(code);
   const size_t size = 16 * static_cast<size_t>(code.bits);
   parallel_for(tiles, 256, threads, [&](size_t begin, size_t end) {
-    uint8_t circle[64 + 4];
-    for (size_t i = begin; i < end; ++i) {
-      std::memcpy(circle, bytes + i * size, size);
-      std::memcpy(circle + size, bytes + i * size, 4);
-      for (int t = 0; t < kTileWeights; ++t) {
-        const int bit = t * code.bits, byte = bit >> 3;
-        const uint32_t word = circle[byte] | circle[byte + 1] << 8 | circle[byte + 2] << 16;
-        const uint32_t window = word >> (bit & 7) & ((1u << code.window) - 1);
-        values[i * kTileWeights + trellis_position(code.bits, t)] = table[hash(window)];
-      }
-    }
+#if BITFOLD_WITH_AVX512
+    if (wide_registers())
+      return trellis_decode_avx512(code, bytes + begin * size, end - begin, values + begin * kTileWeights);
+#endif
+    decode_by_bytes(code, bytes + begin * size, end - begin, values + begin * kTileWeights);
   });
   return true;
 }

@@ -1,0 +1,57 @@
+// y = x W^T for W in few bits: what the loops are given. See loops/ for the loops and linear.cpp for who calls them.
+//
+// The weight stays in its canonical layout (packing.h), row after row, and is decoded in registers: there is no second
+// copy of it in memory. value(n, k) = (point[code(n, k)] - zero(n, k / group)) * scale(n, k / group).
+//
+// Columns are taken in steps of S::W codes (64, 32 or 16, by instruction set). Activations are padded with zeros to a
+// multiple of kPad columns, so what lies behind the end of a row is multiplied by zero.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace bitfold {
+
+constexpr size_t kPad = 64;
+constexpr size_t kMaxRows = 8;     // rows of activations that one pass over the weights serves
+constexpr size_t kWholeRow = 256;  // columns summed in integers by gemm when a row has one scale
+
+struct Weight {
+  const uint8_t* codes = nullptr;  // n rows of row_bytes
+  size_t n = 0, k = 0, row_bytes = 0;
+  int bits = 8;
+  size_t group = 0;             // columns that share a scale, a multiple of 16; 0: the whole row
+  size_t groups = 1;            // scales in a row; with a group below kPad, enough for the padded columns
+  const void* scale = nullptr;  // (n, groups) bfloat16 or float32
+  const void* zero = nullptr;   // the same type and shape, or null: zero points, less the offset
+  bool bf16 = false;            // type of scale and zero
+  bool integers = true;         // point = (u - offset) * unit with u = lut[code] or code: int8 arithmetic is exact
+  bool has_lut = false;         // u = lut[code] (at most 4 bits), else u = code
+  int offset = 0;
+  float unit = 1;
+  uint8_t lut[16] = {};
+  float points[16] = {};  // value of each code, repeated periodically; used if bits <= 4
+};
+
+// Rows of activations in 8 bits, in the arrangement that the loop wants.
+struct Act8 {
+  size_t m = 0, padded = 0;        // padded: columns, a multiple of kPad
+  const int8_t* x = nullptr;       // gemv: (m, padded); gemm: see gemm.h
+  const float* scale = nullptr;    // (m)
+  const int32_t* start = nullptr;  // -offset * (sums of x), where accumulators start; gemv: by lane, gemm: by chunk
+  const float* sums = nullptr;     // (m, groups): sum of x over each group
+};
+
+struct ActF {
+  size_t m = 0, padded = 0;
+  const float* x = nullptr;     // (m, padded), in the column order of the instruction set
+  const float* sums = nullptr;  // (m, groups)
+};
+
+// y (m, n) = x (m, k) W^T, all row-major float32. With int8, x is rounded to 8 bits with one scale for each row
+// (codes = round(x * 127 / absmax)); a row that holds NaN or infinity gives NaN.
+void matmul(const Weight& w, const float* x, size_t m, bool int8, float* y, int threads);
+
+// Rows [begin, end) of the weight as float32 (end - begin, k).
+void dequantize(const Weight& w, size_t begin, size_t end, float* out, int threads);
+
+}  // namespace bitfold

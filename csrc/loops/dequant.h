@@ -1,0 +1,25 @@
+// Rows of the weight as float32, exactly as the format decodes them: (point - zero) * scale.
+#pragma once
+#include "loops/params.h"
+
+namespace bitfold {
+namespace BITFOLD_NS {
+
+// codes: k unpacked codes of one row; out: k floats.
+inline void decode_row(const Weight& w, size_t row, const uint8_t* codes, float* out) {
+  if (w.bits <= 4) {
+    for (size_t c = 0; c < w.k; ++c) out[c] = w.points[codes[c]];
+  } else {
+    for (size_t c = 0; c < w.k; ++c) out[c] = static_cast<float>(codes[c] - w.offset);
+  }
+  const size_t group = w.group ? w.group : w.k;
+  for (size_t g = 0; g * group < w.k; ++g) {
+    const size_t stop = smaller(w.k, (g + 1) * group);
+    const float s = param(w.scale, row * w.groups + g, w.bf16);
+    const float z = w.zero ? param(w.zero, row * w.groups + g, w.bf16) : 0.0f;
+    for (size_t c = g * group; c < stop; ++c) out[c] = (out[c] - z) * s;
+  }
+}
+
+}  // namespace BITFOLD_NS
+}  // namespace bitfold

@@ -1,0 +1,142 @@
+// Vectors of AVX-512: 64 codes, 16 lanes of 32 bits. Included inside an instruction set's own file only.
+#pragma once
+#include <immintrin.h>
+
+#include "swar.h"
+
+namespace bitfold {
+namespace BITFOLD_NS {
+
+struct Bytes {
+  alignas(64) uint8_t at[64];
+};
+
+// Byte indices that move the low B bytes of each 64-bit lane side by side (compact), or back (spread), and the bit at
+// which each code of a spread lane begins.
+constexpr Bytes compact_bytes(int B) {
+  Bytes b{};
+  for (int i = 0; i < 8 * B; ++i) b.at[i] = static_cast<uint8_t>(i / B * 8 + i % B);
+  return b;
+}
+
+constexpr Bytes spread_bytes(int B) {
+  Bytes b{};
+  for (int i = 0; i < 64; ++i) b.at[i] = static_cast<uint8_t>(i / 8 * B + (i % 8 < B ? i % 8 : 0));
+  return b;
+}
+
+constexpr Bytes bit_offsets(int B) {
+  Bytes b{};
+  for (int i = 0; i < 64; ++i) b.at[i] = static_cast<uint8_t>(i % 8 * B);
+  return b;
+}
+
+struct Simd {
+  static constexpr int L = 16, W = 64;
+  static constexpr bool kFastTable = true;  // 16-entry float tables are as fast as integer conversion
+  static constexpr int kGemmRows = 12;      // rows of activations held in registers by gemm
+  using I = __m512i;
+  using F = __m512;
+
+  template <int B>
+  static I codes(const uint8_t* p) {
+    if constexpr (B == 8) return _mm512_loadu_si512(p);
+    static constexpr Bytes kSpread = spread_bytes(B), kOffsets = bit_offsets(B);
+    constexpr __mmask64 kKeep = ~uint64_t{0} >> (64 - 8 * B);
+    const I x = _mm512_permutexvar_epi8(_mm512_load_si512(kSpread.at), _mm512_maskz_loadu_epi8(kKeep, p));
+    return _mm512_and_si512(_mm512_multishift_epi64_epi8(_mm512_load_si512(kOffsets.at), x),
+                            _mm512_set1_epi8((1 << B) - 1));
+  }
+
+  static I load(const void* p) { return _mm512_loadu_si512(p); }
+  static void store(void* p, I x) { _mm512_storeu_si512(p, x); }
+  static I zero() { return _mm512_setzero_si512(); }
+  static I set8(int8_t x) { return _mm512_set1_epi8(x); }
+  static I sub8(I a, I b) { return _mm512_sub_epi8(a, b); }
+  static I table16(const uint8_t* t) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(t)));
+  }
+  static I lookup(I table, I codes) { return _mm512_shuffle_epi8(table, codes); }
+  static I broadcast4(const void* p) {
+    int32_t x;
+    memcpy(&x, p, 4);
+    return _mm512_set1_epi32(x);
+  }
+
+  // What dot() subtracts from codes of B bits by itself.
+  static constexpr int centre(int) { return 0; }
+  template <int B>
+  static I dot(I acc, I u, I x) {
+    return _mm512_dpbusd_epi32(acc, u, x);
+  }
+
+  static F zerof() { return _mm512_setzero_ps(); }
+  static F set(float x) { return _mm512_set1_ps(x); }
+  static F loadf(const float* p) { return _mm512_loadu_ps(p); }
+  static void storef(float* p, F x) { _mm512_storeu_ps(p, x); }
+  static F to_float(I x) { return _mm512_cvtepi32_ps(x); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static float sum(F x) { return _mm512_reduce_add_ps(x); }
+  static F load_bf16(const uint16_t* p) {
+    const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+  }
+
+  // Lane i gets s[i * count / L]; count is 2 or 4.
+  static F expand(const float* s, int count) {
+    const F x = _mm512_castps128_ps512(
+        count == 4 ? _mm_loadu_ps(s) : _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(s))));
+    const I lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return _mm512_permutexvar_ps(count == 4 ? _mm512_srli_epi32(lanes, 2) : _mm512_srli_epi32(lanes, 3), x);
+  }
+
+  // Byte J of each lane, as a signed number.
+  template <int J>
+  static F plane(I x) {
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(J == 3 ? x : _mm512_slli_epi32(x, 24 - 8 * J), 24));
+  }
+
+  struct Table {
+    F t;
+  };
+  static Table table(const float* t) { return {_mm512_loadu_ps(t)}; }
+  // The entry named by the low 4 bits of byte J of each lane.
+  template <int J>
+  static F entry(const Table& t, I x) {
+    return _mm512_permutexvar_ps(J == 0 ? x : _mm512_srli_epi32(x, 8 * J), t.t);
+  }
+
+  // L vectors of L lanes: rows become columns.
+  static void transpose(I* r) {
+    I t[16];
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+      t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+      r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+      r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+      r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+      r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {  // r[i + 4q]: column i + 4 lane128 of rows 4q ..
+      t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+      t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+      t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+      t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; ++i) {
+      r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+      r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+      r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+      r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+  }
+
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+};
+
+}  // namespace BITFOLD_NS
+}  // namespace bitfold

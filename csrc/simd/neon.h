@@ -1,0 +1,131 @@
+// Vectors of AArch64 with dotprod: 16 codes, 4 lanes of 32 bits.
+#pragma once
+#include <arm_neon.h>
+
+#include "swar.h"
+
+namespace bitfold {
+namespace BITFOLD_NS {
+
+struct Bytes {
+  alignas(16) uint8_t at[16];
+};
+
+// For codes 8h .. 8h+7 of 16: the two bytes in which each lies (a byte beyond the last is read as zero).
+constexpr Bytes pair_bytes(int B, int h) {
+  Bytes b{};
+  for (int i = 0; i < 8; ++i) {
+    const int first = (8 * h + i) * B / 8;
+    b.at[2 * i] = static_cast<uint8_t>(first);
+    b.at[2 * i + 1] = static_cast<uint8_t>(first + 1 < 2 * B ? first + 1 : 255);
+  }
+  return b;
+}
+
+struct Shifts {
+  alignas(16) int16_t at[8];
+};
+
+constexpr Shifts pair_shifts(int B) {
+  Shifts s{};
+  for (int i = 0; i < 8; ++i) s.at[i] = static_cast<int16_t>(-(i * B % 8));
+  return s;
+}
+
+struct Simd {
+  static constexpr int L = 4, W = 16;
+  static constexpr bool kFastTable = false;
+  static constexpr int kGemmRows = 8;
+  using I = uint8x16_t;
+  using F = float32x4_t;
+
+  static int32x4_t words(I x) { return vreinterpretq_s32_u8(x); }
+  static I bytes(int32x4_t x) { return vreinterpretq_u8_s32(x); }
+
+  template <int B>
+  static I codes(const uint8_t* p) {
+    if constexpr (B == 8) {
+      return vld1q_u8(p);
+    } else if constexpr (B == 4) {
+      const uint8x8_t x = vld1_u8(p);
+      const uint8x8x2_t z = vzip_u8(vand_u8(x, vdup_n_u8(15)), vshr_n_u8(x, 4));
+      return vcombine_u8(z.val[0], z.val[1]);
+    } else {
+      static constexpr Bytes kLow = pair_bytes(B, 0), kHigh = pair_bytes(B, 1);
+      static constexpr Shifts kShifts = pair_shifts(B);
+      uint64_t lo = 0, hi = 0;
+      memcpy(&lo, p, 2 * B < 8 ? 2 * B : 8);
+      if constexpr (2 * B > 8) memcpy(&hi, p + 8, 2 * B - 8);
+      const I x = vreinterpretq_u8_u64(vcombine_u64(vcreate_u64(lo), vcreate_u64(hi)));
+      const int16x8_t shifts = vld1q_s16(kShifts.at);
+      const uint16x8_t a = vshlq_u16(vreinterpretq_u16_u8(vqtbl1q_u8(x, vld1q_u8(kLow.at))), shifts);
+      const uint16x8_t b = vshlq_u16(vreinterpretq_u16_u8(vqtbl1q_u8(x, vld1q_u8(kHigh.at))), shifts);
+      return vandq_u8(vcombine_u8(vmovn_u16(a), vmovn_u16(b)), vdupq_n_u8((1 << B) - 1));
+    }
+  }
+
+  static I load(const void* p) { return vld1q_u8(static_cast<const uint8_t*>(p)); }
+  static void store(void* p, I x) { vst1q_u8(static_cast<uint8_t*>(p), x); }
+  static I zero() { return vdupq_n_u8(0); }
+  static I set8(int8_t x) { return vdupq_n_u8(static_cast<uint8_t>(x)); }
+  static I sub8(I a, I b) { return vsubq_u8(a, b); }
+  static I table16(const uint8_t* t) { return vld1q_u8(t); }
+  static I lookup(I table, I codes) { return vqtbl1q_u8(table, codes); }
+  static I broadcast4(const void* p) {
+    int32_t x;
+    memcpy(&x, p, 4);
+    return bytes(vdupq_n_s32(x));
+  }
+
+  // sdot takes signed bytes: codes below 128 are that already, 8-bit codes are made so.
+  static constexpr int centre(int bits) { return bits == 8 ? 128 : 0; }
+  template <int B>
+  static I dot(I acc, I u, I x) {
+    if constexpr (B == 8) u = veorq_u8(u, vdupq_n_u8(128));
+    return bytes(vdotq_s32(words(acc), vreinterpretq_s8_u8(u), vreinterpretq_s8_u8(x)));
+  }
+
+  static F zerof() { return vdupq_n_f32(0); }
+  static F set(float x) { return vdupq_n_f32(x); }
+  static F loadf(const float* p) { return vld1q_f32(p); }
+  static void storef(float* p, F x) { vst1q_f32(p, x); }
+  static F to_float(I x) { return vcvtq_f32_s32(words(x)); }
+  static F add(F a, F b) { return vaddq_f32(a, b); }
+  static F mul(F a, F b) { return vmulq_f32(a, b); }
+  static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+  static float sum(F x) { return vaddvq_f32(x); }
+  static F load_bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+  static F expand(const float* s, int) { return set(s[0]); }
+
+  template <int J>
+  static F plane(I x) {
+    return vcvtq_f32_s32(vshrq_n_s32(vshlq_n_s32(words(x), 24 - 8 * J), 24));
+  }
+
+  struct Table {
+    uint8x16x4_t t;
+  };
+  static Table table(const float* t) {
+    const uint8_t* p = reinterpret_cast<const uint8_t*>(t);
+    return {{{vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48)}}};
+  }
+  template <int J>
+  static F entry(const Table& t, I x) {
+    uint32x4_t index = vandq_u32(vshlq_u32(vreinterpretq_u32_u8(x), vdupq_n_s32(-8 * J)), vdupq_n_u32(15));
+    index = vmlaq_n_u32(vdupq_n_u32(0x03020100), index, 0x04040404);
+    return vreinterpretq_f32_u8(vqtbl4q_u8(t.t, vreinterpretq_u8_u32(index)));
+  }
+
+  static void transpose(I* r) {
+    const int32x4x2_t a = vtrnq_s32(words(r[0]), words(r[1])), b = vtrnq_s32(words(r[2]), words(r[3]));
+    r[0] = bytes(vcombine_s32(vget_low_s32(a.val[0]), vget_low_s32(b.val[0])));
+    r[1] = bytes(vcombine_s32(vget_low_s32(a.val[1]), vget_low_s32(b.val[1])));
+    r[2] = bytes(vcombine_s32(vget_high_s32(a.val[0]), vget_high_s32(b.val[0])));
+    r[3] = bytes(vcombine_s32(vget_high_s32(a.val[1]), vget_high_s32(b.val[1])));
+  }
+
+  static void prefetch(const void* p) { __builtin_prefetch(p); }
+};
+
+}  // namespace BITFOLD_NS
+}  // namespace bitfold

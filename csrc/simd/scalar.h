@@ -1,0 +1,118 @@
+// "Vectors" of plain C++: 16 codes, 4 lanes, the same order of columns as the real ones.
+#pragma once
+#include "swar.h"
+
+namespace bitfold {
+namespace BITFOLD_NS {
+
+struct Simd {
+  static constexpr int L = 4, W = 16;
+  static constexpr bool kFastTable = true;
+  static constexpr int kGemmRows = 4;
+  union I {
+    uint8_t b[16];
+    int32_t w[4];
+  };
+  struct F {
+    float v[4];
+  };
+
+  template <int B>
+  static I codes(const uint8_t* p) {
+    I x;
+    unpack_words<B>(p, 2, x.b);
+    return x;
+  }
+
+  static I load(const void* p) {
+    I x;
+    memcpy(&x, p, 16);
+    return x;
+  }
+  static void store(void* p, I x) { memcpy(p, &x, 16); }
+  static I zero() { return set8(0); }
+  static I set8(int8_t v) {
+    I x;
+    memset(&x, v, 16);
+    return x;
+  }
+  static I sub8(I a, I b) {
+    for (int i = 0; i < 16; ++i) a.b[i] = static_cast<uint8_t>(a.b[i] - b.b[i]);
+    return a;
+  }
+  static I table16(const uint8_t* t) { return load(t); }
+  static I lookup(I table, I codes) {
+    for (int i = 0; i < 16; ++i) codes.b[i] = table.b[codes.b[i] & 15];
+    return codes;
+  }
+  static I broadcast4(const void* p) {
+    I x;
+    for (int i = 0; i < 4; ++i) memcpy(x.b + 4 * i, p, 4);
+    return x;
+  }
+
+  static constexpr int centre(int) { return 0; }
+  template <int B>
+  static I dot(I acc, I u, I x) {
+    for (int i = 0; i < 16; ++i) acc.w[i / 4] += u.b[i] * static_cast<int8_t>(x.b[i]);
+    return acc;
+  }
+
+  static F zerof() { return set(0); }
+  static F set(float x) { return {{x, x, x, x}}; }
+  static F loadf(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }
+  static void storef(float* p, F x) { memcpy(p, x.v, 16); }
+  static F to_float(I x) {
+    return {{static_cast<float>(x.w[0]), static_cast<float>(x.w[1]), static_cast<float>(x.w[2]),
+             static_cast<float>(x.w[3])}};
+  }
+  static F add(F a, F b) {
+    for (int i = 0; i < 4; ++i) a.v[i] += b.v[i];
+    return a;
+  }
+  static F mul(F a, F b) {
+    for (int i = 0; i < 4; ++i) a.v[i] *= b.v[i];
+    return a;
+  }
+  static F fma(F a, F b, F c) { return add(mul(a, b), c); }
+  static float sum(F x) { return x.v[0] + x.v[1] + x.v[2] + x.v[3]; }
+  static F load_bf16(const uint16_t* p) {
+    F x;
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t bits = static_cast<uint32_t>(p[i]) << 16;
+      memcpy(&x.v[i], &bits, 4);
+    }
+    return x;
+  }
+  static F expand(const float* s, int) { return set(s[0]); }  // a group is never less than a step here
+
+  template <int J>
+  static F plane(I x) {
+    F f;
+    for (int i = 0; i < 4; ++i) f.v[i] = static_cast<int8_t>(x.b[4 * i + J]);
+    return f;
+  }
+
+  using Table = const float*;
+  static Table table(const float* t) { return t; }
+  template <int J>
+  static F entry(Table t, I x) {
+    F f;
+    for (int i = 0; i < 4; ++i) f.v[i] = t[x.b[4 * i + J] & 15];
+    return f;
+  }
+
+  static void transpose(I* r) {
+    for (int i = 0; i < 4; ++i)
+      for (int j = 0; j < i; ++j) {
+        const int32_t t = r[i].w[j];
+        r[i].w[j] = r[j].w[i];
+        r[j].w[i] = t;
+      }
+  }
+
+  static void prefetch(const void*) {}
+};
+
+}  // namespace BITFOLD_NS
+}  // namespace bitfold

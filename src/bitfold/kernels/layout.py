@@ -1,0 +1,124 @@
+"""What the native loops need to know of a weight, found out without asking which format it is.
+
+Any format made of a grid of at most 256 points, scales for rows (or runs of columns of a row) and perhaps zero points
+qualifies; it shows so by having `grid`, `blocks` and `load_params`. The codes stay where they are: the loops read the
+canonical layout. Scales and zero points become one bfloat16 or float32 array each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitfold import packing
+from bitfold.qtensor import QTensor
+
+_STEP = 64  # columns that the widest instruction set takes at a time
+_LEAST_GROUP = 16  # and the narrowest one
+
+
+@dataclass(frozen=True)
+class Points:
+    """The grid as the loops see it: value = points[code] (at most 4 bits) = (u - offset) * unit.
+
+    u = lut[code], or the code itself without a lut. `integers` is false where no such u exists (NF4): float arithmetic.
+    """
+
+    points: tuple[float, ...]
+    offset: int = 0
+    unit: float = 1.0
+    lut: tuple[int, ...] = ()
+    integers: bool = True
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A weight ready for the native loops; n rows, k columns."""
+
+    n: int
+    k: int
+    bits: int
+    codes: Tensor  # uint8 (n, bytes of a row)
+    scale: Tensor  # bfloat16 or float32 (n, groups)
+    zero: Tensor | None  # the same
+    group: int  # columns that share a scale; 0: the whole row
+    points: Points
+
+
+def read_points(points: Sequence[float], bits: int, *, zero: bool) -> Points | None:
+    """How to compute with a grid; None if the loops cannot.
+
+    Args:
+        points: value of each code.
+        bits: bits of a stored code.
+        zero: whether zero points are subtracted; they then come less 2**(bits-1), so that codes are centred.
+    """
+    half = 2 ** (bits - 1)
+    if zero:
+        points = [p - half for p in points]
+    if len(points) == 2**bits and all(p == i - half for i, p in enumerate(points)):
+        return Points(tuple(points) if bits <= 4 else (), half)
+    if zero or bits > 4:
+        return None
+    filled = tuple(points) + (0.0,) * (2**bits - len(points))
+    for unit in (1.0, 0.5):
+        whole = [p / unit for p in filled]
+        low = int(min(whole))
+        if bits in (1, 4) and all(p == int(p) for p in whole) and max(whole) - low <= 127:
+            return Points(filled, -low, unit, tuple(int(p) - low for p in whole))
+        if all(p == i + low for i, p in enumerate(whole[: len(points)])) and unit == 1.0:
+            return Points(filled, -low)
+    return Points(filled, integers=False)
+
+
+def read_layout(q: QTensor) -> Layout | None:
+    """The layout of a weight, or None if the native loops cannot multiply by it."""
+    form: Any = q.format
+    grid = getattr(form, "grid", None)
+    if grid is None or not hasattr(form, "load_params") or len(q.shape) != 2 or 0 in q.shape:
+        return None
+    n, k = q.shape
+    params = form.load_params(q.fields, q.shape)
+    zero = None if params is None else params.zero_point
+    trits = len(grid.points) == 3
+    bits = 2 if trits else grid.code_bits
+    points = read_points(grid.points, bits, zero=zero is not None)
+    scale = torch.ones(1, 1) if params is None else params.scale
+    blocks = form.blocks(q.shape)
+    group = 0 if scale.shape[1] == 1 else _split(blocks.cols)
+    if points is None or group is None or (scale.shape[0] != 1 and blocks.rows != 1):
+        return None
+    codes = q.fields["codes"]
+    codes = packing.pack(packing.unpack_trits(codes, k), 2) if trits else codes.contiguous()
+    arrays = [_spread(scale, n, k, group, blocks.cols)]
+    if zero is not None:
+        arrays.append(_spread(zero - 2 ** (bits - 1), n, k, group, blocks.cols))
+    arrays = _compact(arrays)
+    return Layout(n, k, bits, codes, arrays[0], arrays[1] if zero is not None else None, group, points)
+
+
+def _split(cols: int) -> int | None:
+    """The group the loops use for blocks of `cols` columns: the same, or a divisor whose scale is repeated."""
+    group = cols if cols % _STEP == 0 else math.gcd(cols, _STEP)
+    return group if group >= _LEAST_GROUP else None
+
+
+def _spread(values: Tensor, n: int, k: int, group: int, cols: int) -> Tensor:
+    """(1 or n, blocks) -> (n, groups): repeated for every row and every group, zeros for columns that only pad."""
+    if group:
+        values = values.repeat_interleave(cols // group, dim=1)
+        needed = -(-k // _STEP) * _STEP // group if group < _STEP else -(-k // group)
+        values = torch.nn.functional.pad(values[:, :needed], (0, max(0, needed - values.shape[1])))
+    return values.expand(n, -1).contiguous()
+
+
+def _compact(arrays: list[Tensor]) -> list[Tensor]:
+    """bfloat16 if no value changes by it: half the traffic."""
+    small = [a.to(torch.bfloat16) for a in arrays]
+    exact = all(torch.equal(s.float(), a) for s, a in zip(small, arrays, strict=True))
+    return small if exact else [a.float() for a in arrays]
