@@ -11,7 +11,7 @@ VENV   := .venv
 BIN    := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PY     := $(BIN)/python
 PIP    := $(PY) -m pip --disable-pip-version-check
-CSRC   := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CSRC   := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
 
 
 .DEFAULT_GOAL := help

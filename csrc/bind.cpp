@@ -6,6 +6,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "bandwidth.h"
 #include "dispatch.h"
 #include "linear.h"
 #include "packing.h"
@@ -51,6 +52,13 @@ NB_MODULE(_native, m) {
       "packed"_a, "rows"_a, "length"_a, "bits"_a, "out"_a, "threads"_a, "Unpack rows of codes to uint8.");
   bind_viterbi(m);
 
+  m.def(
+      "read_memory",
+      [](uintptr_t data, size_t bytes, int threads) {
+        nb::gil_scoped_release released;
+        return bitfold::read_memory(at<const uint8_t>(data), bytes, threads);
+      },
+      "data"_a, "bytes"_a, "threads"_a, "Read memory once, for measuring bandwidth; returns a checksum.");
   using bitfold::Weight;
   nb::class_<Weight>(m, "Weight", "A weight as the kernels see it; the tensors behind it are the caller's to keep.")
       .def(
