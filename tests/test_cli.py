@@ -252,8 +252,8 @@ def test_damaged_files_are_named(bitfold: Bitfold, model: Path, tmp_path: Path) 
     shutil.copytree(model, damaged)
     weights = damaged / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    for command in (["quantize", damaged, "--bits", 4, "-o", tmp_path / "out"], ["inspect", damaged]):
-        result = bitfold(*command)
+    for command in (["quantize", "--bits", 4, "-o", tmp_path / "out"], ["inspect"], ["eval"], ["generate", "-p", "x"]):
+        result = bitfold(command[0], damaged, *command[1:])
         assert result.code == 3
         assert "model.safetensors" in result.err
         assert "truncated" in result.err

@@ -107,7 +107,10 @@ class Subject:
         try:
             return AutoTokenizer.from_pretrained(self.path)
         except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"the tokenizer cannot be read: {_line(error)}", where=str(self.path)) from error
+            hint = "the folder needs the tokenizer files of the original model (tokenizer.json ...)"
+            raise CheckpointError(
+                f"no tokenizer that transformers can read: {_line(error)}", where=str(self.path), hint=hint
+            ) from error
 
     def load(self, auto_class: str, dtype: torch.dtype | None) -> nn.Module:
         """The model, in evaluation mode.
@@ -163,6 +166,9 @@ def _load_bitfold(path: Path, dtype: torch.dtype | None) -> nn.Module:
 def _load_plain(path: Path, auto_class: str, dtype: torch.dtype | None) -> nn.Module:
     import transformers
 
+    from bitfold.checkpoints import open_source
+
+    open_source(path).close()  # names truncated and missing files, and refuses pickles
     wanted: torch.dtype | str = "auto" if dtype is None else dtype
     auto = getattr(transformers, auto_class)
     try:
