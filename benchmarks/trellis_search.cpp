@@ -1,6 +1,6 @@
 // Finds and trains the codes of the trellis formats: random hash columns, then Lloyd's algorithm on the trellis itself.
 //
-//   trellis_search BITS WINDOW INDEX_BITS SEEDS TILES MUTATIONS
+//   trellis_search BITS WINDOW INDEX_BITS SEEDS TILES MUTATIONS [FIRST_SEED]
 //
 // A random choice of columns for each seed, the table trained by Lloyd rounds: encode TILES tiles of Gaussian weights,
 // move each table entry towards the mean of the weights that chose it. The best of them then climbs: one column is
@@ -139,17 +139,17 @@ int main(int argc, char** argv) {
   const int bits = std::atoi(argv[1]), window = std::atoi(argv[2]), index_bits = std::atoi(argv[3]);
   const int seeds = std::atoi(argv[4]), mutations = std::atoi(argv[6]), threads = 1;
   const size_t tiles = static_cast<size_t>(std::atoi(argv[5]));
-  const int gains[] = {0, 3, 4, 5, 5}, gain = argc > 7 ? std::atoi(argv[7]) : gains[bits];
+  const int gains[] = {0, 3, 4, 5, 5}, gain = gains[bits], first = argc > 7 ? std::atoi(argv[7]) : 0;
   const std::vector<float> judge = gaussian(tiles * kTileWeights, 7);
   Candidate best;
   double least = 1e9;
-  for (int seed = 0; seed < seeds; ++seed) {
+  for (int seed = first; seed < first + seeds; ++seed) {
     Candidate c = random_candidate(bits, window, index_bits, gain, seed);
     train(c, tiles, 8, 1000, threads);
     const double mse = error(c, judge, threads);
     if (mse < least) best = c, least = mse, print("seed", c, mse);
   }
-  std::mt19937 random(99);
+  std::mt19937 random(99 + first);
   for (int m = 0; m < mutations; ++m) {
     Candidate c = best;
     const size_t i = bits + random() % (window - bits);

@@ -7,39 +7,38 @@ using namespace nb::literals;
 
 namespace {
 
-using bitfold::TrellisCode;
-
 template <class T>
 T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+bitfold::TrellisCode code_of(int bits, int window, int index_bits, int gain, uintptr_t columns, uintptr_t levels) {
+  return {bits, window, index_bits, gain, at<const uint8_t>(columns), at<const int16_t>(levels)};
+}
+
 }  // namespace
 
 void bind_viterbi(nb::module_& m) {
-  nb::class_<TrellisCode>(m, "TrellisCode", "A sliding-window code; columns and levels are borrowed.")
-      .def(
-          "__init__",
-          [](TrellisCode* self, int bits, int window, int index_bits, int gain, uintptr_t columns, uintptr_t levels) {
-            new (self)
-                TrellisCode{bits, window, index_bits, gain, at<const uint8_t>(columns), at<const int16_t>(levels)};
-          },
-          "bits"_a, "window"_a, "index_bits"_a, "gain"_a, "columns"_a, "levels"_a);
   m.def(
       "trellis_encode",
-      [](const TrellisCode& code, uintptr_t x, size_t tiles, uintptr_t bytes, uintptr_t values, bool thorough,
-         int threads) {
+      [](int bits, int window, int index_bits, int gain, uintptr_t columns, uintptr_t levels, uintptr_t x, size_t tiles,
+         uintptr_t bytes, uintptr_t values, bool thorough, int threads) {
         nb::gil_scoped_release released;
-        return bitfold::trellis_encode(code, at<const float>(x), tiles, at<uint8_t>(bytes), at<int8_t>(values),
-                                       thorough, threads);
+        return bitfold::trellis_encode(code_of(bits, window, index_bits, gain, columns, levels), at<const float>(x),
+                                       tiles, at<uint8_t>(bytes), at<int8_t>(values), thorough, threads);
       },
-      "code"_a, "x"_a, "tiles"_a, "bytes"_a, "values"_a, "thorough"_a, "threads"_a,
-      "Encode (tiles, 128) float32 to (tiles, 16 bits) bytes and (tiles, 128) int8 table values; False = bad code.");
+      "bits"_a, "window"_a, "index_bits"_a, "gain"_a, "columns"_a, "levels"_a, "x"_a, "tiles"_a, "bytes"_a, "values"_a,
+      "thorough"_a, "threads"_a,
+      "Encode (tiles, 128) float32 to (tiles, 16 bits) bytes and (tiles, 128) int8 table values; False = bad code or "
+      "no memory.");
   m.def(
       "trellis_decode",
-      [](const TrellisCode& code, uintptr_t bytes, size_t tiles, uintptr_t values, int threads) {
+      [](int bits, int window, int index_bits, int gain, uintptr_t columns, uintptr_t levels, uintptr_t bytes,
+         size_t tiles, uintptr_t values, int threads) {
         nb::gil_scoped_release released;
-        return bitfold::trellis_decode(code, at<const uint8_t>(bytes), tiles, at<int8_t>(values), threads);
+        return bitfold::trellis_decode(code_of(bits, window, index_bits, gain, columns, levels),
+                                       at<const uint8_t>(bytes), tiles, at<int8_t>(values), threads);
       },
-      "code"_a, "bytes"_a, "tiles"_a, "values"_a, "threads"_a, "The table values (tiles, 128) of encoded tiles.");
+      "bits"_a, "window"_a, "index_bits"_a, "gain"_a, "columns"_a, "levels"_a, "bytes"_a, "tiles"_a, "values"_a,
+      "threads"_a, "The table values (tiles, 128) of encoded tiles; False = bad code.");
 }

@@ -89,7 +89,7 @@ static inline TileCode tile_code(const TrellisCode& code) {
   for (int i = 0; i < code.window; ++i) {
     uint8_t c = code.columns[i];
     if (w > folded && c >> folded & 1) c = static_cast<uint8_t>((c ^ ((1 << folded) - 1)) & ((1 << folded) - 1)) | 0x80;
-    columns[i >= 8][i < 8 ? i : i - second] = c;
+    columns[i >= 8][(i < 8 ? i : i - second) & 7] = c;
   }
   alignas(64) int8_t table[128] = {};
   for (int i = 0; i < 128; ++i)

@@ -20,6 +20,8 @@ namespace {
 // Weights beyond this many steps are encoded as if they were there: the largest table value is 127.
 constexpr float kClamp = 200.f;
 constexpr int kSubsteps = 16;
+// As far from every level as distances are told apart, so that all values cost the same.
+constexpr int16_t kIndifferent = -30000;
 
 // Weights on each side of the seam that the first pass looks at to choose the state there. 64 = the whole tile, turned
 // by half; 128 goes round twice, so that the ends of that pass, which know nothing of each other, are far away.
@@ -148,8 +150,8 @@ class Encoder {
       int16_t* out = x_ + (kTileWeights - 1 - t) * lanes_;
       for (int lane = 0; lane < lanes_; ++lane) {
         const float v = lane < tiles ? x[size_t(lane) * kTileWeights + place_[t]] : 0.f;
-        const float clamped = v < -kClamp ? -kClamp : v > kClamp ? kClamp : v == v ? v : 0.f;
-        out[lane] = static_cast<int16_t>(std::nearbyint(clamped * kSubsteps));
+        const float near = v < -kClamp ? -kClamp : v > kClamp ? kClamp : v;
+        out[lane] = v == v ? static_cast<int16_t>(std::nearbyint(near * kSubsteps)) : kIndifferent;
       }
     }
   }

@@ -17,6 +17,7 @@ from bitfold.errors import FormatError
 from bitfold.formats.base import Fit, Format, Params, Scale, Store
 from bitfold.formats.cast import Cast
 from bitfold.formats.ggml import GGML
+from bitfold.formats.trellis import TRELLIS, read_trellis
 from bitfold.grids import E2M1, E4M3, E5M2, E8M0, GRIDS, NF4, TERNARY, U8_SCALE, Grid, get_grid, ints, uints
 from bitfold.tensorinfo import TensorInfo
 
@@ -113,6 +114,8 @@ def _entries() -> list[AnyFormat]:
         Format("nvfp4", E2M1, Scale((1, 16), _UP_E4M3, None, Scale(_TENSOR, torch.float32))),
         # Blocks of llama.cpp and its relatives; rows must be whole blocks (32 or 256 weights).
         *GGML.values(),
+        # Trellis codes: for rows that are nearly normal, such as rotated ones.
+        *TRELLIS.values(),
     ]
 
 
@@ -158,6 +161,8 @@ def read_description(name: str, description: Mapping[str, Any]) -> AnyFormat:
         return known
     if description.get("family") == "grid":
         return Format(name, get_grid(str(description["grid"])), _read_scale(description["scale"]))
+    if description.get("family") == "trellis":
+        return read_trellis(name, description)
     raise FormatError(f"the checkpoint's format {name!r} is not known here", hint="a newer bitfold may read it")
 
 

@@ -39,7 +39,7 @@ class Trellis:
     Stored fields of an (n, k) weight: `tiles` uint8 (ceil(n / 32), ceil(k / 4), 16 * bits), one tile for each 32 rows
     x 4 columns, and `scale` bfloat16 (n, 1). bfloat16, because codes are chosen under the rounded scale: its short
     mantissa costs nothing, and it cannot overflow or lose tiny rows as float16 does. Rows and columns beyond the weight
-    are encoded as zeros and dropped by `decode`. Three-dimensional weights have the experts in front.
+    cost nothing when encoding and are dropped when decoding. Three-dimensional weights have the experts in front.
     """
 
     name: str
@@ -54,6 +54,11 @@ class Trellis:
     def bpw(self) -> Fraction:
         """Bits per weight of full tiles; the scale of each row adds 16 / k."""
         return Fraction(self.code.bits)
+
+    @property
+    def levels(self) -> int:
+        """Number of different values at scale 1."""
+        return len(set(self.code.table))
 
     @property
     def span(self) -> tuple[float, float]:
@@ -136,6 +141,14 @@ class Trellis:
         tiles, values = self._encode_rows(w, scale, thorough)
         return tiles, _from_tiles(values, tiles.shape[:2], (w.shape[0], w.shape[1])).float() * scale
 
+    def coder(self, w: Tensor, params: Params | None) -> TileCoder:
+        """Codes the columns of w (n, k) four by four, tiles jointly, under given row scales or `row_scale`."""
+        return TileCoder(self, self.row_scale(w) if params is None else self.store_scale(params.scale))
+
+    def rescaled(self, fields: Mapping[str, Tensor], factor: Tensor) -> dict[str, Tensor]:
+        """The same codes with the scale of each row times `factor` (n, 1)."""
+        return {**fields, "scale": self.store_scale(fields["scale"].float() * factor)}
+
     def decode(self, fields: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         """float32 weight of that shape: table value times scale.
 
@@ -187,10 +200,10 @@ class Trellis:
         x = torch.where(scale == 0, 0.0, x)
         n, k = x.shape
         down, across = -(-n // TILE_ROWS), -(-k // TILE_COLS)
-        x = F.pad(x, (0, across * TILE_COLS - k, 0, down * TILE_ROWS - n))
-        x = x.view(down, TILE_ROWS, across, TILE_COLS).transpose(1, 2).reshape(-1, TILE)
         # A scale far too small makes the quotient infinite; the search clamps it anyway.
-        tiles, values = encode_tiles(self.code, x.nan_to_num(), thorough=thorough)
+        x = F.pad(x.nan_to_num(), (0, across * TILE_COLS - k, 0, down * TILE_ROWS - n), value=torch.nan)
+        x = x.view(down, TILE_ROWS, across, TILE_COLS).transpose(1, 2).reshape(-1, TILE)
+        tiles, values = encode_tiles(self.code, x, thorough=thorough)
         return tiles.view(down, across, self.code.tile_bytes), values
 
     def _scale_of(self, stored: Tensor, rows: int) -> Tensor:
@@ -204,6 +217,32 @@ class Trellis:
             if field is None or field.dtype != info.dtype or tuple(field.shape) != info.shape:
                 found = "nothing" if field is None else f"{field.dtype} {tuple(field.shape)}"
                 raise FormatError(f"{name} of {self.name} {shape} must be {info.dtype} {info.shape}, not {found}")
+
+
+class TileCoder:
+    """Columns of a trellis weight from left to right, see `bitfold.formats.columns.Coder`.
+
+    Args:
+        format: the trellis.
+        scale: bfloat16 (n, 1), one for each row.
+    """
+
+    step = TILE_COLS
+
+    def __init__(self, format: Trellis, scale: Tensor) -> None:
+        self._format, self._scale = format, scale
+        self._tiles: list[Tensor] = []
+
+    def encode(self, w: Tensor, start: int) -> Tensor:
+        """Tiles of the columns w (n, up to 4) at `start`; what they decode to, float32."""
+        whole = F.pad(w, (0, -w.shape[1] % TILE_COLS))
+        tiles, values = self._format.encode_block(whole, self._scale)
+        self._tiles.append(tiles)
+        return values[:, : w.shape[1]]
+
+    def fields(self) -> dict[str, Tensor]:
+        """All tiles, and the scales."""
+        return {"tiles": torch.cat(self._tiles, 1), "scale": self._scale}
 
 
 def _from_tiles(values: Tensor, grid: tuple[int, ...], shape: tuple[int, int]) -> Tensor:

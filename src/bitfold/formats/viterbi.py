@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ TILE_ROWS, TILE_COLS = 32, 4
 _SUBSTEPS = 16
 _CLAMP = 200.0  # steps; weights beyond are encoded as if they were there
 _FULL = 0xFFFF
+_INDIFFERENT = -30000  # so far from every level that all cost the same
 
 
 class _Limits(NamedTuple):
@@ -121,16 +122,15 @@ def _indices(code: TrellisCode) -> Tensor:
 
 
 @functools.cache
-def _native_code(code: TrellisCode) -> tuple[Any, tuple[Tensor, Tensor]] | None:
-    """The code as the native core takes it, and the tensors that it borrows."""
-    core = native.core()
-    if core is None or not hasattr(core, "TrellisCode"):
-        return None
-    columns = torch.tensor(code.columns, dtype=torch.uint8)
-    levels = torch.tensor(code.table, dtype=torch.int16) * _SUBSTEPS
+def _native_code(code: TrellisCode) -> tuple[Tensor, Tensor]:
+    """Columns and table as the native core takes them."""
+    return torch.tensor(code.columns, dtype=torch.uint8), torch.tensor(code.table, dtype=torch.int16) * _SUBSTEPS
+
+
+def _native_args(code: TrellisCode) -> tuple[int, ...]:
+    columns, levels = _native_code(code)
     gain = _LIMITS[code.bits].gain
-    borrowed = core.TrellisCode(code.bits, code.window, code.index_bits, gain, columns.data_ptr(), levels.data_ptr())
-    return borrowed, (columns, levels)
+    return code.bits, code.window, code.index_bits, gain, columns.data_ptr(), levels.data_ptr()
 
 
 def encode_tiles(code: TrellisCode, x: Tensor, *, thorough: bool = False) -> tuple[Tensor, Tensor]:
@@ -138,33 +138,32 @@ def encode_tiles(code: TrellisCode, x: Tensor, *, thorough: bool = False) -> tup
 
     Args:
         code: the trellis code.
-        x: float (tiles, 128): weights divided by the scale of their row, each tile as 32 rows of 4 columns.
+        x: float (tiles, 128): weights divided by the scale of their row, each tile as 32 rows of 4 columns; NaN where
+            any value will do, such as beyond the edge of a matrix.
         thorough: go round the tile twice before the circle is closed: half as long again, about 0.7 % less error.
 
     Returns:
         uint8 (tiles, 16 k) and int8 (tiles, 128). The same whatever the number of threads and the instruction set.
 
     Raises:
-        FormatError: x has another shape, or is not finite.
+        FormatError: x has another shape, or is infinite somewhere.
     """
     if x.dim() != 2 or x.shape[1] != TILE:
         raise FormatError(f"tiles to encode must be (tiles, {TILE}), not {tuple(x.shape)}")
-    if not torch.isfinite(x).all():
-        raise FormatError("NaN or infinity among the weights of a trellis tile")
+    if torch.isinf(x).any():
+        raise FormatError("an infinite weight in a trellis tile")
     x = x.detach().to("cpu", torch.float32).contiguous()
     tiles = torch.empty(len(x), code.tile_bytes, dtype=torch.uint8)
     values = torch.empty(len(x), TILE, dtype=torch.int8)
-    core, ready = native.core(), _native_code(code) if native.core() is not None else None
-    if core is not None and ready is not None:
-        done = core.trellis_encode(
-            ready[0], x.data_ptr(), len(x), tiles.data_ptr(), values.data_ptr(), thorough, native.threads()
-        )
-        if not done:
-            raise MemoryError("the trellis encoder could not allocate its tables")
+    core = native.core()
+    if core is None:
+        for first in range(0, len(x), 16):
+            part = slice(first, first + 16)
+            tiles[part], values[part] = _torch_encode(code, x[part], thorough)
     else:
-        for part in range(0, len(x), 16):
-            span = slice(part, part + 16)
-            tiles[span], values[span] = _torch_encode(code, x[span], thorough)
+        pointers = (x.data_ptr(), len(x), tiles.data_ptr(), values.data_ptr())
+        if not core.trellis_encode(*_native_args(code), *pointers, thorough, native.threads()):
+            raise MemoryError("the trellis encoder could not allocate its tables")
     return tiles, values
 
 
@@ -179,12 +178,11 @@ def decode_tiles(code: TrellisCode, tiles: Tensor) -> Tensor:
             f"trellis tiles must be uint8 (tiles, {code.tile_bytes}), not {tiles.dtype} {tuple(tiles.shape)}"
         )
     core = native.core() if tiles.device.type == "cpu" else None
-    ready = _native_code(code) if core is not None else None
-    if core is None or ready is None:
+    if core is None:
         return _torch_decode(code, tiles)
     tiles = tiles.contiguous()
     values = torch.empty(len(tiles), TILE, dtype=torch.int8)
-    core.trellis_decode(ready[0], tiles.data_ptr(), len(tiles), values.data_ptr(), native.threads())
+    core.trellis_decode(*_native_args(code), tiles.data_ptr(), len(tiles), values.data_ptr(), native.threads())
     return values
 
 
@@ -202,7 +200,8 @@ def _torch_decode(code: TrellisCode, tiles: Tensor) -> Tensor:
 
 def _torch_encode(code: TrellisCode, x: Tensor, thorough: bool) -> tuple[Tensor, Tensor]:
     """The native search in PyTorch: the windows of all weights run from the last of the stream to the first."""
-    fixed = (x.clamp(-_CLAMP, _CLAMP) * _SUBSTEPS).round().int()[:, positions(code.bits)].flip(1)
+    rounded = (x.clamp(-_CLAMP, _CLAMP) * _SUBSTEPS).round()
+    fixed = rounded.nan_to_num(_INDIFFERENT).int()[:, positions(code.bits)].flip(1)
     reach = TILE if thorough else TILE // 2
     seam_path = _search(code, torch.cat([fixed[:, TILE - reach :], fixed[:, :reach]], 1), None)
     seam = seam_path[:, reach - 1] & (1 << code.window - code.bits) - 1
