@@ -16,6 +16,7 @@ import torch
 
 from bitfold.errors import FormatError
 from bitfold.formats.blocks import Block, Blocks
+from bitfold.formats.columns import GridCoder
 from bitfold.grids import Grid
 from bitfold.parallel import parallel_map
 from bitfold.tensorinfo import TensorInfo
@@ -182,6 +183,17 @@ class Format:
             return self.grid.decode(codes)
         per_row = Format(self.name, self.grid, Scale((1, blocks.block[1]), torch.float32)) if self.scale else self
         return per_row.values_of(codes, _params_rows(params, index // blocks.rows, blocks))
+
+    def coder(self, w: torch.Tensor, params: Params | None) -> GridCoder:
+        """Codes the columns of w (n, k) one by one under given scales."""
+        return GridCoder(self, (w.shape[0], w.shape[1]), params)
+
+    def rescaled(self, fields: Fields, factor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The same codes with the scales of each row times `factor` (n, 1); unchanged where scales span rows."""
+        if self.scale is None or self.scale.block[0] != 1 or isinstance(self.scale.store, Grid):
+            return dict(fields)
+        scale = (fields["scale"].float() * factor).to(self.scale.store)
+        return {**fields, "scale": scale}
 
     def store_params(self, params: Params) -> dict[str, torch.Tensor]:
         """Fields that hold the scales (and zero points), rounded to their stores."""

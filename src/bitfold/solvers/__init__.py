@@ -9,9 +9,10 @@ import torch
 from bitfold.errors import UsageError
 from bitfold.formats import AnyFormat, Fit
 from bitfold.qtensor import QTensor
+from bitfold.solvers.ldlq import ldlq
 from bitfold.solvers.rtn import rtn
 
-__all__ = ["SOLVERS", "Solver", "get_solver", "rtn"]
+__all__ = ["SOLVERS", "Solver", "get_solver", "ldlq", "rtn"]
 
 
 class Solver(Protocol):
@@ -22,7 +23,7 @@ class Solver(Protocol):
     ) -> QTensor: ...
 
 
-SOLVERS: dict[str, Solver] = {"rtn": rtn}
+SOLVERS: dict[str, Solver] = {"rtn": rtn, "ldlq": ldlq}
 
 
 def get_solver(name: str) -> Solver:

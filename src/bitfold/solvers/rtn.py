@@ -24,10 +24,10 @@ def rtn(w: torch.Tensor, hessian: torch.Tensor | None, format: AnyFormat, fit: F
     shape = tuple(w.shape)
     if format.scale is None:
         return QTensor(format, shape, format.encode(w, None))
-    return QTensor(format, shape, format.encode(w, _fit_by_rows(w, format, fit)))
+    return QTensor(format, shape, format.encode(w, fit_by_rows(w, format, fit)))
 
 
-def _fit_by_rows(w: torch.Tensor, format: AnyFormat, fit: Fit) -> Params:
+def fit_by_rows(w: torch.Tensor, format: AnyFormat, fit: Fit) -> Params:
     """Blocks of different rows do not know each other: fit a few rows at a time to keep temporaries small."""
     assert format.scale is not None
     n, k = w.shape
