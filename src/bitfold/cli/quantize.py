@@ -31,7 +31,12 @@ def quantize(
     fit: Annotated[
         str | None, typer.Option(help="How scales are chosen: absmax, minmax, mse (default) or hqq.")
     ] = None,
-    solver: Annotated[str, typer.Option(help="How codes are chosen: rtn (round to nearest).")] = "rtn",
+    solver: Annotated[
+        str,
+        typer.Option(
+            help="How codes are chosen: rtn (round to nearest), or ldlq (error feedback; without calibration the same as rtn)."
+        ),
+    ] = "rtn",
     act: Annotated[str, typer.Option(help="Activations at run time: float, or int8 (quantized per token).")] = "float",
     ignore: Annotated[
         list[str] | None, typer.Option(help="Tensors to keep as they are: a name, a glob or re:PATTERN. Repeatable.")
