@@ -34,7 +34,7 @@ def quantize(
     solver: Annotated[
         str,
         typer.Option(
-            help="How codes are chosen: rtn (round to nearest), or ldlq (error feedback; without calibration the same as rtn)."
+            help="How codes are chosen: rtn (nearest), or ldlq (error feedback; the same as rtn without calibration)."
         ),
     ] = "rtn",
     act: Annotated[str, typer.Option(help="Activations at run time: float, or int8 (quantized per token).")] = "float",
