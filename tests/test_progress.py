@@ -72,12 +72,17 @@ def test_bars_on_a_terminal_nest_and_clean_up(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(progress.sys, "stderr", screen)
     progress.enable()
-    with pytest.raises(RuntimeError), progress.bar("outer", 2) as outer, progress.bar("inner", 4) as inner:
-        inner.advance(4, note="ready")
-        outer.advance()
-        raise RuntimeError
+
+    def work() -> None:
+        with progress.bar("outer", 2) as outer, progress.bar("inner", 4) as inner:
+            inner.advance(4, note="ready")
+            outer.advance()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        work()
     assert progress._display is None
-    assert "outer" in screen.getvalue() and "ready" in screen.getvalue() and "ETA" in screen.getvalue()
+    assert all(word in screen.getvalue() for word in ("outer", "ready", "ETA"))
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59, "59 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")])
