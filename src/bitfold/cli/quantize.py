@@ -33,9 +33,7 @@ def quantize(
     ] = None,
     solver: Annotated[
         str,
-        typer.Option(
-            help="How codes are chosen: rtn (nearest), or ldlq (error feedback; the same as rtn without calibration)."
-        ),
+        typer.Option(help="How codes are chosen: rtn (nearest), or ldlq (error feedback, calibrated on text)."),
     ] = "rtn",
     act: Annotated[str, typer.Option(help="Activations at run time: float, or int8 (quantized per token).")] = "float",
     ignore: Annotated[
