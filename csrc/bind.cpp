@@ -22,6 +22,19 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// A weight that owns the copy of its last rows.
+struct OwnedWeight : bitfold::Weight {
+  std::vector<uint8_t> copy;
+
+  void copy_tail() {
+    const size_t rows = bitfold::tail_rows(n, row_bytes);
+    tail_from = n - rows;
+    copy.assign(codes + tail_from * row_bytes, codes + n * row_bytes);
+    copy.resize(copy.size() + 64);
+    tail = copy.data();
+  }
+};
+
 void fill_tables(bitfold::Weight& w, const std::vector<float>& points, const std::vector<int>& lut) {
   for (size_t i = 0; i < 16 && !points.empty(); ++i) w.points[i] = points[i % points.size()];
   w.has_lut = !lut.empty();
@@ -59,7 +72,7 @@ NB_MODULE(_native, m) {
         return bitfold::read_memory(at<const uint8_t>(data), bytes, threads);
       },
       "data"_a, "bytes"_a, "threads"_a, "Read memory once, for measuring bandwidth; returns a checksum.");
-  using bitfold::Weight;
+  using Weight = OwnedWeight;
   nb::class_<Weight>(m, "Weight", "A weight as the kernels see it; the tensors behind it are the caller's to keep.")
       .def(
           "__init__",
@@ -81,6 +94,7 @@ NB_MODULE(_native, m) {
             w->unit = unit;
             w->integers = integers;
             fill_tables(*w, points, lut);
+            w->copy_tail();
           },
           "codes"_a, "n"_a, "k"_a, "bits"_a, "scale"_a, "zero"_a, "bf16"_a, "group"_a, "groups"_a, "offset"_a, "unit"_a,
           "integers"_a, "points"_a, "lut"_a);

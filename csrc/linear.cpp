@@ -55,52 +55,61 @@ size_t runs_of(const Weight& w, const Table& t, size_t padded) {
   return (steps + per - 1) / per;
 }
 
-// x -> 8 bits, rows up to `rows` filled with zeros. Scales go to scales[0 .. m).
-int8_t* quantize_rows(const Table& t, const Weight& w, const float* x, size_t m, size_t rows, size_t padded,
-                      float* scales) {
-  int8_t* out = codes_memory.get<int8_t>(rows * padded);
+// x -> 8 bits, row-major (m, padded), and their scales.
+int8_t* quantize_rows(const Table& t, const Weight& w, const float* x, size_t m, size_t padded, float* scales) {
+  int8_t* out = codes_memory.get<int8_t>(m * padded);
   for (size_t i = 0; i < m; ++i) scales[i] = t.quantize(x + i * w.k, w.k, padded, out + i * padded);
-  std::memset(out + m * padded, 0, (rows - m) * padded);
   return out;
+}
+
+// Row-major (m, padded) -> (steps, batch, step), rows from m on zero.
+const int8_t* interleave(const int8_t* x, size_t m, size_t batch, size_t padded, size_t step) {
+  if (batch == 1) return x;
+  int8_t* out = rows_memory.get<int8_t>(batch * padded);
+  for (size_t c = 0; c < padded; c += step)
+    for (size_t b = 0; b < batch; ++b, out += step) {
+      if (b < m) {
+        std::memcpy(out, x + b * padded + c, step);
+      } else {
+        std::memset(out, 0, step);
+      }
+    }
+  return out - batch * padded;
 }
 
 void gemv8(const Table& t, const Weight& w, const float* x, size_t m, float* y, int threads) {
   float scales[kMaxRows];
+  const size_t batch = batch_of(m);
   Act8 a;
-  a.m = batch_of(m);
+  a.m = m;
   a.padded = round_up(w.k, kPad);
-  a.x = quantize_rows(t, w, x, m, a.m, a.padded, scales);
-  int32_t* start = start_memory.get<int32_t>(a.m * runs_of(w, t, a.padded) * t.lanes);
-  float* sums = w.zero ? sums_memory.get<float>(a.m * w.groups) : nullptr;
-  t.sums8(w, a, start, sums);
+  a.x = interleave(quantize_rows(t, w, x, m, a.padded, scales), m, batch, a.padded, 4 * t.lanes);
+  a.scale = scales;
+  int32_t* start = start_memory.get<int32_t>(batch * runs_of(w, t, a.padded) * t.lanes);
+  float* sums = w.zero ? sums_memory.get<float>(m * w.groups) : nullptr;
+  t.sums8(w, a.x, m, batch, a.padded, start, sums);
   a.start = start;
   a.sums = sums;
-  a.scale = scales;
-  a.m = m;
   parallel_for(w.n, kRowGrain, threads, [&](size_t begin, size_t end) { t.gemv8(w, a, begin, end, y); });
 }
 
 void gemvf(const Table& t, const Weight& w, const float* x, size_t m, bool int8, float* y, int threads) {
-  ActF a;
-  const size_t rows = batch_of(m);
-  a.padded = round_up(w.k, kPad);
-  float* out = rows_memory.get<float>(rows * a.padded);
-  float* sums = w.zero ? sums_memory.get<float>(rows * w.groups) : nullptr;
   float scales[kMaxRows];
-  const int8_t* codes = int8 ? quantize_rows(t, w, x, m, m, a.padded, scales) : nullptr;
+  const size_t batch = batch_of(m);
+  ActF a;
+  a.m = m;
+  a.padded = round_up(w.k, kPad);
+  float* out = rows_memory.get<float>(batch * a.padded);
+  float* sums = w.zero ? sums_memory.get<float>(m * w.groups) : nullptr;
+  const int8_t* codes = int8 ? quantize_rows(t, w, x, m, a.padded, scales) : nullptr;
   float* as_float = int8 ? float_memory.get<float>(a.padded) : nullptr;
+  if (m < batch) std::memset(out, 0, batch * a.padded * sizeof(float));
   for (size_t i = 0; i < m; ++i) {
-    const float* row = x + i * w.k;
-    if (int8) {  // points that are not integers: the codes of x, as floats
-      for (size_t c = 0; c < w.k; ++c) as_float[c] = codes[i * a.padded + c];
-      row = as_float;
-    }
-    t.arrange(w, row, a.padded, out + i * a.padded, w.zero ? sums + i * w.groups : nullptr);
+    for (size_t c = 0; int8 && c < w.k; ++c) as_float[c] = codes[i * a.padded + c];  // points that are not integers
+    t.arrange(w, int8 ? as_float : x + i * w.k, i, batch, a.padded, out, w.zero ? sums + i * w.groups : nullptr);
   }
-  std::memset(out + m * a.padded, 0, (rows - m) * a.padded * sizeof(float));
   a.x = out;
   a.sums = sums;
-  a.m = m;
   parallel_for(w.n, kRowGrain, threads, [&](size_t begin, size_t end) {
     t.gemvf(w, a, begin, end, y);
     for (size_t i = 0; int8 && i < m; ++i)
@@ -113,7 +122,7 @@ void gemm8(const Table& t, const Weight& w, const float* x, size_t m, float* y, 
   a.m = m;
   a.padded = round_up(w.k, kPad);
   float* scales = float_memory.get<float>(m);
-  const int8_t* rows = quantize_rows(t, w, x, m, m, a.padded, scales);
+  const int8_t* rows = quantize_rows(t, w, x, m, a.padded, scales);
   const size_t blocked = round_up(m, t.gemm_rows);
   const size_t chunks = (a.padded + (w.group ? w.group : kWholeRow) - 1) / (w.group ? w.group : kWholeRow);
   int8_t* out = rows_memory.get<int8_t>(blocked * a.padded);

@@ -17,11 +17,13 @@ constexpr size_t kWholeRow = 256;  // columns summed in integers by gemm when a 
 
 struct Weight {
   const uint8_t* codes = nullptr;  // n rows of row_bytes
+  const uint8_t* tail = nullptr;   // a copy of rows [tail_from, n) with 64 readable bytes behind it
+  size_t tail_from = 0;
   size_t n = 0, k = 0, row_bytes = 0;
   int bits = 8;
   size_t group = 0;             // columns that share a scale, a multiple of 16; 0: the whole row
   size_t groups = 1;            // scales in a row; with a group below kPad, enough for the padded columns
-  const void* scale = nullptr;  // (n, groups) bfloat16 or float32
+  const void* scale = nullptr;  // (n, groups) bfloat16 or float32; 16 bytes behind it can be read
   const void* zero = nullptr;   // the same type and shape, or null: zero points, less the offset
   bool bf16 = false;            // type of scale and zero
   bool integers = true;         // point = (u - offset) * unit with u = lut[code] or code: int8 arithmetic is exact
@@ -30,12 +32,23 @@ struct Weight {
   float unit = 1;
   uint8_t lut[16] = {};
   float points[16] = {};  // value of each code, repeated periodically; used if bits <= 4
+
+  // Loops read whole steps, which may end behind a row: of the last rows they read the copy.
+  const uint8_t* row(size_t i) const {
+    return i < tail_from ? codes + i * row_bytes : tail + (i - tail_from) * row_bytes;
+  }
 };
+
+// How many of the last rows `tail` must hold.
+inline size_t tail_rows(size_t n, size_t row_bytes) {
+  const size_t rows = 1 + 64 / (row_bytes ? row_bytes : 1);
+  return rows < n ? rows : n;
+}
 
 // Rows of activations in 8 bits, in the arrangement that the loop wants.
 struct Act8 {
   size_t m = 0, padded = 0;        // padded: columns, a multiple of kPad
-  const int8_t* x = nullptr;       // gemv: (m, padded); gemm: see gemm.h
+  const int8_t* x = nullptr;       // gemv: (steps, batch, step), batch >= m; gemm: see gemm.h
   const float* scale = nullptr;    // (m)
   const int32_t* start = nullptr;  // -offset * (sums of x), where accumulators start; gemv: by lane, gemm: by chunk
   const float* sums = nullptr;     // (m, groups): sum of x over each group
@@ -43,7 +56,7 @@ struct Act8 {
 
 struct ActF {
   size_t m = 0, padded = 0;
-  const float* x = nullptr;     // (m, padded), in the column order of the instruction set
+  const float* x = nullptr;     // (steps, batch, step), columns of a step in the order of the instruction set
   const float* sums = nullptr;  // (m, groups)
 };
 

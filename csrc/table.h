@@ -21,10 +21,10 @@ struct Table {
 
   // One row of activations: float32 (k) -> int8 (padded, zeros behind k). Returns the scale.
   float (*quantize)(const float* x, size_t k, size_t padded, int8_t* out);
-  // Fills a.start (and a.sums if the weight has zero points) for gemv from a.x.
-  void (*sums8)(const Weight& w, const Act8& a, int32_t* start, float* sums);
-  // One row of activations in the column order of gemv_float, and its sums over groups if the weight has zero points.
-  void (*arrange)(const Weight& w, const float* x, size_t padded, float* out, float* sums);
+  // Fills start (and sums, if the weight has zero points) of m rows arranged in a batch for gemv8.
+  void (*sums8)(const Weight& w, const int8_t* x, size_t m, size_t batch, size_t padded, int32_t* start, float* sums);
+  // Row b of a batch in the arrangement of gemvf, and its sums over groups if the weight has zero points.
+  void (*arrange)(const Weight& w, const float* x, size_t b, size_t batch, size_t padded, float* out, float* sums);
   // Rows [begin, end) of the weight times at most kMaxRows rows of activations: y[m * n + row].
   void (*gemv8)(const Weight& w, const Act8& a, size_t begin, size_t end, float* y);
   void (*gemvf)(const Weight& w, const ActF& a, size_t begin, size_t end, float* y);

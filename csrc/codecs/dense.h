@@ -33,17 +33,6 @@ struct DenseLut {
   typename S::I load(const uint8_t* p) const { return S::lookup(table, S::template codes<B>(p)); }
 };
 
-// Reads a step that may end behind the last byte of the tensor: the last step of the last rows.
-template <class C>
-inline auto load_step(const C& codec, const uint8_t* p, const uint8_t* limit) {
-  if (p + C::kBytes > limit) {
-    uint8_t copy[C::kBytes] = {};
-    if (p < limit) memcpy(copy, p, static_cast<size_t>(limit - p));
-    return codec.load(copy);
-  }
-  return codec.load(p);
-}
-
 // A step as four vectors of float: lane i of the j-th belongs to column 4i + j.
 template <class S, int B, bool Table>
 struct Values;

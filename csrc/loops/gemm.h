@@ -60,13 +60,12 @@ void arrange_blocks(const Weight& w, const int8_t* x, size_t m, size_t padded, i
 // Rows [row, row + 2L) and `depth` columns from `column` on; rows behind the last repeat it.
 template <class S, class C>
 void decode_tile(const Weight& w, const C& codec, size_t row, size_t column, size_t depth, uint8_t* out) {
-  const uint8_t* limit = w.codes + w.n * w.row_bytes;
   for (int half = 0; half < 2; ++half)
     for (size_t c = 0; c < depth; c += S::W) {
       typename S::I r[S::L];
       for (size_t i = 0; i < S::L; ++i) {
         const size_t n = smaller(row + static_cast<size_t>(half) * S::L + i, w.n - 1);
-        r[i] = load_step(codec, w.codes + n * w.row_bytes + (column + c) / S::W * C::kBytes, limit);
+        r[i] = codec.load(w.row(n) + (column + c) / S::W * C::kBytes);
       }
       S::transpose(r);
       for (size_t i = 0; i < S::L; ++i) S::store(out + ((c / 4 + i) * 2 + static_cast<size_t>(half)) * 4 * S::L, r[i]);

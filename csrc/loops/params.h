@@ -20,40 +20,36 @@ inline typename S::F params(const void* p, size_t i, bool bf16) {
   return bf16 ? S::load_bf16(static_cast<const uint16_t*>(p) + i) : S::loadf(static_cast<const float*>(p) + i);
 }
 
-// Sum over the groups of a row of scale * zero * sum(x): what zero points take away from every product.
+// total - (sum over the groups of a row of scale * zero * sum(x)): zero points take the same away from every product.
 template <class S>
-inline float zero_part(const Weight& w, size_t row, const float* sums) {
+inline float less_zeros(const Weight& w, size_t row, const float* sums, typename S::F total) {
   const size_t at = row * w.groups;
   size_t g = 0;
-  typename S::F acc = S::zerof();
   for (; g + S::L <= w.groups; g += S::L) {
     const typename S::F sz = S::mul(params<S>(w.scale, at + g, w.bf16), params<S>(w.zero, at + g, w.bf16));
-    acc = S::fma(sz, S::loadf(sums + g), acc);
+    total = S::fma(sz, S::mul(S::loadf(sums + g), S::set(-1)), total);
   }
-  float total = S::sum(acc);
-  for (; g < w.groups; ++g) total += param(w.scale, at + g, w.bf16) * param(w.zero, at + g, w.bf16) * sums[g];
-  return total;
+  float rest = 0;
+  for (; g < w.groups; ++g) rest += param(w.scale, at + g, w.bf16) * param(w.zero, at + g, w.bf16) * sums[g];
+  return S::sum(total) - rest;
 }
 
-// Scales of the step that begins at column `at`, one for each lane, where groups are shorter than steps.
+// Scales from the i-th on, spread over the lanes.
 template <class S>
-inline typename S::F lane_scales(const Weight& w, size_t row, size_t at) {
-  const size_t count = S::W / w.group;
-  float s[4];
-  for (size_t i = 0; i < count; ++i) s[i] = param(w.scale, row * w.groups + at / w.group + i, w.bf16);
-  return S::expand(s, static_cast<int>(count));
+inline typename S::F spread(const Weight& w, const typename S::Spread& how, size_t i) {
+  return w.bf16 ? how.bf16(static_cast<const uint16_t*>(w.scale) + i) : how.f32(static_cast<const float*>(w.scale) + i);
 }
 
-// Several scales in one step, or one for a number of whole steps (or for the whole row).
+// Scales in a step: 1, or more where groups are shorter than steps.
 template <class S>
-inline bool scales_in_step(const Weight& w) {
-  return w.group % S::W != 0;
+inline size_t scales_per_step(const Weight& w) {
+  return w.group % S::W ? S::W / w.group : 1;
 }
 
-// Steps that share a scale, and how many such runs there are in a row.
+// Steps that share a scale.
 template <class S>
 inline size_t run_length(const Weight& w, size_t steps) {
-  return w.group == 0 ? steps : scales_in_step<S>(w) ? 1 : w.group / S::W;
+  return w.group == 0 ? steps : w.group % S::W ? 1 : w.group / S::W;
 }
 
 template <class T>

@@ -64,6 +64,7 @@ struct Simd {
   static constexpr int L = 8, W = 32;
   static constexpr bool kFastTable = false;
   static constexpr int kGemmRows = 4;
+  static constexpr int kRegisters = 16;
   using I = __m256i;
   using F = __m256;
 
@@ -128,7 +129,26 @@ struct Simd {
     const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
   }
-  static F expand(const float* s, int) { return _mm256_set_m128(_mm_set1_ps(s[1]), _mm_set1_ps(s[0])); }
+
+  // Lane i gets the i * count / L-th of `count` (1 or 2) numbers. Reads 8 bytes, whatever the count.
+  struct Spread {
+    I words, floats;
+    explicit Spread(int count) {
+      alignas(32) int32_t at[8];
+      alignas(32) uint8_t byte[32];
+      for (int i = 0; i < 32; ++i) {
+        at[i / 4] = i / 4 * count / 8;
+        byte[i] = static_cast<uint8_t>(i % 4 < 2 ? 0x80 : at[i / 4] * 2 + i % 4 - 2);
+      }
+      floats = _mm256_load_si256(reinterpret_cast<const __m256i*>(at));
+      words = _mm256_load_si256(reinterpret_cast<const __m256i*>(byte));
+    }
+    F bf16(const uint16_t* p) const { return _mm256_castsi256_ps(_mm256_shuffle_epi8(broadcast4(p), words)); }
+    F f32(const float* p) const {
+      const __m128i x = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+      return _mm256_permutevar8x32_ps(_mm256_castsi256_ps(_mm256_castsi128_si256(x)), floats);
+    }
+  };
 
   template <int J>
   static F plane(I x) {

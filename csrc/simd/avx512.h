@@ -35,6 +35,7 @@ struct Simd {
   static constexpr int L = 16, W = 64;
   static constexpr bool kFastTable = true;  // 16-entry float tables are as fast as integer conversion
   static constexpr int kGemmRows = 12;      // rows of activations held in registers by gemm
+  static constexpr int kRegisters = 32;
   using I = __m512i;
   using F = __m512;
 
@@ -84,13 +85,21 @@ struct Simd {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
   }
 
-  // Lane i gets s[i * count / L]; count is 2 or 4.
-  static F expand(const float* s, int count) {
-    const F x = _mm512_castps128_ps512(
-        count == 4 ? _mm_loadu_ps(s) : _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(s))));
-    const I lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    return _mm512_permutexvar_ps(count == 4 ? _mm512_srli_epi32(lanes, 2) : _mm512_srli_epi32(lanes, 3), x);
-  }
+  // Lane i gets the i * count / L-th of `count` (1, 2 or 4) numbers. Reads 16 bytes, whatever the count.
+  struct Spread {
+    I words, floats;
+    explicit Spread(int count) {
+      alignas(64) int32_t at[16];
+      for (int i = 0; i < 16; ++i) at[i] = i * count / 16;
+      floats = _mm512_load_si512(at);
+      words = _mm512_slli_epi32(floats, 16);
+    }
+    F bf16(const uint16_t* p) const {
+      const I x = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+      return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, words, x));
+    }
+    F f32(const float* p) const { return _mm512_permutexvar_ps(floats, _mm512_castps128_ps512(_mm_loadu_ps(p))); }
+  };
 
   // Byte J of each lane, as a signed number.
   template <int J>

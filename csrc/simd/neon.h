@@ -36,6 +36,7 @@ struct Simd {
   static constexpr int L = 4, W = 16;
   static constexpr bool kFastTable = false;
   static constexpr int kGemmRows = 8;
+  static constexpr int kRegisters = 32;
   using I = uint8x16_t;
   using F = float32x4_t;
 
@@ -95,7 +96,17 @@ struct Simd {
   static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
   static float sum(F x) { return vaddvq_f32(x); }
   static F load_bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
-  static F expand(const float* s, int) { return set(s[0]); }
+
+  struct Spread {  // a group is never less than a step here
+    explicit Spread(int) {}
+    F bf16(const uint16_t* p) const {
+      const uint32_t bits = static_cast<uint32_t>(*p) << 16;
+      float x;
+      memcpy(&x, &bits, 4);
+      return set(x);
+    }
+    F f32(const float* p) const { return set(*p); }
+  };
 
   template <int J>
   static F plane(I x) {

@@ -9,6 +9,7 @@ struct Simd {
   static constexpr int L = 4, W = 16;
   static constexpr bool kFastTable = true;
   static constexpr int kGemmRows = 4;
+  static constexpr int kRegisters = 16;
   union I {
     uint8_t b[16];
     int32_t w[4];
@@ -84,7 +85,17 @@ struct Simd {
     }
     return x;
   }
-  static F expand(const float* s, int) { return set(s[0]); }  // a group is never less than a step here
+
+  struct Spread {  // a group is never less than a step here
+    explicit Spread(int) {}
+    F bf16(const uint16_t* p) const {
+      const uint32_t bits = static_cast<uint32_t>(*p) << 16;
+      float x;
+      memcpy(&x, &bits, 4);
+      return set(x);
+    }
+    F f32(const float* p) const { return set(*p); }
+  };
 
   template <int J>
   static F plane(I x) {

@@ -17,3 +17,4 @@ inline int failures = 0;
 
 void test_packing(const char* isa);
 void test_linear(const char* isa);
+void test_viterbi(const char* isa);

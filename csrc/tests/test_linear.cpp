@@ -20,7 +20,7 @@ struct Case {
 // A random weight of that kind, with everything a Weight points to, and its values in double precision.
 struct Sample {
   Weight w;
-  std::vector<uint8_t> codes, packed;
+  std::vector<uint8_t> codes, packed, tail;
   std::vector<float> scale, zero;
   std::vector<uint16_t> scale16, zero16;
   std::vector<double> values;
@@ -43,6 +43,10 @@ struct Sample {
     packed.resize(c.n * w.row_bytes);
     bitfold::pack(codes.data(), c.n, c.k, c.bits, packed.data(), 1);
     w.codes = packed.data();
+    w.tail_from = c.n - bitfold::tail_rows(c.n, w.row_bytes);
+    tail.assign(packed.begin() + static_cast<long>(w.tail_from * w.row_bytes), packed.end());
+    tail.resize(tail.size() + 64);
+    w.tail = tail.data();
     fill_params(c, random);
     fill_values(c);
   }
@@ -72,6 +76,9 @@ struct Sample {
         zero16.push_back(static_cast<uint16_t>(bits >> 16));
       }
     }
+    scale.resize(scale.size() + 4);
+    zero.resize(zero.size() + 4);
+    scale16.resize(scale16.size() + 8);
     w.scale = c.bf16 ? static_cast<const void*>(scale16.data()) : scale.data();
     if (c.zero) w.zero = c.bf16 ? static_cast<const void*>(zero16.data()) : zero.data();
   }

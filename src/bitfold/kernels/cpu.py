@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bitfold import native
 from bitfold.kernels.base import Kernel
-from bitfold.kernels.layout import Layout, Points, read_layout
+from bitfold.kernels.layout import Layout, Points, read_layout, with_slack
 from bitfold.qtensor import QTensor
 
 _FLOAT_ROWS = 16  # rows of activations up to which decoding in registers beats decoding to memory
@@ -141,7 +141,8 @@ def _linear(
     int8: bool,
 ) -> Tensor:
     table = Points(tuple(points), offset, unit, tuple(lut), integers)
-    layout = Layout(codes.shape[0], k, bits, codes, scale, zero, group, table)
+    zero = None if zero is None else with_slack(zero)
+    layout = Layout(codes.shape[0], k, bits, codes.contiguous(), with_slack(scale), zero, group, table)
     return _run(x, _weight(layout), layout, int8)
 
 
@@ -161,7 +162,8 @@ def _linear_backward(
     integers: bool,
 ) -> Tensor:
     table = Points(tuple(points), offset, unit, tuple(lut), integers)
-    layout = Layout(codes.shape[0], k, bits, codes, scale, zero, group, table)
+    zero = None if zero is None else with_slack(zero)
+    layout = Layout(codes.shape[0], k, bits, codes.contiguous(), with_slack(scale), zero, group, table)
     out = torch.zeros(grad.shape[0], k, dtype=torch.float32)
     for rows, part in _decoded(_weight(layout), layout):
         out.addmm_(grad[:, rows].float(), part)

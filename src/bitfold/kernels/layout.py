@@ -20,6 +20,7 @@ from bitfold.qtensor import QTensor
 
 _STEP = 64  # columns that the widest instruction set takes at a time
 _LEAST_GROUP = 16  # and the narrowest one
+_SLACK = 8  # numbers
 
 
 @dataclass(frozen=True)
@@ -121,4 +122,14 @@ def _compact(arrays: list[Tensor]) -> list[Tensor]:
     """bfloat16 if no value changes by it: half the traffic."""
     small = [a.to(torch.bfloat16) for a in arrays]
     exact = all(torch.equal(s.float(), a) for s, a in zip(small, arrays, strict=True))
-    return small if exact else [a.float() for a in arrays]
+    return [with_slack(a) for a in (small if exact else [a.float() for a in arrays])]
+
+
+def with_slack(values: Tensor) -> Tensor:
+    """The same numbers with some readable bytes behind the last: the loops load whole vectors of scales."""
+    end = values.storage_offset() + values.numel()
+    if values.is_contiguous() and values.untyped_storage().nbytes() >= (end + _SLACK) * values.element_size():
+        return values
+    room = torch.zeros(values.numel() + _SLACK, dtype=values.dtype)
+    room[: values.numel()] = values.flatten()
+    return room[: values.numel()].view(values.shape)
