@@ -12,7 +12,7 @@ struct TrellisCode {
   int bits = 0;                      // k: new bits for each weight, 1..4
   int window = 0;                    // L: bits of a window, 9..16
   int index_bits = 0;                // w: the table has 2^w entries, k <= w <= 8
-  int gain = 0;                      // costs are squares of distances << gain, >> 16 (distances in 1/16 step)
+  int gain = 0;                      // 2..6: costs are squares of distances << gain, >> 16 (distances in 1/16 step)
   const uint8_t* columns = nullptr;  // (L)
   const int16_t* levels = nullptr;   // (2^w), in 1/16 step
 };

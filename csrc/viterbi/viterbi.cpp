@@ -37,7 +37,7 @@ bool odd(const TrellisCode& c) {
 
 bool valid(const TrellisCode& c) {
   return c.bits >= 1 && c.bits <= 4 && c.window >= 9 && c.window <= (c.bits == 3 ? 14 : 16) && c.index_bits >= c.bits &&
-         c.index_bits <= (c.bits <= 2 ? 6 : c.bits + 4) && c.gain >= 0 && c.gain <= 6 && odd(c);
+         c.index_bits <= (c.bits <= 2 ? 6 : c.bits + 4) && c.gain >= 2 && c.gain <= 6 && odd(c);
 }
 
 bool wide_registers() {
