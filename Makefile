@@ -35,8 +35,9 @@ $(VENV)/.native.stamp: $(VENV)/.torch.stamp pyproject.toml CMakeLists.txt $(CSRC
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --quiet --no-build-isolation --editable '.[dev]'
 	touch $@
 
+# One process for each core, one thread in each: on small tensors OpenMP teams only wait for each other.
 test: setup ## all the tests
-	$(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto $(ARGS)
 
 lint: setup ## ruff, mypy --strict, clang-format
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ import typer
 
 import tiny_lm
 from bitfold import driver, errors, progress
+from bitfold.calibrated import Calibration
 from bitfold.cli import app
 from bitfold.fits import FITS
 from bitfold.solvers import SOLVERS
@@ -118,7 +119,7 @@ def test_exit_codes_are_documented() -> None:
 def test_fits_and_solvers_are_named_in_the_help() -> None:
     helps = {p.name: p.help for p in COMMANDS["quantize"].params if hasattr(p, "help")}
     assert all(name in helps["fit"] for name in FITS)
-    assert all(name in helps["solver"] for name in SOLVERS)
+    assert all(name in helps["method"] for name in SOLVERS)
 
 
 def keys_are_documented(command: str, data: Any) -> None:
@@ -299,13 +300,18 @@ def test_quantize_options_reach_the_driver(bitfold: Bitfold, monkeypatch: pytest
     bitfold(
         "quantize", "org/m", "-o", "o", "--format", "nf4", "--group-size", 32, "--fit", "hqq", "--solver", "rtn",
         "--act", "int8", "--ignore", "a", "--ignore", "b", "--seed", 7, "--max-shard-size", "2GiB", "--revision", "v1",
-        "--upload-repo", "me/q",
+        "--upload-repo", "me/q", "--transform", "none",
     )  # fmt: skip
     assert seen == {
         "args": ("org/m", Path("o")), "bits": None, "format": "nf4", "group_size": 32, "fit": "hqq", "solver": "rtn",
         "act": "int8", "ignore": ["a", "b"], "recipe": None, "dry_run": False, "seed": 7, "revision": "v1",
-        "upload_repo": "me/q", "max_shard_bytes": 2 << 30,
+        "upload_repo": "me/q", "max_shard_bytes": 2 << 30, "transform": "none", "calibration": None,
     }  # fmt: skip
+    bitfold(
+        "quantize", "org/m", "-o", "o", "--bits", 3, "--method", "ldlq", "--calibration", "a.txt", "--nsamples", 4,
+        "--seqlen", 64, "--drift", 0.25, "--no-fisher",
+    )  # fmt: skip
+    assert (seen["solver"], seen["calibration"]) == ("ldlq", Calibration("a.txt", 4, 64, 0.25, False))
 
 
 def test_eval(bitfold: Bitfold, model: Path, quantized: Path, text: Path, tmp_path: Path) -> None:

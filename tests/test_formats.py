@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def steps(format: Format, q: QTensor) -> torch.Tensor:
     """For each weight half the distance to the farther neighbour of its point, times the scale: the largest error."""
     params = format.load_params(q.fields, q.shape)
     values = sorted({p for p in format.grid.points if math.isfinite(p)})
-    gaps = [b - a for a, b in zip(values, values[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(values)]
     around = {v: max(gaps[max(i - 1, 0)], gaps[min(i, len(gaps) - 1)]) for i, v in enumerate(values)}
     codes = format.grid.unpack(q.fields["codes"], q.shape[1])
     half = torch.tensor([around.get(p, 0.0) / 2 for p in format.grid.points])[codes.int()]

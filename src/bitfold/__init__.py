@@ -10,8 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from bitfold.integrations import hook as _hook
-
-__version__ = "0.1.0"
+from bitfold.version import __version__
 
 _PUBLIC = {
     "pack": "bitfold.packing",
@@ -24,6 +23,7 @@ _PUBLIC = {
     "load": "bitfold.models.load",
     "save": "bitfold.models.save",
     "evaluate": "bitfold.evaluation",
+    "Calibration": "bitfold.calibrated",
     "Recipe": "bitfold.recipe",
     "Rule": "bitfold.recipe",
     "nn": "bitfold.nn",
@@ -32,6 +32,7 @@ _PUBLIC = {
 
 if TYPE_CHECKING:
     from bitfold import errors, nn
+    from bitfold.calibrated import Calibration
     from bitfold.driver import quantize
     from bitfold.evaluation import evaluate
     from bitfold.formats import FORMATS
@@ -45,9 +46,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FORMATS",
+    "Calibration",
     "QTensor",
     "Recipe",
     "Rule",
+    "__version__",
     "errors",
     "evaluate",
     "load",

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,86 +17,22 @@ import torch
 from torch import nn
 
 from bitfold import progress
+from bitfold.calibrated import CALIBRATED, Calibration, Solved, solve_blocks
 from bitfold.card import write_card
 from bitfold.checkpoints import Source, open_source
 from bitfold.checkpoints.native import QUANT_METHOD, VERSION
 from bitfold.checkpoints.safetensors import ShardWriter, write_json
 from bitfold.errors import CheckpointError, UsageError
 from bitfold.models import skeleton
-from bitfold.models.swap import is_plain, quantize_site_tensor
-from bitfold.plan import Item, Plan, make_plan
+from bitfold.models.swap import in_basis, is_plain, quantize_site_tensor, transform_of
+from bitfold.options import choose_recipe
+from bitfold.plan import Decision, Item, Plan, blank_report, make_plan
+from bitfold.qtensor import QTensor
 from bitfold.recipe import Recipe, Rule
 from bitfold.report import QuantizeReport, TensorReport, peak_memory, relative_error
+from bitfold.version import __version__
 
 OnTensor = Callable[[TensorReport], None]
-DEFAULT_GROUP = 64
-
-
-def choose_recipe(
-    *,
-    bits: int | None = None,
-    format: str | None = None,
-    group_size: int | None = None,
-    fit: str | None = None,
-    solver: str = "rtn",
-    act: str = "float",
-    ignore: Iterable[str] = (),
-    recipe: Recipe | str | Path | None = None,
-) -> Recipe:
-    """The recipe that a set of options means.
-
-    Args:
-        bits: 1..8: integers; 8 with one scale a row, 2 to 7 with scale and zero point for each group of 64, 1 with
-            a scale for each group of 64.
-        format: a format name instead of bits.
-        group_size: weights that share a scale; -1 or 0 = one scale a row.
-        fit: see FITS; default "mse".
-        solver: see SOLVERS.
-        act: "float" or "int8".
-        ignore: patterns of tensors to keep.
-        recipe: a Recipe or a TOML file instead of all but `ignore`.
-
-    Raises:
-        UsageError: options that contradict each other, or none at all.
-    """
-    if recipe is not None:
-        if bits is not None or format is not None or group_size is not None or fit is not None:
-            raise UsageError(
-                "a recipe already says formats and fits", hint="drop --bits, --format, --group-size, --fit"
-            )
-        loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-        return loaded.ignoring(ignore)
-    if (bits is None) == (format is None):
-        raise UsageError("choose one of bits and format", hint="for example --bits 4 or --format nf4")
-    name = format if format is not None else _format_for_bits(bits)
-    if group_size is not None:
-        name = _with_group(name, group_size)
-    return Recipe.of(name, fit=fit or "mse", solver=solver, act=act).ignoring(ignore)
-
-
-def _format_for_bits(bits: int | None) -> str:
-    if bits is None or not 1 <= bits <= 8:
-        raise UsageError(f"cannot quantize to {bits} bits", hint="1 to 8")
-    if bits == 8:
-        return "int8"
-    # One bit has two levels: they sit on both sides of zero, which needs no zero point.
-    return f"int{bits}-g{DEFAULT_GROUP}" if bits == 1 else f"int{bits}-asym-g{DEFAULT_GROUP}"
-
-
-def _with_group(name: str, group_size: int) -> str:
-    from bitfold.formats import get_format
-
-    if group_size < -1:
-        raise UsageError(f"a group of {group_size} weights makes no sense", hint="a positive number, or -1 for the row")
-    double = name.endswith("-dq")
-    parts = [p for p in name.removesuffix("-dq").split("-") if p not in ("row", "tensor") and not _is_group(p)]
-    scoped = "-".join([*parts, f"g{group_size}" if group_size > 0 else "row"]) + ("-dq" if double else "")
-    get_format(scoped)
-    return scoped
-
-
-def _is_group(part: str) -> bool:
-    return part.startswith("g") and part[1:].isdigit()
 
 
 def quantize(
@@ -106,10 +43,12 @@ def quantize(
     format: str | None = None,
     group_size: int | None = None,
     fit: str | None = None,
-    solver: str = "rtn",
-    act: str = "float",
+    solver: str | None = None,
+    transform: str | None = None,
+    act: str | None = None,
     ignore: Iterable[str] = (),
     recipe: Recipe | str | Path | None = None,
+    calibration: Calibration | str | None = None,
     dry_run: bool = False,
     seed: int = 0,
     revision: str | None = None,
@@ -123,7 +62,9 @@ def quantize(
     Args:
         src: a local Hugging Face folder, a GGUF file, or a Hub id.
         out: the folder to make; must not exist, or be empty.
-        bits, format, group_size, fit, solver, act, ignore, recipe: see `choose_recipe`.
+        bits, format, group_size, fit, solver, transform, act, ignore, recipe: see `choose_recipe`.
+        calibration: text for solvers that need it (see `Calibration`, or just its `text`); default: the text that comes
+            with bitfold.
         dry_run: plan and report only; write nothing.
         seed: for solvers that draw random numbers.
         revision, token: of the Hub repository.
@@ -134,30 +75,73 @@ def quantize(
     Raises:
         BitfoldError: what is wrong, where, and what to do; nothing that looks whole is left behind.
     """
-    started = time.perf_counter()
     rules = choose_recipe(
-        bits=bits, format=format, group_size=group_size, fit=fit, solver=solver, act=act, ignore=ignore, recipe=recipe
+        bits=bits,
+        format=format,
+        group_size=group_size,
+        fit=fit,
+        solver=solver,
+        transform=transform,
+        act=act,
+        ignore=ignore,
+        recipe=recipe,
     )
-    target = Path(out)
-    if not dry_run:
-        refuse_existing(target)
+    job = _Job(str(src), Path(out), rules, seed, _calibration(rules, calibration), max_shard_bytes)
+    hub = _Hub(revision, token, None if dry_run else upload_repo)
+    return _quantize(job, hub, shorten=bits is not None and group_size is None, dry_run=dry_run, on_tensor=on_tensor)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is to be done."""
+
+    source: str
+    out: Path
+    rules: Recipe
+    seed: int
+    calibration: Calibration | None
+    max_shard_bytes: int
+
+
+@dataclass(frozen=True)
+class _Hub:
+    """Where the source comes from and where the result goes."""
+
+    revision: str | None
+    token: str | None
+    upload_repo: str | None
+
+
+def _quantize(job: _Job, hub: _Hub, *, shorten: bool, dry_run: bool, on_tensor: OnTensor | None) -> QuantizeReport:
     from bitfold.checkpoints.hub import check_login, resolve, upload
 
-    if upload_repo is not None and not dry_run:
-        check_login(token)  # before the work, not after it
-    source = open_source(resolve(str(src), revision=revision, token=token))
+    started = time.perf_counter()
+    if not dry_run:
+        refuse_existing(job.out)
+    if hub.upload_repo is not None:
+        check_login(hub.token)  # before the work, not after it
+    source = open_source(resolve(job.source, revision=hub.revision, token=hub.token))
     try:
         model = _open_model(source)
-        plan = make_plan(source, model, rules, shorten_groups=bits is not None and group_size is None)
-        report = QuantizeReport.of_plan(plan, str(src), None if dry_run else str(target), rules)
+        plan = make_plan(source, model, job.rules, shorten_groups=shorten)
+        report = blank_report(plan, job.source, None if dry_run else str(job.out), job.rules)
         if not dry_run:
-            _write(source, model, plan, target, report, seed, max_shard_bytes, on_tensor)
+            _write(_Run(source, model, plan, job), report, on_tensor)
     finally:
         source.close()
     report.seconds, report.peak_memory = time.perf_counter() - started, peak_memory()
-    if upload_repo is not None and not dry_run:
-        report.url = upload(target, upload_repo, token=token)
+    if hub.upload_repo is not None:
+        report.url = upload(job.out, hub.upload_repo, token=hub.token)
     return report
+
+
+def _calibration(rules: Recipe, given: Calibration | str | None) -> Calibration | None:
+    """The calibration of a run; None when no rule needs one."""
+    if not any(rule.solver in CALIBRATED for rule in rules.rules if not rule.keep):
+        if given is not None:
+            raise UsageError("no rule uses the calibration text", hint="--solver ldlq does")
+        return None
+    return given if isinstance(given, Calibration) else Calibration(given) if given is not None else Calibration()
 
 
 def _open_model(source: Source) -> nn.Module | None:
@@ -178,16 +162,18 @@ def refuse_existing(out: Path) -> None:
         raise CheckpointError("exists already", where=str(out), hint="choose another output folder, or remove it")
 
 
-def _write(
-    source: Source,
-    model: nn.Module | None,
-    plan: Plan,
-    out: Path,
-    report: QuantizeReport,
-    seed: int,
-    max_shard_bytes: int,
-    on_tensor: OnTensor | None,
-) -> None:
+@dataclass(frozen=True)
+class _Run:
+    """A job with its source open."""
+
+    source: Source
+    model: nn.Module | None
+    plan: Plan
+    job: _Job
+
+
+def _write(run: _Run, report: QuantizeReport, on_tensor: OnTensor | None) -> None:
+    out = run.job.out
     partial = out.with_name(f".{out.name}.partial")
     try:
         if partial.exists():
@@ -196,18 +182,18 @@ def _write(
     except OSError as error:
         raise CheckpointError(f"cannot be made: {error}", where=str(partial)) from error
     try:
-        writer = ShardWriter(partial, max_shard_bytes)
-        with progress.bar("quantize", plan.numel) as bar:
-            for item in plan.items:
-                for done in _write_item(source, model, item, writer, seed):
-                    report.add(done)
-                    bar.advance(done.numel, done.tensor)
-                    if on_tensor is not None:
-                        on_tensor(done)
+        writer = ShardWriter(partial, run.job.max_shard_bytes)
+        with progress.bar("quantize", run.plan.numel) as bar:
+            for done in _tensors(run, writer, partial):
+                report.add(done)
+                bar.advance(done.numel, done.tensor)
+                if on_tensor is not None:
+                    on_tensor(done)
         report.files = writer.close()
-        source.copy_side_files(partial)
-        config = skeleton.with_dtype(source.config, (source.info(name).dtype for name in source.names()))
-        write_json(partial / "config.json", {**config, "quantization_config": _config(plan, report)})
+        run.source.copy_side_files(partial)
+        dtypes = (run.source.info(name).dtype for name in run.source.names())
+        config = skeleton.with_dtype(run.source.config, dtypes)
+        write_json(partial / "config.json", {**config, "quantization_config": _config(run, report)})
         write_card(partial, report)
         if out.is_dir():
             out.rmdir()
@@ -217,41 +203,66 @@ def _write(
         raise
 
 
-def _write_item(
-    source: Source, model: nn.Module | None, item: Item, writer: ShardWriter, seed: int
-) -> Iterable[TensorReport]:
-    tensors = item.target.read(source.read, model)
+def _tensors(run: _Run, writer: ShardWriter, folder: Path) -> Iterator[TensorReport]:
+    """Write every tensor: first what needs calibration, block by block, then the rest in the order of the source."""
+    done: set[str] = set()
+    if run.job.calibration is not None:
+        for solved in _calibrated(run, folder):
+            done.add(solved.decision.tensor)
+            _add_fields(writer, solved.decision.tensor, solved.qtensor)
+            error = relative_error(solved.weight, solved.qtensor)
+            yield solved.decision.report(solved.qtensor.nbytes, error=error, output_error=solved.output_error)
+    for item in run.plan.items:
+        if not done.issuperset(item.target.names):
+            yield from _write_item(run, item, writer)
+
+
+def _calibrated(run: _Run, folder: Path) -> Iterator[Solved]:
+    assert run.job.calibration is not None
+    tokenizer = run.source.path
+    if not tokenizer.is_dir():  # a GGUF file carries its tokenizer inside
+        run.source.copy_side_files(folder)
+        write_json(folder / "config.json", run.source.config)
+        tokenizer = folder
+    yield from solve_blocks(run.source, run.model, run.plan, run.job.calibration, run.job.seed, tokenizer)
+
+
+def _write_item(run: _Run, item: Item, writer: ShardWriter) -> Iterator[TensorReport]:
+    tensors = item.target.read(run.source.read, run.model)
     for name in list(tensors):
         w = tensors.pop(name)
         decision = item.decisions[name]
         if decision.alias_of is not None:
             continue
         if decision.rule is None or decision.site is None:
+            w = w.to(decision.info.dtype)
             writer.add(name, w)
             yield decision.report(w.numel() * w.element_size())
             continue
-        yield _write_quantized(writer, name, w, decision.rule, decision, seed)
+        yield _write_quantized(writer, name, w, decision.rule, decision, run.job.seed)
 
 
 def _write_quantized(
-    writer: ShardWriter, name: str, w: torch.Tensor, rule: Rule, decision: Any, seed: int
+    writer: ShardWriter, name: str, w: torch.Tensor, rule: Rule, decision: Decision, seed: int
 ) -> TensorReport:
+    assert decision.site is not None
     q = quantize_site_tensor(w, decision.site, rule, seed)
-    oriented = w.transpose(-1, -2) if decision.site.transposed else w
     if is_plain(q.format):
         values = q.fields["values"]
         writer.add(name, values.transpose(-1, -2) if decision.site.transposed else values)
     else:
-        for field, tensor in q.fields.items():
-            writer.add(f"{name}.{field}", tensor)
-    report: TensorReport = decision.report(q.nbytes, error=relative_error(oriented, q))
-    return report
+        _add_fields(writer, name, q)
+    original = in_basis(w, decision.site, transform_of(rule, decision.site, seed))
+    return decision.report(q.nbytes, error=relative_error(original, q))
 
 
-def _config(plan: Plan, report: QuantizeReport) -> dict[str, Any]:
-    from bitfold import __version__
+def _add_fields(writer: ShardWriter, name: str, q: QTensor) -> None:
+    for field, tensor in q.fields.items():
+        writer.add(f"{name}.{field}", tensor)
 
-    entries = plan.entries()
+
+def _config(run: _Run, report: QuantizeReport) -> dict[str, Any]:
+    entries = run.plan.entries(run.job.seed)
     return {
         "quant_method": QUANT_METHOD,
         "version": VERSION,
@@ -259,6 +270,6 @@ def _config(plan: Plan, report: QuantizeReport) -> dict[str, Any]:
         "formats": {e.format.name: e.format.describe() for e in entries.values()},
         "tensors": {name: entry.to_dict() for name, entry in entries.items()},
         "kept": {t.tensor: t.reason for t in report.tensors if t.format is None},
-        "unused": plan.unused(),
+        "unused": run.plan.unused(),
         "recipe": report.recipe,
     }

@@ -9,7 +9,7 @@ dequantized first.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,15 @@ from bitfold.errors import UsageError
 from bitfold.formats import AnyFormat
 from bitfold.qtensor import QTensor
 
-Transform = Callable[[torch.Tensor], torch.Tensor]
+
+class Transform(Protocol):
+    """A change of basis of the inputs: x -> x R, and back."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+    def inverse(self, x: torch.Tensor) -> torch.Tensor: ...
+    def describe(self) -> dict[str, Any]: ...
+
+
 _ACTS = ("float", "int8")
 
 
@@ -31,9 +39,12 @@ class QWeight(nn.Module):
         qtensor: the weight, (n, k) or (experts, n, k); its fields may live on the meta device.
         act: "float", or "int8" for dynamic per-token int8 activations.
         transposed: the model's own tensor was (..., k, n): slices and dequantized values come out that way.
+        transform: applied to the activations first; the stored weight is expressed in that basis.
     """
 
-    def __init__(self, qtensor: QTensor, *, act: str = "float", transposed: bool = False) -> None:
+    def __init__(
+        self, qtensor: QTensor, *, act: str = "float", transposed: bool = False, transform: Transform | None = None
+    ) -> None:
         super().__init__()
         if act not in _ACTS:
             raise UsageError(f"unknown activation type {act!r}", hint=" or ".join(_ACTS))
@@ -41,6 +52,7 @@ class QWeight(nn.Module):
         self.qshape = tuple(qtensor.shape)
         self.act = act
         self.transposed = transposed
+        self.transform = transform
         self.stored_transposed = transposed
         self.dtype = torch.float32
         self._field_names = tuple(qtensor.fields)
@@ -67,7 +79,8 @@ class QWeight(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight as the model knew it, in float32 or the given dtype."""
-        w = self.qtensor.dequantize(dtype or self.dtype)
+        w = self.qtensor.dequantize()
+        w = (w if self.transform is None else self.transform.inverse(w)).to(dtype or self.dtype)
         return w.transpose(-1, -2) if self.transposed else w
 
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
@@ -76,13 +89,15 @@ class QWeight(nn.Module):
         if x.shape[-1] != k:
             raise UsageError(f"the activations have {x.shape[-1]} columns, the weight has {k}")
         kernel, state = self._kernel()
-        y: torch.Tensor = kernel.matmul(x.reshape(-1, k), state)
+        turned = x if self.transform is None else self.transform(x)
+        y: torch.Tensor = kernel.matmul(turned.reshape(-1, k), state)
         return y.to(x.dtype).reshape(*x.shape[:-1], n)
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows of an embedding table: ids of any shape -> (..., k); only the rows asked for are decoded."""
         unique, inverse = torch.unique(ids, return_inverse=True)
-        return self.qtensor.rows(unique).to(self.dtype)[inverse]
+        rows = self.qtensor.rows(unique)
+        return (rows if self.transform is None else self.transform.inverse(rows)).to(self.dtype)[inverse]
 
     def __getitem__(self, index: int | torch.Tensor) -> QWeight:
         """One expert of a stack, kept in step with the stack's own fields."""
@@ -90,9 +105,12 @@ class QWeight(nn.Module):
         if self._prepacked is None:
             self._prepacked = {}
         if i not in self._prepacked:
-            self._prepacked[i] = QWeight(self.qtensor.expert(i), act=self.act, transposed=self.transposed)
+            self._prepacked[i] = self._with(self.qtensor.expert(i))
         part: QWeight = self._prepacked[i]
         return part
+
+    def _with(self, qtensor: QTensor) -> QWeight:
+        return QWeight(qtensor, act=self.act, transposed=self.transposed, transform=self.transform)
 
     def _kernel(self) -> tuple[Any, Any]:
         if self._prepacked is None:
@@ -119,7 +137,8 @@ class QWeight(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QWeight:
         fields = {name: getattr(self, name).clone() for name in self._field_names}
-        copy = QWeight(QTensor(self.format, self.qshape, fields), act=self.act, transposed=self.transposed)
+        copy = self._with(QTensor(self.format, self.qshape, fields))
+        copy.dtype, copy.stored_transposed = self.dtype, self.stored_transposed
         memo[id(self)] = copy
         return copy
 
@@ -155,7 +174,14 @@ def _dequantized(value: Any, args: Sequence[Any]) -> Any:
     return value.dequantize(floats[0] if floats else None)
 
 
-def attach(module: nn.Module, weight: QTensor | QWeight, *, act: str = "float", name: str = "weight") -> QWeight:
+def attach(
+    module: nn.Module,
+    weight: QTensor | QWeight,
+    *,
+    act: str = "float",
+    name: str = "weight",
+    transform: Transform | None = None,
+) -> QWeight:
     """Give a module its quantized weight.
 
     A QWeight that is passed in belongs to another layer (tied weights): it is only referred to, so that its fields
@@ -164,7 +190,7 @@ def attach(module: nn.Module, weight: QTensor | QWeight, *, act: str = "float", 
     if isinstance(weight, QWeight):
         object.__setattr__(module, name, weight)
         return weight
-    owned = QWeight(weight, act=act)
+    owned = QWeight(weight, act=act, transform=transform)
     setattr(module, name, owned)
     return owned
 
@@ -189,7 +215,7 @@ class QLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.weight: QWeight
-        attach(self, qtensor, act=act)
+        attach(self, qtensor, act=act, transform=transform)
         if len(self.weight.qshape) != 2:
             raise UsageError(f"a linear layer has a weight (n, k), not {self.weight.qshape}")
         self.out_features, self.in_features = self.weight.qshape
@@ -197,11 +223,10 @@ class QLinear(nn.Module):
             bias = nn.Parameter(bias, requires_grad=False)
         self.bias: nn.Parameter | None
         self.register_parameter("bias", bias)
-        self.transform = transform
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features), in the dtype of x."""
-        y = self.weight.matmul(x if self.transform is None else self.transform(x))
+        y = self.weight.matmul(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

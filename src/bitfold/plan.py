@@ -14,9 +14,9 @@ from bitfold.methods import check_block
 from bitfold.models.mapping import Target, map_names
 from bitfold.models.sites import Site, find_sites, guess_sites
 from bitfold.models.skeleton import tied_names
-from bitfold.models.swap import Entry, decide, is_plain
+from bitfold.models.swap import Entry, decide, is_plain, transform_of
 from bitfold.recipe import Recipe, Rule
-from bitfold.report import TensorReport
+from bitfold.report import QuantizeReport, TensorReport
 from bitfold.tensorinfo import TensorInfo
 
 
@@ -42,11 +42,13 @@ class Decision:
     alias_of: str | None = None
     used: bool = True
 
-    def entry(self) -> Entry | None:
+    def entry(self, seed: int) -> Entry | None:
         """The entry for the checkpoint's config; None for tensors stored as ordinary ones."""
         if self.rule is None or self.site is None or is_plain(get_format(self.rule.format)):
             return None
-        return Entry(get_format(self.rule.format), self.site.qshape, self.rule.act, self.site.transposed)
+        rule, site = self.rule, self.site
+        format, transform = get_format(rule.format), transform_of(rule, site, seed)
+        return Entry(format, site.qshape, rule.act, site.transposed, transform)
 
     def nbytes(self) -> int:
         """Bytes it will take, exactly."""
@@ -56,10 +58,12 @@ class Decision:
             return self.info.nbytes
         return sum(field.nbytes for field in get_format(self.rule.format).layout(self.site.qshape).values())
 
-    def report(self, nbytes: int, *, error: float | None = None) -> TensorReport:
+    def report(self, nbytes: int, *, error: float | None = None, output_error: float | None = None) -> TensorReport:
         """What the run reports of it."""
         name = get_format(self.rule.format).name if self.rule is not None else None
-        return TensorReport(self.tensor, self.info.shape, name, self.reason, self.info.nbytes, nbytes, error)
+        return TensorReport(
+            self.tensor, self.info.shape, name, self.reason, self.info.nbytes, nbytes, error, output_error
+        )
 
 
 @dataclass(frozen=True)
@@ -86,14 +90,22 @@ class Plan:
         """Numbers to be written."""
         return sum(d.info.numel for d in self.decisions if d.alias_of is None)
 
-    def entries(self) -> dict[str, Entry]:
+    def entries(self, seed: int) -> dict[str, Entry]:
         """Entries of the quantized tensors."""
-        found = ((d.tensor, d.entry()) for d in self.decisions if d.alias_of is None)
+        found = ((d.tensor, d.entry(seed)) for d in self.decisions if d.alias_of is None)
         return {name: entry for name, entry in found if entry is not None}
 
     def unused(self) -> list[str]:
         """Tensors that are carried along although the model class has no place for them."""
         return [d.tensor for d in self.decisions if not d.used]
+
+
+def blank_report(plan: Plan, source: str, output: str | None, recipe: Recipe) -> QuantizeReport:
+    """The report before the run; without an output, for a dry run, it already lists every tensor."""
+    report = QuantizeReport(source, output, recipe.to_dict())
+    if output is None:
+        report.tensors = [d.report(d.nbytes()) for d in plan.decisions if d.alias_of is None]
+    return report
 
 
 def make_plan(source: Source, model: nn.Module | None, recipe: Recipe, *, shorten_groups: bool) -> Plan:
@@ -130,12 +142,14 @@ def make_plan(source: Source, model: nn.Module | None, recipe: Recipe, *, shorte
 def _infos(source: Source, targets: list[Target], model: nn.Module | None) -> dict[str, TensorInfo]:
     """What each tensor of the model will be: the source's dtype, and the model's shape where tensors are combined."""
     stored = {} if model is None else model.state_dict()
+    # A GGUF file yields float32 whatever it stores; what is kept of it goes into the dtype of the model.
+    instead = getattr(source, "model_dtype", None)
     infos = {}
     for target in targets:
         first = source.info(target.sources[0])
         for name in target.names:
             shape = tuple(stored[name].shape) if target.converter is not None else first.shape
-            infos[name] = TensorInfo(first.dtype, shape)
+            infos[name] = TensorInfo(instead if instead and first.dtype.is_floating_point else first.dtype, shape)
     return infos
 
 

@@ -33,6 +33,7 @@ class Rule:
         format: format name, or "keep" to leave the tensor as it is.
         solver: see SOLVERS.
         fit: see FITS.
+        transform: "none", or "hadamard": a randomised rotation of the inputs, stored with the tensor.
         act: "float" (W8A16 and the like) or "int8" (dynamic per-token int8 activations, W8A8).
     """
 
@@ -40,6 +41,7 @@ class Rule:
     format: str = KEEP
     solver: str = "rtn"
     fit: str = "mse"
+    transform: str = "none"
     act: str = "float"
 
     def __post_init__(self) -> None:
@@ -52,6 +54,8 @@ class Rule:
             get_fit(self.fit)
         except re.error as error:
             raise RecipeError(f"{self.match!r} is not a regular expression: {error}") from error
+        if self.transform not in ("none", "hadamard"):
+            raise RecipeError(f"unknown transform {self.transform!r}", hint="none or hadamard")
         if self.act not in ("float", "int8"):
             raise RecipeError(f"unknown activation type {self.act!r}", hint="float or int8")
 
@@ -105,9 +109,11 @@ class Recipe:
         return Recipe((*(Rule(p) for p in patterns), *self.rules))
 
     @classmethod
-    def of(cls, format: str, *, fit: str = "mse", solver: str = "rtn", act: str = "float") -> Recipe:
+    def of(
+        cls, format: str, *, fit: str = "mse", solver: str = "rtn", transform: str = "none", act: str = "float"
+    ) -> Recipe:
         """One format for everything that is quantized by default."""
-        return cls((Rule("*", format, solver, fit, act),))
+        return cls((Rule("*", format, solver, fit, transform, act),))
 
     @classmethod
     def loads(cls, text: str, *, where: str | None = None) -> Recipe:

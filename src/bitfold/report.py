@@ -6,16 +6,12 @@ import sys
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from bitfold.parallel import parallel_map
 from bitfold.qtensor import QTensor
-from bitfold.recipe import Recipe
-
-if TYPE_CHECKING:
-    from bitfold.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -29,6 +25,7 @@ class TensorReport:
         reason: the rule, or why it was kept.
         bytes_before, bytes_after: stored size.
         error: relative square error of the weights, |w - wq|^2 / |w|^2; None for kept tensors and plans.
+        output_error: the same of the layer's output under the calibration inputs; None without calibration.
     """
 
     tensor: str
@@ -38,6 +35,7 @@ class TensorReport:
     bytes_before: int
     bytes_after: int
     error: float | None = None
+    output_error: float | None = None
 
     @property
     def numel(self) -> int:
@@ -62,14 +60,6 @@ class QuantizeReport:
     seconds: float = 0.0
     peak_memory: int | None = None
     url: str | None = None
-
-    @classmethod
-    def of_plan(cls, plan: Plan, source: str, output: str | None, recipe: Recipe) -> QuantizeReport:
-        """The report before the run: for a dry run it already lists every tensor."""
-        report = cls(source, output, recipe.to_dict())
-        if output is None:
-            report.tensors = [d.report(d.nbytes()) for d in plan.decisions if d.alias_of is None]
-        return report
 
     def add(self, tensor: TensorReport) -> None:
         """Append a tensor that was written."""

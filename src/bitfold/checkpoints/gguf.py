@@ -63,6 +63,12 @@ class GgufSource:
         self._check_complete()
         self._noise = None if dither_seed is None else _Noise(dither_seed, _quantized(self._file))
 
+    @property
+    def model_dtype(self) -> torch.dtype:
+        """What the model computes in: kept tensors are stored so, although `read` yields float32 for block types."""
+        dtype: torch.dtype = getattr(torch, self.config["dtype"])
+        return dtype
+
     def names(self) -> list[str]:
         """All tensor names, in the order of the file, or of the noise if the weights are dithered."""
         if self._noise is not None:

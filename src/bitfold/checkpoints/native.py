@@ -26,6 +26,7 @@ from bitfold.errors import CheckpointError
 from bitfold.formats import AnyFormat, read_description
 from bitfold.qtensor import QTensor
 from bitfold.tensorinfo import TensorInfo
+from bitfold.transforms import read_transform
 
 QUANT_METHOD = "bitfold"
 VERSION = 1
@@ -116,6 +117,8 @@ class QuantizedSource:
         if name not in self._tensors:
             return self._stored.read(name)
         w = self.qtensor(name).dequantize()
+        transform = read_transform(self._tensors[name].get("transform"))
+        w = w if transform is None else transform.inverse(w)
         return w.transpose(-1, -2).contiguous() if self._tensors[name].get("transposed", False) else w
 
     def copy_side_files(self, out_dir: Path) -> list[str]:

@@ -19,39 +19,48 @@ class Metric(str, Enum):
     embedding = "embedding"
 
 
+ReferenceOption = Annotated[
+    str | None, typer.Option("--reference", "-r", help="The model to compare with, usually the original.")
+]
+TextOption = Annotated[
+    Path | None, typer.Option("--text", "-t", help="A UTF-8 text file. Default: 100 kB of WikiText-2's test split.")
+]
+MetricOption = Annotated[
+    Metric,
+    typer.Option(help="lm: perplexity, KL and top-1. embedding: cosines of sentence embeddings, a text a line."),
+]
+ContextOption = Annotated[
+    int | None, typer.Option(help="Tokens of a window. Default: 2048, or what the model can take.")
+]
+StrideOption = Annotated[int | None, typer.Option(help="Tokens between windows; less than the context: they overlap.")]
+MaxTokensOption = Annotated[int, typer.Option(help="Tokens from the start of the text to use; 0: all.")]
+BatchOption = Annotated[int, typer.Option(help="Windows to run at once.", min=1)]
+DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as the weights are stored.")]
+MaxKlOption = Annotated[
+    float | None, typer.Option(help="Fail (exit code 7) when the mean KL divergence is above this.")
+]
+CacheDirOption = Annotated[
+    Path | None, typer.Option(help="Keep the reference's predictions here for the next comparison.")
+]
+UpdateCardOption = Annotated[
+    bool, typer.Option("--update-card", help="Write the numbers into the model card of the folder.")
+]
+
+
 @app.command("eval")
 def evaluate(
     model: ModelArgument,
-    reference: Annotated[
-        str | None, typer.Option("--reference", "-r", help="The model to compare with, usually the original.")
-    ] = None,
-    text: Annotated[
-        Path | None, typer.Option("--text", "-t", help="A UTF-8 text file. Default: 100 kB of WikiText-2's test split.")
-    ] = None,
-    metric: Annotated[
-        Metric,
-        typer.Option(help="lm: perplexity, KL and top-1. embedding: cosines of sentence embeddings, a text a line."),
-    ] = Metric.lm,
-    context: Annotated[
-        int | None, typer.Option(help="Tokens of a window. Default: 2048, or what the model can take.")
-    ] = None,
-    stride: Annotated[
-        int | None, typer.Option(help="Tokens between windows; less than the context: they overlap.")
-    ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens from the start of the text to use; 0: all.")] = 20480,
-    batch: Annotated[int, typer.Option(help="Windows to run at once.", min=1)] = 1,
-    dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16, float16, or auto: as the weights are stored.")
-    ] = "float32",
-    max_kl: Annotated[
-        float | None, typer.Option(help="Fail (exit code 7) when the mean KL divergence is above this.")
-    ] = None,
-    cache_dir: Annotated[
-        Path | None, typer.Option(help="Keep the reference's predictions here for the next comparison.")
-    ] = None,
-    update_card: Annotated[
-        bool, typer.Option("--update-card", help="Write the numbers into the model card of the folder.")
-    ] = False,
+    reference: ReferenceOption = None,
+    text: TextOption = None,
+    metric: MetricOption = Metric.lm,
+    context: ContextOption = None,
+    stride: StrideOption = None,
+    max_tokens: MaxTokensOption = 20480,
+    batch: BatchOption = 1,
+    dtype: DtypeOption = "float32",
+    max_kl: MaxKlOption = None,
+    cache_dir: CacheDirOption = None,
+    update_card: UpdateCardOption = False,
     revision: Revision = None,
     json: Json = False,
 ) -> None:

@@ -11,51 +11,88 @@ from bitfold.cli.app import Json, Revision, app, print_json
 from bitfold.errors import UsageError
 from bitfold.units import parse_size
 
+ModelOption = Annotated[
+    str,
+    typer.Argument(help="A model folder, a GGUF file, or a Hub repository (org/name).", show_default=False),
+]
+OutputDirOption = Annotated[
+    Path | None, typer.Option("--output-dir", "-o", help="Folder to write; it must not exist yet.")
+]
+BitsOption = Annotated[int | None, typer.Option("--bits", "-b", help="1 to 8: integers of so many bits.")]
+FormatOption = Annotated[
+    str | None, typer.Option("--format", "-f", help="A number format by name instead, see `bitfold formats`.")
+]
+GroupSizeOption = Annotated[int | None, typer.Option(help="Weights of a row that share a scale; -1: the whole row.")]
+FitOption = Annotated[str | None, typer.Option(help="How scales are chosen: absmax, minmax, mse (default) or hqq.")]
+MethodOption = Annotated[
+    str | None,
+    typer.Option(
+        "--method", "--solver", help="How codes are chosen: rtn (nearest, default), or ldlq (calibrated feedback)."
+    ),
+]
+TransformOption = Annotated[str | None, typer.Option(help="Basis of the inputs: none, or hadamard (default for ldlq).")]
+CalibrationOption = Annotated[
+    str | None, typer.Option(help="For ldlq: a .txt or .jsonl file, a Hub data set, self, or default.")
+]
+NsamplesOption = Annotated[int, typer.Option(help="Samples of calibration text.")]
+SeqlenOption = Annotated[int, typer.Option(help="Tokens of a sample.")]
+DriftOption = Annotated[float, typer.Option(help="Correction for the loss of earlier layers, 0 to 1.")]
+FisherOption = Annotated[
+    bool | None,
+    typer.Option("--fisher/--no-fisher", help="Weigh tokens by gradients (default: if the model is small)."),
+]
+ActOption = Annotated[
+    str | None, typer.Option(help="Activations at run time: float (default), or int8 (quantized per token).")
+]
+IgnoreOption = Annotated[
+    list[str] | None, typer.Option(help="Tensors to keep as they are: a name, a glob or re:PATTERN. Repeatable.")
+]
+RecipeOption = Annotated[Path | None, typer.Option(help="A TOML file of rules, tensor by tensor.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")]
+TensorsOption = Annotated[bool, typer.Option("--tensors", help="List every tensor.")]
+SeedOption = Annotated[int, typer.Option(help="Of random numbers; the same seed gives the same bytes.")]
+MaxShardSizeOption = Annotated[str, typer.Option(help="Size at which a new file is begun.")]
+UploadRepoOption = Annotated[
+    str | None, typer.Option(help="Publish the folder as this Hub repository when it is complete.")
+]
+
 
 @app.command()
 def quantize(
-    model: Annotated[
-        str,
-        typer.Argument(help="A model folder, a GGUF file, or a Hub repository (org/name).", show_default=False),
-    ],
-    output_dir: Annotated[
-        Path | None, typer.Option("--output-dir", "-o", help="Folder to write; it must not exist yet.")
-    ] = None,
-    bits: Annotated[int | None, typer.Option("--bits", "-b", help="1 to 8: integers of so many bits.")] = None,
-    format: Annotated[
-        str | None, typer.Option("--format", "-f", help="A number format by name instead, see `bitfold formats`.")
-    ] = None,
-    group_size: Annotated[
-        int | None, typer.Option(help="Weights of a row that share a scale; -1: the whole row.")
-    ] = None,
-    fit: Annotated[
-        str | None, typer.Option(help="How scales are chosen: absmax, minmax, mse (default) or hqq.")
-    ] = None,
-    solver: Annotated[
-        str,
-        typer.Option(help="How codes are chosen: rtn (nearest), or ldlq (error feedback, calibrated on text)."),
-    ] = "rtn",
-    act: Annotated[str, typer.Option(help="Activations at run time: float, or int8 (quantized per token).")] = "float",
-    ignore: Annotated[
-        list[str] | None, typer.Option(help="Tensors to keep as they are: a name, a glob or re:PATTERN. Repeatable.")
-    ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="A TOML file of rules, tensor by tensor.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")] = False,
-    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
-    seed: Annotated[int, typer.Option(help="Of random numbers; the same seed gives the same bytes.")] = 0,
-    max_shard_size: Annotated[str, typer.Option(help="Size at which a new file is begun.")] = "4GB",
+    model: ModelOption,
+    output_dir: OutputDirOption = None,
+    bits: BitsOption = None,
+    format: FormatOption = None,
+    group_size: GroupSizeOption = None,
+    fit: FitOption = None,
+    method: MethodOption = None,
+    transform: TransformOption = None,
+    calibration: CalibrationOption = None,
+    nsamples: NsamplesOption = 32,
+    seqlen: SeqlenOption = 2048,
+    drift: DriftOption = 0.5,
+    fisher: FisherOption = None,
+    act: ActOption = None,
+    ignore: IgnoreOption = None,
+    recipe: RecipeOption = None,
+    dry_run: DryRunOption = False,
+    tensors: TensorsOption = False,
+    seed: SeedOption = 0,
+    max_shard_size: MaxShardSizeOption = "4GB",
     revision: Revision = None,
-    upload_repo: Annotated[
-        str | None, typer.Option(help="Publish the folder as this Hub repository when it is complete.")
-    ] = None,
+    upload_repo: UploadRepoOption = None,
     json: Json = False,
 ) -> None:
     """Quantize a model into a new folder, one tensor in memory at a time."""
     if output_dir is None and not dry_run:
         raise UsageError("say where to write", where="--output-dir", hint="or try --dry-run first")
     shard_bytes = parse_size(max_shard_size, where="--max-shard-size")
+    from bitfold.calibrated import CALIBRATED, Calibration
     from bitfold.driver import quantize as run
 
+    settings = None
+    if calibration is not None or method in CALIBRATED:
+        settings = Calibration(calibration or "default", nsamples, seqlen, drift, fisher)
     report = run(
         model,
         output_dir or Path("unused"),
@@ -63,7 +100,9 @@ def quantize(
         format=format,
         group_size=group_size,
         fit=fit,
-        solver=solver,
+        solver=method,
+        transform=transform,
+        calibration=settings,
         act=act,
         ignore=ignore or (),
         recipe=recipe,

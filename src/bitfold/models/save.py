@@ -14,6 +14,8 @@ from bitfold.errors import CheckpointError
 from bitfold.models.skeleton import tied_names, with_dtype
 from bitfold.models.swap import Entry
 from bitfold.nn import QWeight
+from bitfold.transforms import read_transform
+from bitfold.version import __version__
 
 
 def save(model: nn.Module, folder: str | Path, *, max_shard_bytes: int = 4 << 30) -> None:
@@ -73,10 +75,14 @@ def _config(model: nn.Module) -> dict[str, Any]:
 
 def quantization_of(model: nn.Module) -> dict[str, Any]:
     """The quantization_config that describes a model's quantized weights."""
-    from bitfold import __version__
-
     entries = {
-        name: Entry(m.format, m.qshape, m.act, m.stored_transposed)
+        name: Entry(
+            m.format,
+            m.qshape,
+            m.act,
+            m.stored_transposed,
+            read_transform(m.transform.describe()) if m.transform else None,
+        )
         for name, m in model.named_modules()
         if isinstance(m, QWeight) and name not in tied_names(model)
     }

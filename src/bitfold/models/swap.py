@@ -17,6 +17,7 @@ from bitfold.models.sites import EMBEDDING, EXPERTS, Site, find_sites
 from bitfold.nn import QEmbedding, QLinear, QWeight, attach
 from bitfold.qtensor import QTensor
 from bitfold.recipe import Recipe, Rule
+from bitfold.transforms import Hadamard, read_transform
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Entry:
     shape: tuple[int, ...]
     act: str = "float"
     transposed: bool = False
+    transform: Hadamard | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -35,6 +37,8 @@ class Entry:
             text["act"] = self.act
         if self.transposed:
             text["transposed"] = True
+        if self.transform is not None:
+            text["transform"] = self.transform.describe()
         return text
 
     def meta(self) -> QTensor:
@@ -54,6 +58,7 @@ def read_entries(config: Mapping[str, Any]) -> dict[str, Entry]:
                 tuple(int(d) for d in e["shape"]),
                 e.get("act", "float"),
                 e.get("transposed", False),
+                read_transform(e.get("transform")),
             )
             for name, e in config["tensors"].items()
         }
@@ -63,9 +68,11 @@ def read_entries(config: Mapping[str, Any]) -> dict[str, Entry]:
         raise ModelError(f"the quantization_config is damaged: {error!r}", where="config.json") from error
 
 
-def swap(model: nn.Module, site: Site, qtensor: QTensor, *, act: str = "float") -> None:
+def swap(
+    model: nn.Module, site: Site, qtensor: QTensor, *, act: str = "float", transform: Hadamard | None = None
+) -> None:
     """Replace the weight of a site by a quantized one; tied aliases share it."""
-    weight = QWeight(qtensor, act=act, transposed=site.transposed)
+    weight = QWeight(qtensor, act=act, transposed=site.transposed, transform=transform)
     weight.dtype = _float_dtype(model.get_submodule(site.module), site.parameter)
     for name in (site.tensor, *site.aliases):
         path, _, parameter = name.rpartition(".")
@@ -126,7 +133,7 @@ def swap_entries(model: nn.Module, entries: Mapping[str, Entry]) -> None:
         stored = entry.shape if entry.transposed == site.transposed else None
         if stored != site.qshape:
             raise ModelError(f"is {site.qshape} in the model and {entry.shape} in the checkpoint", where=name)
-        swap(model, site, entry.meta(), act=entry.act)
+        swap(model, site, entry.meta(), act=entry.act, transform=entry.transform)
 
 
 @dataclass(frozen=True)
@@ -188,17 +195,28 @@ def _quantize_site(model: nn.Module, site: Site, recipe: Recipe, seed: int) -> O
     if is_plain(qtensor.format):
         weight.data = weight.data.to(qtensor.fields["values"].dtype)
     else:
-        swap(model, site, qtensor, act=rule.act)
+        swap(model, site, qtensor, act=rule.act, transform=transform_of(rule, site, seed))
     return Outcome(site.tensor, qtensor.format.name, reason)
 
 
 def quantize_site_tensor(w: torch.Tensor, site: Site, rule: Rule, seed: int) -> QTensor:
-    """Quantize the weight of a site, inputs last; errors name the tensor."""
+    """Quantize the weight of a site, inputs last, in the basis of the rule's transform; errors name the tensor."""
     try:
-        oriented = w.transpose(-1, -2) if site.transposed else w
-        return quantize_tensor(oriented, rule.format, solver=rule.solver, fit=rule.fit, seed=seed)
+        turned = in_basis(w, site, transform_of(rule, site, seed))
+        return quantize_tensor(turned, rule.format, solver=rule.solver, fit=rule.fit, seed=seed)
     except BitfoldError as error:
         raise type(error)(error.what, where=site.tensor, hint=error.hint) from error
+
+
+def transform_of(rule: Rule, site: Site, seed: int) -> Hadamard | None:
+    """The transform that a rule wants for a site."""
+    return Hadamard(site.qshape[-1], seed) if rule.transform == "hadamard" else None
+
+
+def in_basis(w: torch.Tensor, site: Site, transform: Hadamard | None) -> torch.Tensor:
+    """A model's weight as it is quantized: inputs last, transformed."""
+    oriented = w.transpose(-1, -2) if site.transposed else w
+    return oriented if transform is None else transform(oriented.float())
 
 
 def is_plain(format: AnyFormat) -> bool:

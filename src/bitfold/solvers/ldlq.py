@@ -1,9 +1,9 @@
 """LDLQ: rounding with error feedback under the Hessian of the inputs.
 
-The loss of a linear layer is tr((W - Q) H (W - Q)^T), H = E[x x^T]. Columns are coded from left to right; the error of each
-block is moved onto the columns that follow, where it does the least harm: with H^-1 = U^T U (U upper triangular),
-W[:, rest] -= (W - Q)[:, block] U[block, block]^-1 U[block, rest]. GPTQ (Frantar et al. 2022) in blocks; the same as LDLQ
-(Chee et al. 2023, QuIP). A trellis codes its blocks of 4 columns jointly.
+The loss of a linear layer is tr((W - Q) H (W - Q)^T), H = E[x x^T]. Columns are coded from left to right; the error of
+each block is moved onto the columns that follow, where it does the least harm: with H^-1 = U^T U (U upper triangular),
+W[:, rest] -= (W - Q)[:, block] U[block, block]^-1 U[block, rest]. GPTQ (Frantar et al. 2022) in blocks; the same as
+LDLQ (Chee et al. 2023, QuIP). A trellis codes its blocks of 4 columns jointly.
 """
 
 from __future__ import annotations
@@ -102,4 +102,3 @@ def proxy_loss(w: torch.Tensor, q: torch.Tensor, hessian: torch.Tensor) -> float
     h, difference = hessian.double(), (w - q).double()
     whole = float(((w.double() @ h) * w.double()).sum())
     return float(((difference @ h) * difference).sum()) / whole if whole > 0 else 0.0
-

@@ -1,8 +1,8 @@
 """Randomised Hadamard rotation of the inputs of a layer.
 
-y = x W^T = (x R) (W R)^T for orthogonal R = diag(s) H / sqrt(k), s random signs, H a Hadamard matrix: every new input is
-a signed mean of all old ones, so that rows become nearly normal and outliers spread (QuIP#, Tseng et al. 2024; QuaRot,
-Ashkboos et al. 2024). H is a Kronecker product of small factors, each applied as one small matrix product:
+y = x W^T = (x R) (W R)^T for orthogonal R = diag(s) H / sqrt(k), s random signs, H a Hadamard matrix: every new input
+is a signed mean of all old ones, so that rows become nearly normal and outliers spread (QuIP#, Tseng et al. 2024;
+QuaRot, Ashkboos et al. 2024). H is a Kronecker product of small factors, each applied as one small matrix product:
 O(k (sum of the factors)) numbers a row, not O(k^2). Sizes whose odd part has no Hadamard matrix of a handy order are
 rotated in blocks of the largest power of two that divides them.
 """
@@ -80,8 +80,8 @@ def signs(size: int, seed: int) -> torch.Tensor:
 def _kronecker(x: torch.Tensor, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """x (..., k) times the Kronecker product of the parts (blocks of it where their orders do not multiply to k)."""
     orders = [len(h) for h in parts]
-    shape, blocks = x.shape, x.shape[-1] // math.prod(orders)
-    y = x.reshape(-1, *orders) if blocks == 1 else x.reshape(-1, *orders)
+    shape = x.shape
+    y = x.reshape(-1, *orders)  # where the orders do not multiply to k, each block is a row of its own
     for axis, h in enumerate(parts):
         y = torch.movedim(torch.movedim(y, axis + 1, -1) @ h.to(y.dtype), -1, axis + 1)
     return y.reshape(shape)
@@ -115,7 +115,7 @@ def _sylvester(log2: int) -> torch.Tensor:
 
 
 def _paley(order: int) -> torch.Tensor | None:
-    """Hadamard matrix of an order q + 1 (q = 3 mod 4) or 2 (q + 1) (q = 1 mod 4), q prime; None for others (Paley 1933)."""
+    """Hadamard matrix of order q + 1 (q = 3 mod 4) or 2 (q + 1) (q = 1 mod 4), q prime; else None (Paley 1933)."""
     q = order - 1
     if q % 4 == 3 and _is_prime(q):
         return _conference(q, skew=True) + torch.eye(order)

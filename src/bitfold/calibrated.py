@@ -1,0 +1,174 @@
+"""Calibrated quantization: block by block, each layer under the Hessian of the inputs that it will really see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitfold import progress
+from bitfold.calibration import BlockWalk, Statistics, calibration_tokens, token_weights
+from bitfold.calibration.text import BUNDLED, SELF, own_text
+from bitfold.checkpoints import Source
+from bitfold.errors import BitfoldError, ModelError, UsageError
+from bitfold.fits import get_fit
+from bitfold.formats import get_format
+from bitfold.models import skeleton
+from bitfold.models.sites import LINEAR
+from bitfold.models.swap import in_basis, transform_of
+from bitfold.plan import Decision, Plan
+from bitfold.qtensor import QTensor
+from bitfold.solvers import get_solver
+from bitfold.solvers.ldlq import proxy_loss
+
+CALIBRATED = ("ldlq",)
+_GRADIENTS_UP_TO = 500_000_000  # parameters; gradients need the whole model and its activations in memory
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How to calibrate.
+
+    Args:
+        text: a .txt or .jsonl file, "default" (the text that comes with bitfold), "self" (the model writes it), or the
+            name of a data set of the Hub.
+        nsamples: windows of text.
+        seqlen: tokens of a window.
+        drift: how far the target moves towards making up for the loss of the layers before, 0 to 1.
+        fisher: weight tokens by the gradient of the loss; None = if the model is small enough to afford it.
+    """
+
+    text: str = BUNDLED
+    nsamples: int = 32
+    seqlen: int = 2048
+    drift: float = 0.5
+    fisher: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.nsamples < 1 or self.seqlen < 2:
+            raise UsageError("calibration needs at least one sample of two tokens")
+        if not 0 <= self.drift <= 1:
+            raise UsageError(f"a drift correction of {self.drift} makes no sense", hint="0 to 1")
+
+
+@dataclass(frozen=True)
+class Solved:
+    """One layer done: its relative output error under the calibration inputs, and of what Hessian."""
+
+    decision: Decision
+    qtensor: QTensor
+    weight: torch.Tensor
+    output_error: float
+
+
+def solve_blocks(
+    source: Source, model: nn.Module | None, plan: Plan, calibration: Calibration, seed: int, tokenizer: Path
+) -> Iterator[Solved]:
+    """Quantize every linear layer whose rule asks for a calibrated solver, block by block.
+
+    Layers outside the blocks, expert stacks, and layers that never ran are not yielded: they are left to the data-free
+    path.
+
+    Args:
+        source: the open checkpoint.
+        model: its skeleton on the meta device.
+        plan: what to do with each tensor.
+        calibration: text and options.
+        seed: of rotations, labels and text.
+        tokenizer: folder of the tokenizer.
+
+    Raises:
+        ModelError: no model class, so nothing can be run.
+    """
+    if model is None:
+        raise ModelError(
+            "transformers does not have this model's class, so it cannot be calibrated",
+            where=str(source.path),
+            hint="use a data-free method (--method rtn)",
+        )
+    wanted = {d.tensor: d for d in plan.decisions if _calibrated(d)}
+    reader = _Reader(source, model, plan)
+    ids, weights = _inputs(source, reader, wanted, calibration, seed, tokenizer)
+    walk = BlockWalk(model, reader.read, ids, weights)
+    walk.start()
+    with progress.bar("calibrate", len(walk)) as bar:
+        for index in range(len(walk)):
+            prefix = f"{walk.path}.{index}."
+            layers = [d.site.module for d in wanted.values() if d.site is not None and d.tensor.startswith(prefix)]
+            for group, statistics in walk.block(index, layers):
+                for layer in group:
+                    yield _solve(model, wanted[f"{layer}.weight"], statistics, calibration, seed)
+            bar.advance(1, prefix.rstrip("."))
+
+
+def _calibrated(decision: Decision) -> bool:
+    rule, site = decision.rule, decision.site
+    return rule is not None and rule.solver in CALIBRATED and site is not None and site.kind == LINEAR
+
+
+class _Reader:
+    """Tensors of the model by name, whatever tensors of the source they are made from."""
+
+    def __init__(self, source: Source, model: nn.Module, plan: Plan) -> None:
+        self._source, self._model = source, model
+        self._items = {name: item.target for item in plan.items for name in item.target.names}
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor."""
+        return self._items[name].read(self._source.read, self._model)[name]
+
+
+def _inputs(
+    source: Source, reader: _Reader, wanted: dict[str, Decision], calibration: Calibration, seed: int, tokenizer: Path
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Token ids, and token weights where they can be afforded."""
+    size = sum(d.info.numel for d in wanted.values())
+    fisher = size <= _GRADIENTS_UP_TO if calibration.fisher is None else calibration.fisher
+    own = calibration.text == SELF
+    whole = _whole(source, reader) if fisher or own else None
+    if own and whole is not None:
+        ids = own_text(whole, nsamples=calibration.nsamples, seqlen=calibration.seqlen, seed=seed)
+    else:
+        ids = calibration_tokens(tokenizer, calibration.text, nsamples=calibration.nsamples, seqlen=calibration.seqlen)
+    if not fisher or whole is None:
+        return ids, {}
+    layers = [d.site.module for d in wanted.values() if d.site is not None]
+    return ids, token_weights(whole, layers, ids, seed=seed)
+
+
+def _whole(source: Source, reader: _Reader) -> nn.Module:
+    """The original model in float32."""
+    model = skeleton.of_config(source.config, str(source.path), dtype=torch.float32)
+    assert model is not None
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta:
+            owner, _, attribute = name.rpartition(".")
+            filled = nn.Parameter(reader.read(name).float(), requires_grad=False)
+            model.get_submodule(owner)._parameters[attribute] = filled
+    skeleton.retie(model)
+    return model
+
+
+def _solve(model: nn.Module, decision: Decision, statistics: Statistics, calibration: Calibration, seed: int) -> Solved:
+    rule, site = decision.rule, decision.site
+    assert rule is not None
+    assert site is not None
+    owner: Any = model.get_submodule(site.module)
+    weight = owner._parameters[site.parameter].detach()
+    transform = transform_of(rule, site, seed)
+    aimed = statistics.target(weight.T if site.transposed else weight, calibration.drift, damp=0.02)
+    turned = aimed if transform is None else transform(aimed)
+    hessian = statistics.hessian if transform is None else transform.hessian(statistics.hessian)
+    try:
+        solver, fit, format = get_solver(rule.solver), get_fit(rule.fit), get_format(rule.format)
+        q = solver(turned, hessian, format, fit, seed=seed)
+    except BitfoldError as error:
+        raise type(error)(error.what, where=decision.tensor, hint=error.hint) from error
+    decoded = q.dequantize()
+    back = decoded if transform is None else transform.inverse(decoded)
+    owner._parameters[site.parameter] = nn.Parameter(back.T if site.transposed else back, requires_grad=False)
+    return Solved(decision, q, in_basis(weight, site, transform), proxy_loss(turned, decoded, hessian))

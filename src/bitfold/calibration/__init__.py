@@ -1,0 +1,9 @@
+"""Calibration: text in, statistics of the inputs of every layer out, one block of the model in memory at a time."""
+
+from __future__ import annotations
+
+from bitfold.calibration.blocks import BlockWalk, Statistics
+from bitfold.calibration.fisher import token_weights
+from bitfold.calibration.text import calibration_tokens
+
+__all__ = ["BlockWalk", "Statistics", "calibration_tokens", "token_weights"]

@@ -1,0 +1,88 @@
+"""From the options of a command to the rules of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from bitfold.calibrated import CALIBRATED
+from bitfold.errors import UsageError
+from bitfold.formats import get_format
+from bitfold.recipe import Recipe
+
+DEFAULT_GROUP = 64
+
+
+def choose_recipe(
+    *,
+    bits: int | None = None,
+    format: str | None = None,
+    group_size: int | None = None,
+    fit: str | None = None,
+    solver: str | None = None,
+    transform: str | None = None,
+    act: str | None = None,
+    ignore: Iterable[str] = (),
+    recipe: Recipe | str | Path | None = None,
+) -> Recipe:
+    """The recipe that a set of options means.
+
+    Args:
+        bits: 1..8: integers; 8 with one scale a row, 2 to 7 with scale and zero point for each group of 64, 1 with
+            a scale for each group of 64.
+        format: a format name instead of bits.
+        group_size: weights that share a scale; -1 or 0 = one scale a row.
+        fit: see FITS; default "mse".
+        solver: see SOLVERS; default "rtn".
+        transform: "none" or "hadamard"; default: a rotation for calibrated solvers, none otherwise.
+        act: "float" (default) or "int8".
+        ignore: patterns of tensors to keep.
+        recipe: a Recipe or a TOML file instead of all but `ignore`.
+
+    Raises:
+        UsageError: options that contradict each other, or none at all.
+    """
+    if recipe is not None:
+        options = {
+            "--bits": bits,
+            "--format": format,
+            "--group-size": group_size,
+            "--fit": fit,
+            "--transform": transform,
+        }
+        options |= {"--solver": solver, "--act": act}
+        if given := [name for name, value in options.items() if value is not None]:
+            raise UsageError(f"the recipe already says what {', '.join(given)} would say", hint="drop one of them")
+        loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+        return loaded.ignoring(ignore)
+    if (bits is None) == (format is None):
+        raise UsageError("choose one of bits and format", hint="for example --bits 4 or --format nf4")
+    name = format if format is not None else _format_for_bits(bits)
+    if group_size is not None:
+        name = _with_group(name, group_size)
+    rotation = transform or ("hadamard" if solver in CALIBRATED else "none")
+    rules = Recipe.of(name, fit=fit or "mse", solver=solver or "rtn", transform=rotation, act=act or "float")
+    return rules.ignoring(ignore)
+
+
+def _format_for_bits(bits: int | None) -> str:
+    if bits is None or not 1 <= bits <= 8:
+        raise UsageError(f"cannot quantize to {bits} bits", hint="1 to 8")
+    if bits == 8:
+        return "int8"
+    # One bit has two levels: they sit on both sides of zero, which needs no zero point.
+    return f"int{bits}-g{DEFAULT_GROUP}" if bits == 1 else f"int{bits}-asym-g{DEFAULT_GROUP}"
+
+
+def _with_group(name: str, group_size: int) -> str:
+    if group_size < -1:
+        raise UsageError(f"a group of {group_size} weights makes no sense", hint="a positive number, or -1 for the row")
+    double = name.endswith("-dq")
+    parts = [p for p in name.removesuffix("-dq").split("-") if p not in ("row", "tensor") and not _is_group(p)]
+    scoped = "-".join([*parts, f"g{group_size}" if group_size > 0 else "row"]) + ("-dq" if double else "")
+    get_format(scoped)
+    return scoped
+
+
+def _is_group(part: str) -> bool:
+    return part.startswith("g") and part[1:].isdigit()

@@ -1,0 +1,126 @@
+"""Calibrated quantization of a small model: the walk over its blocks, the statistics, the files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+import bitfold
+import tiny_lm
+from bitfold import Calibration
+from bitfold.calibration import Statistics, calibration_tokens, token_weights
+from bitfold.errors import BitfoldError, CheckpointError, UsageError
+
+SHORT = {"nsamples": 6, "seqlen": 48}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model with its tokenizer."""
+    folder = tmp_path_factory.mktemp("calibrated") / "source"
+    tiny_lm.model().save_pretrained(folder)
+    tiny_lm.tokenizer().save_pretrained(folder)
+    (folder / "text.txt").write_text(tiny_lm.TEXT, encoding="utf-8")
+    return folder
+
+
+def loss(folder: Path, source: Path) -> float:
+    """KL from the original over the text."""
+    text = tiny_lm.TEXT[:3000]
+    found = bitfold.evaluate(str(folder), str(source), text, context=64, max_tokens=1024)
+    assert found.kl_mean is not None
+    return found.kl_mean
+
+
+@pytest.mark.parametrize("format", ["int3-asym-g32", "nf4", "trellis-2"])
+def test_feedback_beats_rounding(source: Path, tmp_path: Path, format: str) -> None:
+    """On the text it was calibrated on, by a margin; every layer reports the error of its output."""
+    text = str(source / "text.txt")
+    bitfold.quantize(source, tmp_path / "rtn", format=format, transform="hadamard")
+    settings = Calibration(text, **SHORT, drift=0.5, fisher=True)
+    report = bitfold.quantize(source, tmp_path / "ldlq", format=format, solver="ldlq", calibration=settings)
+    assert len(report.quantized) == 14
+    assert all(t.output_error is not None and 0 < t.output_error < 1 for t in report.quantized)
+    assert loss(tmp_path / "ldlq", source) < 0.9 * loss(tmp_path / "rtn", source)
+
+
+def test_both_loaders_agree_and_bytes_repeat(source: Path, tmp_path: Path) -> None:
+    """The rotation is stored and applied by both ways of loading; the same seed gives the same bytes."""
+    settings = Calibration(str(source / "text.txt"), **SHORT)
+    for name in "ab":
+        bitfold.quantize(source, tmp_path / name, format="int4-g32", solver="ldlq", calibration=settings, seed=3)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert files[0] == files[1]
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        ours = bitfold.load(tmp_path / "a")(ids).logits
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "a")(ids).logits
+    assert torch.equal(ours, theirs)
+    bitfold.checkpoints.convert(tmp_path / "a", tmp_path / "plain", dtype="float32")
+    with torch.no_grad():
+        plain = LlamaForCausalLM.from_pretrained(tmp_path / "plain")(ids).logits
+    assert torch.allclose(ours, plain, atol=1e-4 * float(plain.abs().max()))
+
+
+def test_own_text(source: Path, tmp_path: Path) -> None:
+    """No text at all: the model writes it."""
+    settings = Calibration("self", nsamples=3, seqlen=24, fisher=False)
+    report = bitfold.quantize(source, tmp_path / "out", format="int4-g32", solver="ldlq", calibration=settings)
+    assert all(t.output_error is not None for t in report.quantized)
+
+
+def test_the_target_is_the_least_squares_solution() -> None:
+    """At full strength and without damping, W' minimises |W f - W' x|^2: checked against lstsq."""
+    generator = torch.Generator().manual_seed(0)
+    f = torch.randn(400, 24, generator=generator)
+    x = f + 0.3 * torch.randn(400, 24, generator=generator)
+    w = torch.randn(5, 24, generator=generator)
+    found = Statistics(x.T @ x / 400, f.T @ x / 400, 400).target(w, 1.0, damp=0.0)
+    best = torch.linalg.lstsq(x.double(), (f @ w.T).double()).solution.T
+    assert torch.allclose(found.double(), best, atol=1e-4)
+    assert torch.equal(Statistics(x.T @ x, f.T @ x, 400).target(w, 0.0, damp=0.0), w)
+
+
+def test_token_weights(source: Path) -> None:
+    """Mean one before clipping, one for each token, and the same for the same seed."""
+    model = LlamaForCausalLM.from_pretrained(source)
+    ids = calibration_tokens(source, str(source / "text.txt"), **SHORT)
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n]
+    first, second = (token_weights(model, names, ids, seed=1) for _ in range(2))
+    assert set(first) == set(names)
+    for name in names:
+        assert first[name].shape == (6, 48)
+        assert torch.equal(first[name], second[name])
+        assert 0.5 < float(first[name].mean()) <= 1.001
+        assert float(first[name].max()) <= 50
+
+
+def test_texts(source: Path, tmp_path: Path) -> None:
+    """Text and JSON lines; too little of it, none at all, something else."""
+    lines = tmp_path / "a.jsonl"
+    lines.write_text('{"text": "one two three four five"}\n\n{"text": "six seven eight"}\n', encoding="utf-8")
+    assert calibration_tokens(source, str(lines), nsamples=9, seqlen=8).shape == (4, 8)
+    with pytest.raises(UsageError, match="one sample needs 4096"):
+        calibration_tokens(source, str(lines), nsamples=1, seqlen=4096)
+    with pytest.raises(CheckpointError, match="no such file"):
+        calibration_tokens(source, str(tmp_path / "none.txt"), nsamples=1, seqlen=8)
+    lines.write_text('{"other": 1}', encoding="utf-8")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        calibration_tokens(source, str(lines), nsamples=1, seqlen=8)
+
+
+def test_refusals(source: Path, tmp_path: Path) -> None:
+    """Calibration without a solver that uses it, nonsense numbers, formats that cannot be coded by columns."""
+    with pytest.raises(UsageError, match="no rule uses"):
+        bitfold.quantize(source, tmp_path / "out", bits=4, calibration="default")
+    with pytest.raises(UsageError, match="drift"):
+        Calibration(drift=2.0)
+    with pytest.raises(BitfoldError, match="column by column"):
+        bitfold.quantize(
+            source, tmp_path / "out", format="q8_0", solver="ldlq", calibration=Calibration("default", **SHORT)
+        )
+    assert not (tmp_path / "out").exists()
