@@ -11,9 +11,9 @@
 namespace bitfold {
 namespace {
 
-constexpr size_t kGemmFrom = 17;   // rows of activations from which decoding into a panel pays
-constexpr size_t kGemmRows = 256;  // rows of activations that one panel serves before the next is decoded
-constexpr size_t kRowGrain = 64;   // rows of the weight that a thread takes at least
+constexpr size_t kGemmFrom = kMaxRows + 1;  // rows of activations from which decoding into a panel pays
+constexpr size_t kGemmRows = 256;           // rows of activations that one panel serves before the next is decoded
+constexpr size_t kRowGrain = 64;            // rows of the weight that a thread takes at least
 
 size_t round_up(size_t x, size_t to) { return (x + to - 1) / to * to; }
 

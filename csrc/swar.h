@@ -6,6 +6,12 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__GNUC__) || defined(__clang__)
+#define BITFOLD_INLINE __attribute__((always_inline))
+#else
+#define BITFOLD_INLINE
+#endif
+
 namespace bitfold {
 namespace BITFOLD_NS {
 

@@ -93,33 +93,30 @@ void gemm_block(const Weight& w, const Gemm& g, size_t depth, const int8_t* x, c
   for (size_t done = 0; done < depth; done += g.chunk) {
     const size_t words = smaller(g.chunk, depth - done) / 4;
     I acc[R][2];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = S::broadcast4(start + r);
+    repeat<R>([&](auto r) BITFOLD_INLINE { acc[r.value][0] = acc[r.value][1] = S::broadcast4(start + r.value); });
     for (size_t i = 0; i < words; ++i) {
       const I a = S::load(tile), b = S::load(tile + 4 * S::L);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const I xr = S::broadcast4(x + 4 * r);
-        acc[r][0] = S::template dot<Wide ? 8 : 4>(acc[r][0], a, xr);
-        acc[r][1] = S::template dot<Wide ? 8 : 4>(acc[r][1], b, xr);
-      }
+      repeat<R>([&](auto r) BITFOLD_INLINE {
+        const I xr = S::broadcast4(x + 4 * r.value);
+        acc[r.value][0] = S::template dot<Wide ? 8 : 4>(acc[r.value][0], a, xr);
+        acc[r.value][1] = S::template dot<Wide ? 8 : 4>(acc[r.value][1], b, xr);
+      });
       tile += 8 * S::L;
       x += 4 * R;
     }
     const F s0 = S::loadf(scales), s1 = S::loadf(scales + S::L);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      float* to = c + r * 2 * S::L;
-      F f0 = S::fma(S::to_float(acc[r][0]), s0, S::loadf(to));
-      F f1 = S::fma(S::to_float(acc[r][1]), s1, S::loadf(to + S::L));
+    repeat<R>([&](auto r) BITFOLD_INLINE {
+      float* to = c + r.value * 2 * S::L;
+      F f0 = S::fma(S::to_float(acc[r.value][0]), s0, S::loadf(to));
+      F f1 = S::fma(S::to_float(acc[r.value][1]), s1, S::loadf(to + S::L));
       if (w.zero) {
-        const F sum = S::set(-sums[r]);
+        const F sum = S::set(-sums[r.value]);
         f0 = S::fma(sum, S::loadf(scales + 2 * S::L), f0);
         f1 = S::fma(sum, S::loadf(scales + 3 * S::L), f1);
       }
       S::storef(to, f0);
       S::storef(to + S::L, f1);
-    }
+    });
     start += R;
     sums += w.zero ? R : 0;
     scales += 4 * S::L;

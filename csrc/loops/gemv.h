@@ -71,13 +71,38 @@ struct Rows {
   const uint8_t* p[R];
   const uint8_t* ahead;
 
+  size_t scale[R];  // index of its first scale
+
   Rows(const Weight& w, const size_t* rows) : ahead(w.codes + (rows[R - 1] + 1) * w.row_bytes) {
-    for (int r = 0; r < R; ++r) p[r] = w.row(rows[r]);
+    repeat<R>([&](auto r) BITFOLD_INLINE {
+      p[r.value] = w.row(rows[r.value]);
+      scale[r.value] = rows[r.value] * w.groups;
+    });
   }
-  void fetch(size_t t) const {
-    for (size_t at = 0; at < R * C::kBytes; at += 64) S::prefetch(ahead + t * R * C::kBytes + at);
+  // Inlined by force: gcc drops calls of functions that do nothing but prefetch.
+  BITFOLD_INLINE void fetch(size_t t) const {
+    repeat<(R * C::kBytes + 63) / 64>([&](auto i)
+                                          BITFOLD_INLINE { S::prefetch(ahead + t * R * C::kBytes + i.value * 64); });
   }
 };
+
+// f(r, m) for all of R x M.
+template <int R, int M, class F>
+BITFOLD_INLINE inline void each(const F& f) {
+  repeat<R>([&](auto r) BITFOLD_INLINE { repeat<M>([&](auto m) BITFOLD_INLINE { f(r, m); }); });
+}
+
+// One step: f(r, m, codes of row r, activations of row m) for all of R x M.
+template <class S, int M, int R, class C, class From, class F>
+BITFOLD_INLINE inline void gemv8_step(const C& codec, const From& from, size_t t, const int8_t* x, const F& f) {
+  typename S::I u[R];
+  from.fetch(t);
+  repeat<R>([&](auto r) BITFOLD_INLINE { u[r.value] = codec.load(from.p[r.value] + t * C::kBytes); });
+  repeat<M>([&](auto m) BITFOLD_INLINE {
+    const typename S::I xm = S::load(x + m.value * S::W);
+    repeat<R>([&](auto r) BITFOLD_INLINE { f(r, m, u[r.value], xm); });
+  });
+}
 
 // M rows of activations by R rows of the weight. `One`: a scale (or several) for each step; otherwise for runs of
 // steps.
@@ -92,58 +117,51 @@ void gemv8_rows(const Weight& w, const Act8& a, const C& codec, const size_t* ro
   const int32_t* start = a.start;
   const int8_t* x = a.x;
   F f[R][M];
-  for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m) f[r][m] = S::zerof();
+  each<R, M>([&](auto r, auto m) BITFOLD_INLINE { f[r.value][m.value] = S::zerof(); });
   for (size_t t = 0, g = 0; t < steps; g += scales, start += M * S::L) {
-    I acc[R][M];
-    for (int m = 0; m < M; ++m)
-      for (int r = 0; r < R; ++r) acc[r][m] = S::load(start + m * S::L);
-    const size_t stop = One ? t + 1 : smaller(steps, t + per);
-    do {
-      I u[R];
-      from.fetch(t);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) u[r] = codec.load(from.p[r] + t * C::kBytes);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) {
-        const I xm = S::load(x + m * S::W);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) acc[r][m] = S::template dot<C::kBits>(acc[r][m], u[r], xm);
-      }
+    F s[R];
+    repeat<R>([&](auto r) BITFOLD_INLINE { s[r.value] = spread<S>(w, how, from.scale[r.value] + g); });
+    if constexpr (One) {
+      gemv8_step<S, M, R>(codec, from, t, x, [&](auto r, auto m, I u, I xm) BITFOLD_INLINE {
+        const I sum = S::template dot<C::kBits>(S::load(start + m.value * S::L), u, xm);
+        f[r.value][m.value] = S::fma(S::to_float(sum), s[r.value], f[r.value][m.value]);
+      });
       x += M * S::W;
-    } while (!One && ++t < stop);
-    t = stop;
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const F s = spread<S>(w, how, rows[r] * w.groups + g);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) f[r][m] = S::fma(S::to_float(acc[r][m]), s, f[r][m]);
+      ++t;
+    } else {
+      I acc[R][M];
+      each<R, M>([&](auto r, auto m) BITFOLD_INLINE { acc[r.value][m.value] = S::load(start + m.value * S::L); });
+      for (const size_t stop = smaller(steps, t + per); t < stop; ++t, x += M * S::W)
+        gemv8_step<S, M, R>(codec, from, t, x, [&](auto r, auto m, I u, I xm) BITFOLD_INLINE {
+          acc[r.value][m.value] = S::template dot<C::kBits>(acc[r.value][m.value], u, xm);
+        });
+      each<R, M>([&](auto r, auto m) BITFOLD_INLINE {
+        f[r.value][m.value] = S::fma(S::to_float(acc[r.value][m.value]), s[r.value], f[r.value][m.value]);
+      });
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (size_t m = 0; m < a.m && m < M; ++m) {
-      const F scaled = S::mul(f[r][m], S::set(w.unit));
-      const float total = w.zero ? less_zeros<S>(w, rows[r], a.sums + m * w.groups, scaled) : S::sum(scaled);
-      y[m * w.n + rows[r]] = total * a.scale[m];
-    }
+  each<R, M>([&](auto r, auto m) BITFOLD_INLINE {
+    if (m.value >= a.m) return;
+    const F scaled = S::mul(f[r.value][m.value], S::set(w.unit));
+    const size_t row = rows[r.value];
+    const float total = w.zero ? less_zeros<S>(w, row, a.sums + m.value * w.groups, scaled) : S::sum(scaled);
+    y[m.value * w.n + row] = total * a.scale[m.value];
+  });
 }
 
 // One of the four vectors of a step.
 template <class S, int J, bool ScaleFirst, int M, int R, class V>
-inline void gemvf_plane(const V& values, const typename S::I* c, const typename S::F* s, const float* x,
-                        typename S::F (*acc)[M]) {
+BITFOLD_INLINE inline void gemvf_plane(const V& values, const typename S::I* c, const typename S::F* s, const float* x,
+                                       typename S::F (*acc)[M]) {
   typename S::F v[R];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    v[r] = values.template get<J>(c[r]);
-    if (ScaleFirst) v[r] = S::mul(v[r], s[r]);
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) {
-    const typename S::F xm = S::loadf(x + m * S::W + J * S::L);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) acc[r][m] = S::fma(v[r], xm, acc[r][m]);
-  }
+  repeat<R>([&](auto r) BITFOLD_INLINE {
+    v[r.value] = values.template get<J>(c[r.value]);
+    if (ScaleFirst) v[r.value] = S::mul(v[r.value], s[r.value]);
+  });
+  repeat<M>([&](auto m) BITFOLD_INLINE {
+    const typename S::F xm = S::loadf(x + m.value * S::W + J * S::L);
+    repeat<R>([&](auto r) BITFOLD_INLINE { acc[r.value][m.value] = S::fma(v[r.value], xm, acc[r.value][m.value]); });
+  });
 }
 
 template <class S, class C, bool One, int M, int R, class V>
@@ -157,39 +175,32 @@ void gemvf_rows(const Weight& w, const ActF& a, const C& codec, const V& values,
   const Rows<S, C, R> from(w, rows);
   const float* x = a.x;
   F f[R][M], acc[R][M];
-  for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m) f[r][m] = acc[r][m] = S::zerof();
+  each<R, M>([&](auto r, auto m) BITFOLD_INLINE { f[r.value][m.value] = acc[r.value][m.value] = S::zerof(); });
   for (size_t t = 0, g = 0; t < steps; g += scales) {
     F s[R];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) s[r] = spread<S>(w, how, rows[r] * w.groups + g);
+    repeat<R>([&](auto r) BITFOLD_INLINE { s[r.value] = spread<S>(w, how, from.scale[r.value] + g); });
     const size_t stop = One ? t + 1 : smaller(steps, t + per);
     do {
       I c[R];
       from.fetch(t);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) c[r] = values.prepare(codec.load(from.p[r] + t * C::kBytes));
-      gemvf_plane<S, 0, kScaleFirst, M, R>(values, c, s, x, acc);
-      gemvf_plane<S, 1, kScaleFirst, M, R>(values, c, s, x, acc);
-      gemvf_plane<S, 2, kScaleFirst, M, R>(values, c, s, x, acc);
-      gemvf_plane<S, 3, kScaleFirst, M, R>(values, c, s, x, acc);
+      repeat<R>([&](auto r)
+                    BITFOLD_INLINE { c[r.value] = values.prepare(codec.load(from.p[r.value] + t * C::kBytes)); });
+      repeat<4>([&](auto j) BITFOLD_INLINE { gemvf_plane<S, j.value, kScaleFirst, M, R>(values, c, s, x, acc); });
       x += M * S::W;
     } while (!One && ++t < stop);
     t = stop;
     if (kScaleFirst) continue;
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) {
-        f[r][m] = S::fma(acc[r][m], s[r], f[r][m]);
-        acc[r][m] = S::zerof();
-      }
+    each<R, M>([&](auto r, auto m) BITFOLD_INLINE {
+      f[r.value][m.value] = S::fma(acc[r.value][m.value], s[r.value], f[r.value][m.value]);
+      acc[r.value][m.value] = S::zerof();
+    });
   }
-  for (int r = 0; r < R; ++r)
-    for (size_t m = 0; m < a.m && m < M; ++m) {
-      const F total = kScaleFirst ? acc[r][m] : f[r][m];
-      y[m * w.n + rows[r]] = w.zero ? less_zeros<S>(w, rows[r], a.sums + m * w.groups, total) : S::sum(total);
-    }
+  each<R, M>([&](auto r, auto m) BITFOLD_INLINE {
+    if (m.value >= a.m) return;
+    const F total = kScaleFirst ? acc[r.value][m.value] : f[r.value][m.value];
+    const size_t row = rows[r.value];
+    y[m.value * w.n + row] = w.zero ? less_zeros<S>(w, row, a.sums + m.value * w.groups, total) : S::sum(total);
+  });
 }
 
 // The ladders from run-time facts to template arguments: codec, number of activation rows, kind of scales.

@@ -68,7 +68,13 @@ struct Simd {
   static constexpr int centre(int) { return 0; }
   template <int B>
   static I dot(I acc, I u, I x) {
+#if defined(__GNUC__) && !defined(__clang__)
+    // gcc 12 copies (and spills) accumulators around the intrinsic, whose type it takes for another one.
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u), "vm"(x));
+    return acc;
+#else
     return _mm512_dpbusd_epi32(acc, u, x);
+#endif
   }
 
   static F zerof() { return _mm512_setzero_ps(); }
@@ -144,7 +150,7 @@ struct Simd {
     }
   }
 
-  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  BITFOLD_INLINE static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 };
 
 }  // namespace BITFOLD_NS

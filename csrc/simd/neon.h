@@ -135,7 +135,7 @@ struct Simd {
     r[3] = bytes(vcombine_s32(vget_high_s32(a.val[1]), vget_high_s32(b.val[1])));
   }
 
-  static void prefetch(const void* p) { __builtin_prefetch(p); }
+  BITFOLD_INLINE static void prefetch(const void* p) { __builtin_prefetch(p); }
 };
 
 }  // namespace BITFOLD_NS

@@ -122,7 +122,7 @@ struct Simd {
       }
   }
 
-  static void prefetch(const void*) {}
+  BITFOLD_INLINE static void prefetch(const void*) {}
 };
 
 }  // namespace BITFOLD_NS
