@@ -22,7 +22,7 @@ from bitfold.kernels.layout import Layout, Points, read_layout, with_slack
 from bitfold.qtensor import QTensor
 
 _FLOAT_ROWS = 16  # rows of activations up to which decoding in registers beats decoding to memory
-_CHUNK = 1 << 19  # weights decoded at a time for many rows: 2 MB of float32
+_CHUNK = 1 << 21  # weights decoded at a time for many rows: 8 MB of float32
 
 
 @dataclass(frozen=True)
