@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import bitfold
 import tiny_lm
 from bitfold import Calibration
-from bitfold.calibration import Statistics, calibration_tokens, token_weights
+from bitfold.calibration import BlockWalk, Statistics, calibration_tokens, token_weights
 from bitfold.errors import BitfoldError, CheckpointError, UsageError
 
-SHORT = {"nsamples": 6, "seqlen": 48}
+SHORT: dict[str, Any] = {"nsamples": 6, "seqlen": 48}
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +74,36 @@ def test_own_text(source: Path, tmp_path: Path) -> None:
     settings = Calibration("self", nsamples=3, seqlen=24, fisher=False)
     report = bitfold.quantize(source, tmp_path / "out", format="int4-g32", solver="ldlq", calibration=settings)
     assert all(t.output_error is not None for t in report.quantized)
+
+
+SLIDING = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}
+FAMILIES = {"LlamaForCausalLM": {}, "Qwen2ForCausalLM": SLIDING, "Gemma2ForCausalLM": {"sliding_window": 8}}
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "GPT2LMHeadModel"])
+def test_the_walk_is_the_model(family: str) -> None:
+    """Unquantized, the stream between the blocks is the model's own hidden states, whatever mask each block gets."""
+    cls: Any = getattr(transformers, family)
+    sizes = {"vocab_size": 64, "num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "intermediate_size": 48, "head_dim": 16}
+    if family == "GPT2LMHeadModel":
+        sizes = {"vocab_size": 64, "n_layer": 3, "n_embd": 32, "n_head": 2}
+    torch.manual_seed(0)
+    model = cls(cls.config_class(**sizes, **FAMILIES.get(family, {}))).eval()
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    ids = torch.arange(40)[None] % 64
+    with torch.no_grad():
+        expected = model(ids, output_hidden_states=True, use_cache=False).hidden_states
+
+    class Whole(dict[str, torch.Tensor]):
+        def read(self, name: str) -> torch.Tensor:
+            return self[name].detach().clone()
+
+    walk = BlockWalk(copy.deepcopy(model), Whole(state), ids, {})
+    walk.start()
+    for index in range(len(walk)):
+        assert torch.allclose(walk._original[0], expected[index], atol=1e-5)
+        list(walk.block(index, []))
 
 
 def test_the_target_is_the_least_squares_solution() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from bitfold import progress
 from bitfold.calibration import BlockWalk, Statistics, calibration_tokens, token_weights
 from bitfold.calibration.text import BUNDLED, SELF, own_text
 from bitfold.checkpoints import Source
-from bitfold.errors import BitfoldError, ModelError, UsageError
+from bitfold.errors import BitfoldError, ModelError, UsageError, WeightError
 from bitfold.fits import get_fit
 from bitfold.formats import get_format
 from bitfold.models import skeleton
@@ -22,10 +22,10 @@ from bitfold.models.sites import LINEAR
 from bitfold.models.swap import in_basis, transform_of
 from bitfold.plan import Decision, Plan
 from bitfold.qtensor import QTensor
-from bitfold.solvers import get_solver
+from bitfold.solvers import CALIBRATED, get_solver
 from bitfold.solvers.ldlq import proxy_loss
 
-CALIBRATED = ("ldlq",)
+LONGEST = 2048  # tokens of a window, where nobody says otherwise
 _GRADIENTS_UP_TO = 500_000_000  # parameters; gradients need the whole model and its activations in memory
 
 
@@ -37,22 +37,31 @@ class Calibration:
         text: a .txt or .jsonl file, "default" (the text that comes with bitfold), "self" (the model writes it), or the
             name of a data set of the Hub.
         nsamples: windows of text.
-        seqlen: tokens of a window.
+        seqlen: tokens of a window; None = 2048, or what the model has positions for.
         drift: how far the target moves towards making up for the loss of the layers before, 0 to 1.
         fisher: weight tokens by the gradient of the loss; None = if the model is small enough to afford it.
     """
 
     text: str = BUNDLED
     nsamples: int = 32
-    seqlen: int = 2048
+    seqlen: int | None = None
     drift: float = 0.5
     fisher: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.nsamples < 1 or self.seqlen < 2:
+        if self.nsamples < 1 or (self.seqlen is not None and self.seqlen < 2):
             raise UsageError("calibration needs at least one sample of two tokens")
         if not 0 <= self.drift <= 1:
             raise UsageError(f"a drift correction of {self.drift} makes no sense", hint="0 to 1")
+
+
+def settings(
+    method: str | None, text: str | None, nsamples: int, seqlen: int | None, drift: float, fisher: bool | None
+) -> Calibration | None:
+    """The calibration that options mean: None where no text is named and the method needs none."""
+    if text is None and method not in CALIBRATED:
+        return None
+    return Calibration(text or BUNDLED, nsamples, seqlen, drift, fisher)
 
 
 @dataclass(frozen=True)
@@ -90,10 +99,17 @@ def solve_blocks(
             where=str(source.path),
             hint="use a data-free method (--method rtn)",
         )
+    if "CausalLM" not in type(model).__name__ and "LMHead" not in type(model).__name__:
+        raise ModelError(
+            f"{type(model).__name__} is no causal language model, and only those can be calibrated so far",
+            where=str(source.path),
+            hint="use a data-free method (--method rtn)",
+        )
+    calibration = _fitting(calibration, model)
     wanted = {d.tensor: d for d in plan.decisions if _calibrated(d)}
     reader = _Reader(source, model, plan)
     ids, weights = _inputs(source, reader, wanted, calibration, seed, tokenizer)
-    walk = BlockWalk(model, reader.read, ids, weights)
+    walk = BlockWalk(model, reader, ids, weights)
     walk.start()
     with progress.bar("calibrate", len(walk)) as bar:
         for index in range(len(walk)):
@@ -103,6 +119,17 @@ def solve_blocks(
                 for layer in group:
                     yield _solve(model, wanted[f"{layer}.weight"], statistics, calibration, seed)
             bar.advance(1, prefix.rstrip("."))
+
+
+def _fitting(calibration: Calibration, model: Any) -> Calibration:
+    """With windows that the model has positions for."""
+    config = model.config
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or LONGEST
+    if calibration.seqlen is None:
+        return replace(calibration, seqlen=min(LONGEST, int(limit)))
+    if calibration.seqlen > limit:
+        raise UsageError(f"the model has positions for {limit} tokens, not {calibration.seqlen}", where="--seqlen")
+    return calibration
 
 
 def _calibrated(decision: Decision) -> bool:
@@ -118,8 +145,14 @@ class _Reader:
         self._items = {name: item.target for item in plan.items for name in item.target.names}
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor."""
-        return self._items[name].read(self._source.read, self._model)[name]
+        """One tensor; WeightError when it is not finite."""
+        tensor = self._items[name].read(self._source.read, self._model)[name]
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise WeightError("NaN or infinity among the weights", where=name, hint="the checkpoint is damaged")
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._items
 
 
 def _inputs(
@@ -131,9 +164,11 @@ def _inputs(
     own = calibration.text == SELF
     whole = _whole(source, reader) if fisher or own else None
     if own and whole is not None:
-        ids = own_text(whole, nsamples=calibration.nsamples, seqlen=calibration.seqlen, seed=seed)
+        ids = own_text(whole, nsamples=calibration.nsamples, seqlen=calibration.seqlen or LONGEST, seed=seed)
     else:
-        ids = calibration_tokens(tokenizer, calibration.text, nsamples=calibration.nsamples, seqlen=calibration.seqlen)
+        ids = calibration_tokens(
+            tokenizer, calibration.text, nsamples=calibration.nsamples, seqlen=calibration.seqlen or LONGEST
+        )
     if not fisher or whole is None:
         return ids, {}
     layers = [d.site.module for d in wanted.values() if d.site is not None]
@@ -149,6 +184,10 @@ def _whole(source: Source, reader: _Reader) -> nn.Module:
             owner, _, attribute = name.rpartition(".")
             filled = nn.Parameter(reader.read(name).float(), requires_grad=False)
             model.get_submodule(owner)._parameters[attribute] = filled
+    for name, _ in list(model.named_buffers()):
+        if name in reader:
+            owner, _, attribute = name.rpartition(".")
+            model.get_submodule(owner)._buffers[attribute] = reader.read(name)
     skeleton.retie(model)
     return model
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from bitfold import progress
-from bitfold.calibrated import CALIBRATED, Calibration, Solved, solve_blocks
+from bitfold.calibrated import Calibration, Solved, solve_blocks
 from bitfold.card import write_card
 from bitfold.checkpoints import Source, open_source
 from bitfold.checkpoints.native import QUANT_METHOD, VERSION
@@ -30,6 +31,7 @@ from bitfold.plan import Decision, Item, Plan, blank_report, make_plan
 from bitfold.qtensor import QTensor
 from bitfold.recipe import Recipe, Rule
 from bitfold.report import QuantizeReport, TensorReport, peak_memory, relative_error
+from bitfold.solvers import CALIBRATED
 from bitfold.version import __version__
 
 OnTensor = Callable[[TensorReport], None]
@@ -153,7 +155,14 @@ def _open_model(source: Source) -> nn.Module | None:
             where=str(source.path),
             hint="quantize the original; quantizing twice loses twice",
         )
-    return skeleton.of_config(source.config, str(source.path))
+    model = skeleton.of_config(source.config, str(source.path))
+    if model is None:
+        warnings.warn(
+            f"transformers does not have the class {source.config.get('architectures')}: what a tensor is, is judged"
+            " by its name and shape, and bitfold.load will want the module (load(path, module=...))",
+            stacklevel=2,
+        )
+    return model
 
 
 def refuse_existing(out: Path) -> None:
@@ -214,7 +223,7 @@ def _tensors(run: _Run, writer: ShardWriter, folder: Path) -> Iterator[TensorRep
             yield solved.decision.report(solved.qtensor.nbytes, error=error, output_error=solved.output_error)
     for item in run.plan.items:
         if not done.issuperset(item.target.names):
-            yield from _write_item(run, item, writer)
+            yield from _write_item(run, item, writer, done)
 
 
 def _calibrated(run: _Run, folder: Path) -> Iterator[Solved]:
@@ -227,12 +236,12 @@ def _calibrated(run: _Run, folder: Path) -> Iterator[Solved]:
     yield from solve_blocks(run.source, run.model, run.plan, run.job.calibration, run.job.seed, tokenizer)
 
 
-def _write_item(run: _Run, item: Item, writer: ShardWriter) -> Iterator[TensorReport]:
+def _write_item(run: _Run, item: Item, writer: ShardWriter, done: set[str]) -> Iterator[TensorReport]:
     tensors = item.target.read(run.source.read, run.model)
     for name in list(tensors):
         w = tensors.pop(name)
         decision = item.decisions[name]
-        if decision.alias_of is not None:
+        if decision.alias_of is not None or name in done:
             continue
         if decision.rule is None or decision.site is None:
             w = w.to(decision.info.dtype)

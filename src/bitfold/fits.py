@@ -163,24 +163,29 @@ def hqq(w: torch.Tensor, format: Format, importance: torch.Tensor | None = None)
     """Half-quadratic quantization (Badri and Shaji 2023): an l_p norm (p = 0.7) of the error, robust to outliers.
 
     Alternates the shrinkage of the error towards its large entries with a closed-form zero point; in formats without
-    a zero point the scale takes its place. Stops when no block improves; at most 20 rounds.
+    a zero point, or with an integer one, the scale takes its place. Each block keeps the best of at most 20 rounds.
     """
     view = _view(w, format, importance)
     params = minmax(w, format)
     beta, p = 10.0, 0.7
     best = torch.full_like(params.scale, torch.inf)
+    kept = Params(params.scale, params.zero_point)
     for _ in range(20):
         points = view.points(params)
         error = view.w - points * params.scale[..., None]
         norm = view.mean(error.abs())
-        if not bool((norm < best).any()):
+        better = norm < best
+        if not bool(better.any()):
             break
         best = torch.minimum(norm, best)
+        kept.scale = torch.where(better, params.scale, kept.scale)
+        if kept.zero_point is not None and params.zero_point is not None:
+            kept.zero_point = torch.where(better, params.zero_point, kept.zero_point)
         # In units of the step, so that the result does not depend on the magnitude of the weights.
         step = params.scale.abs().clamp_min(1e-30)[..., None]
         _half_quadratic_step(view, params, points, _shrink_lp(error / step, beta, p) * step, norm <= best)
         beta *= 1.01
-    return Params(params.scale, None if params.zero_point is None else view.round_zero(params.zero_point))
+    return kept
 
 
 def _shrink_lp(x: torch.Tensor, beta: float, p: float) -> torch.Tensor:
@@ -192,7 +197,8 @@ def _half_quadratic_step(
     view: _View, params: Params, points: torch.Tensor, outliers: torch.Tensor, move: torch.Tensor
 ) -> None:
     target = view.w - outliers
-    if params.zero_point is None:
+    whole = view.format.scale is not None and not isinstance(view.format.scale.offset, torch.dtype)
+    if params.zero_point is None or whole:  # an integer zero point cannot follow small steps either
         scale = _safe_divide(view.mean(points * target), view.mean(points.square()), params.scale)
         params.scale = torch.where(move, scale, params.scale)
         return

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from bitfold.calibrated import CALIBRATED
-from bitfold.errors import UsageError
+from bitfold.errors import FormatError, UsageError
 from bitfold.formats import get_format
 from bitfold.recipe import Recipe
+from bitfold.solvers import CALIBRATED
 
 DEFAULT_GROUP = 64
 
@@ -56,7 +56,9 @@ def choose_recipe(
         loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
         return loaded.ignoring(ignore)
     if (bits is None) == (format is None):
-        raise UsageError("choose one of bits and format", hint="for example --bits 4 or --format nf4")
+        raise UsageError(
+            "choose one of bits (--bits) and format (--format)", hint="for example --bits 4 or --format nf4"
+        )
     name = format if format is not None else _format_for_bits(bits)
     if group_size is not None:
         name = _with_group(name, group_size)
@@ -67,7 +69,7 @@ def choose_recipe(
 
 def _format_for_bits(bits: int | None) -> str:
     if bits is None or not 1 <= bits <= 8:
-        raise UsageError(f"cannot quantize to {bits} bits", hint="1 to 8")
+        raise UsageError(f"cannot quantize to {bits} bits", where="--bits", hint="1 to 8")
     if bits == 8:
         return "int8"
     # One bit has two levels: they sit on both sides of zero, which needs no zero point.
@@ -80,7 +82,11 @@ def _with_group(name: str, group_size: int) -> str:
     double = name.endswith("-dq")
     parts = [p for p in name.removesuffix("-dq").split("-") if p not in ("row", "tensor") and not _is_group(p)]
     scoped = "-".join([*parts, f"g{group_size}" if group_size > 0 else "row"]) + ("-dq" if double else "")
-    get_format(scoped)
+    try:
+        get_format(scoped)
+    except FormatError as error:
+        get_format(name)  # a name that is unknown in itself is told as such
+        raise UsageError(f"the groups of {name} have a size of their own", where="--group-size") from error
     return scoped
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from bitfold.checkpoints import Source
-from bitfold.errors import BitfoldError
+from bitfold.errors import BitfoldError, FormatError, ModelError
 from bitfold.formats import get_format
 from bitfold.methods import check_block
 from bitfold.models.mapping import Target, map_names
@@ -17,6 +18,7 @@ from bitfold.models.skeleton import tied_names
 from bitfold.models.swap import Entry, decide, is_plain, transform_of
 from bitfold.recipe import Recipe, Rule
 from bitfold.report import QuantizeReport, TensorReport
+from bitfold.solvers import CALIBRATED
 from bitfold.tensorinfo import TensorInfo
 
 
@@ -136,7 +138,17 @@ def make_plan(source: Source, model: nn.Module | None, recipe: Recipe, *, shorte
             decisions[name] = _shorten(decision) if shorten_groups else decision
             _check(decisions[name])
         items.append(Item(target, decisions))
-    return Plan(tuple(items))
+    plan = Plan(tuple(items))
+    _warn_of_idle_rules(plan, recipe)
+    return plan
+
+
+def _warn_of_idle_rules(plan: Plan, recipe: Recipe) -> None:
+    """A rule that matches nothing is most often a typing error."""
+    names = [d.tensor for d in plan.decisions]
+    for rule in recipe.rules:
+        if not any(rule.matches(name) for name in names):
+            warnings.warn(f"the rule {rule.match!r} matches no tensor of this model", stacklevel=3)
 
 
 def _infos(source: Source, targets: list[Target], model: nn.Module | None) -> dict[str, TensorInfo]:
@@ -149,6 +161,9 @@ def _infos(source: Source, targets: list[Target], model: nn.Module | None) -> di
         first = source.info(target.sources[0])
         for name in target.names:
             shape = tuple(stored[name].shape) if target.converter is not None else first.shape
+            if name in stored and tuple(stored[name].shape) != tuple(shape):
+                expected = tuple(stored[name].shape)
+                raise ModelError(f"has shape {tuple(shape)}, its model has {expected}", where=name)
             infos[name] = TensorInfo(instead if instead and first.dtype.is_floating_point else first.dtype, shape)
     return infos
 
@@ -195,6 +210,9 @@ def _check(decision: Decision) -> None:
     if decision.rule is None or decision.site is None:
         return
     format = get_format(decision.rule.format)
+    if decision.rule.solver in CALIBRATED and not hasattr(format, "coder"):
+        hint = "use --method rtn, or another format"
+        raise FormatError(f"{format.name} cannot be coded column by column", where=decision.tensor, hint=hint)
     try:
         check_block(decision.site.qshape, format)
         format.layout(decision.site.qshape)

@@ -48,14 +48,15 @@ class Rule:
         try:
             if self.match.startswith("re:"):
                 re.compile(self.match[3:])
-            if self.format != KEEP:
-                get_format(self.format)
+            plain = self.format != KEEP and getattr(get_format(self.format), "plain", False)
             get_solver(self.solver)
             get_fit(self.fit)
         except re.error as error:
             raise RecipeError(f"{self.match!r} is not a regular expression: {error}") from error
         if self.transform not in ("none", "hadamard"):
             raise RecipeError(f"unknown transform {self.transform!r}", hint="none or hadamard")
+        if plain and (self.transform, self.act) != ("none", "float"):
+            raise RecipeError(f"{self.format} stores ordinary tensors, which know no transform and no activation type")
         if self.act not in ("float", "int8"):
             raise RecipeError(f"unknown activation type {self.act!r}", hint="float or int8")
 

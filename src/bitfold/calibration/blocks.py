@@ -12,15 +12,21 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from bitfold.errors import ModelError
 
-Read = Callable[[str], torch.Tensor]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Tensors(Protocol):
+    """Tensors of a model by name."""
+
+    def read(self, name: str) -> torch.Tensor: ...
+    def __contains__(self, name: object) -> bool: ...
 
 
 class _Stop(Exception):
@@ -49,6 +55,8 @@ class Statistics:
         if strength == 0:
             return w
         k = len(self.hessian)
+        if float(self.hessian.diagonal().mean()) == 0:
+            return w  # nothing ever reaches this layer
         ridge = damp * self.hessian.diagonal().mean().double() * torch.eye(k, dtype=torch.float64)
         solved = torch.linalg.solve(self.hessian.double() + ridge, (self.cross.double() + ridge).T).T
         moved: torch.Tensor = (1 - strength) * w + strength * (w.double() @ solved).float()
@@ -60,7 +68,7 @@ class BlockWalk:
 
     Args:
         model: the skeleton on the meta device; it is filled and emptied block by block.
-        read: name of a tensor of the model -> the tensor.
+        source: the tensors of the model by name.
         ids: token ids (samples, seqlen).
         weights: token weights (samples, seqlen) by layer name, or empty.
 
@@ -68,10 +76,12 @@ class BlockWalk:
         ModelError: the model has no list of blocks.
     """
 
-    def __init__(self, model: nn.Module, read: Read, ids: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> None:
-        self.model, self._read, self._ids, self._weights = model, read, ids, weights
+    def __init__(
+        self, model: nn.Module, source: Tensors, ids: torch.Tensor, weights: Mapping[str, torch.Tensor]
+    ) -> None:
+        self.model, self._source, self._ids, self._weights = model, source, ids, weights
         self.path, self._blocks = _find_blocks(model)
-        self._calls: list[Call] = []
+        self._calls: list[list[Call]] = []  # for each block, for each sample
         self._original: list[torch.Tensor] = []
         self._quantized: list[torch.Tensor] = []
 
@@ -80,27 +90,57 @@ class BlockWalk:
 
     @torch.no_grad()
     def start(self) -> None:
-        """Fill what comes before the blocks and catch the inputs of the first one."""
-        prefix = f"{self.path}."
-        for name, parameter in list(self.model.named_parameters()):
-            if not name.startswith(prefix) and parameter.is_meta:
-                _set(self.model, name, self._read(name).float())
-        first = self._blocks[0]
-        handle = first.register_forward_pre_hook(self._catch, with_kwargs=True)
-        try:
-            for sample in self._ids:
-                with contextlib.suppress(_Stop):
+        """Fill what comes before the blocks and catch what every block is called with.
+
+        Masks and rotary embeddings may differ from block to block (sliding windows), so all blocks are called, with
+        their work left out: each hands on what it was given.
+        """
+        self._fill("", skip=f"{self.path}.")
+        for answer in (lambda hidden: hidden, lambda hidden: (hidden,)):
+            self._calls = [[] for _ in self._blocks]
+            with self._catching(answer), contextlib.suppress(IndexError, RuntimeError, TypeError, ValueError):
+                for sample in self._ids:
                     self.model(input_ids=sample[None], use_cache=False)
-        finally:
-            handle.remove()
-        self._original = [args[0] for args, _ in self._calls]
+            if self._all_called():
+                break
+        else:
+            raise ModelError("its blocks are not called one after the other", where=type(self.model).__name__)
+        self._original = [args[0] for args, _ in self._calls[0]]
         self._quantized = list(self._original)
 
-    def _catch(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not args:
-            args, kwargs = (kwargs["hidden_states"],), {k: v for k, v in kwargs.items() if k != "hidden_states"}
-        self._calls.append((args, kwargs))
-        raise _Stop
+    def _all_called(self) -> bool:
+        first = [tuple(args[0].shape) for args, _ in self._calls[0]]
+        alike = all([tuple(args[0].shape) for args, _ in calls] == first for calls in self._calls)
+        return alike and len(first) == len(self._ids)
+
+    @contextlib.contextmanager
+    def _catching(self, answer: Callable[[torch.Tensor], Any]) -> Iterator[None]:
+        def caught(calls: list[Call]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if not args:
+                    args, kwargs = (kwargs["hidden_states"],), {k: v for k, v in kwargs.items() if k != "hidden_states"}
+                calls.append((args, kwargs))
+                return answer(args[0])
+
+            return forward
+
+        try:
+            for block, calls in zip(self._blocks, self._calls, strict=True):
+                block.__dict__["forward"] = caught(calls)
+            yield
+        finally:
+            for block in self._blocks:
+                block.__dict__.pop("forward", None)
+
+    def _fill(self, prefix: str, *, skip: str | None = None) -> None:
+        """Give the tensors below a prefix their values, float32."""
+        module = self.model.get_submodule(prefix.rstrip("."))
+        for kind in (module.named_parameters(), module.named_buffers()):
+            for name, old in list(kind):
+                full = prefix + name
+                if (skip is None or not full.startswith(skip)) and (old.is_meta or full in self._source):
+                    value = self._source.read(full)
+                    _set(self.model, full, value.float() if value.is_floating_point() else value)
 
     @torch.no_grad()
     def block(self, index: int, layers: list[str]) -> Iterator[tuple[list[str], Statistics]]:
@@ -114,34 +154,34 @@ class BlockWalk:
             layers: names of the linear layers of interest.
         """
         block, name = self._blocks[index], f"{self.path}.{index}"
-        for parameter, _ in list(block.named_parameters()):
-            _set(block, parameter, self._read(f"{name}.{parameter}").float())
+        self._fill(f"{name}.")
+        calls = self._calls[index]
         original = copy.deepcopy(block)
         inside = [layer.removeprefix(f"{name}.") for layer in layers]
-        groups = _groups(block, inside, self._calls[0], self._original[0])
-        kept, outputs = self._run_original(original, groups)
+        groups = _groups(block, inside, calls[0], self._original[0])
+        kept, outputs = self._run_original(original, groups, calls)
         for number, group in enumerate(groups):
             weight = self._weights.get(f"{name}.{group[0]}")
-            yield [f"{name}.{layer}" for layer in group], self._measure(block, group[0], kept[number], weight)
-        self._quantized = [_run(block, call, x) for call, x in zip(self._calls, self._quantized, strict=True)]
+            yield [f"{name}.{layer}" for layer in group], self._measure(block, group[0], kept[number], weight, calls)
+        self._quantized = [_run(block, call, x) for call, x in zip(calls, self._quantized, strict=True)]
         self._original = outputs
         for parameter, value in list(block.named_parameters()):
             _set(block, parameter, value.to("meta"))
 
     def _run_original(
-        self, block: nn.Module, groups: list[list[str]]
+        self, block: nn.Module, groups: list[list[str]], calls: list[Call]
     ) -> tuple[list[list[torch.Tensor]], list[torch.Tensor]]:
         kept: list[list[torch.Tensor]] = [[] for _ in groups]
         handles = []
         for store, group in zip(kept, groups, strict=True):
             handles.append(block.get_submodule(group[0]).register_forward_pre_hook(_keeper(store)))
-        outputs = [_run(block, call, x) for call, x in zip(self._calls, self._original, strict=True)]
+        outputs = [_run(block, call, x) for call, x in zip(calls, self._original, strict=True)]
         for handle in handles:
             handle.remove()
         return kept, outputs
 
     def _measure(
-        self, block: nn.Module, layer: str, original: list[torch.Tensor], weight: torch.Tensor | None
+        self, block: nn.Module, layer: str, original: list[torch.Tensor], weight: torch.Tensor | None, calls: list[Call]
     ) -> Statistics:
         found: list[torch.Tensor] = []
 
@@ -153,7 +193,7 @@ class BlockWalk:
         hessian = cross = torch.zeros(1, 1)
         tokens = 0
         try:
-            for i, (call, x) in enumerate(zip(self._calls, self._quantized, strict=True)):
+            for i, (call, x) in enumerate(zip(calls, self._quantized, strict=True)):
                 with contextlib.suppress(_Stop):
                     _run(block, call, x)
                 seen = found.pop()
@@ -216,4 +256,8 @@ def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def _set(module: nn.Module, name: str, value: torch.Tensor) -> None:
     owner, _, attribute = name.rpartition(".")
-    module.get_submodule(owner)._parameters[attribute] = nn.Parameter(value, requires_grad=False)
+    holder = module.get_submodule(owner)
+    if attribute in holder._buffers:
+        holder._buffers[attribute] = value
+    else:
+        holder._parameters[attribute] = nn.Parameter(value, requires_grad=False)

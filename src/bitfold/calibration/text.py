@@ -71,7 +71,7 @@ def _documents(spec: str) -> Iterator[str]:
         else:
             yield text
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"cannot be read as text: {error!r}", where=spec) from error
+        raise CheckpointError(f"cannot be read as text: {type(error).__name__}: {error}", where=spec) from error
 
 
 def _dataset(spec: str) -> Iterator[str]:

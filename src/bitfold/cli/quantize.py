@@ -35,7 +35,7 @@ CalibrationOption = Annotated[
     str | None, typer.Option(help="For ldlq: a .txt or .jsonl file, a Hub data set, self, or default.")
 ]
 NsamplesOption = Annotated[int, typer.Option(help="Samples of calibration text.")]
-SeqlenOption = Annotated[int, typer.Option(help="Tokens of a sample.")]
+SeqlenOption = Annotated[int | None, typer.Option(help="Tokens of a sample (default: 2048, or what fits).")]
 DriftOption = Annotated[float, typer.Option(help="Correction for the loss of earlier layers, 0 to 1.")]
 FisherOption = Annotated[
     bool | None,
@@ -69,7 +69,7 @@ def quantize(
     transform: TransformOption = None,
     calibration: CalibrationOption = None,
     nsamples: NsamplesOption = 32,
-    seqlen: SeqlenOption = 2048,
+    seqlen: SeqlenOption = None,
     drift: DriftOption = 0.5,
     fisher: FisherOption = None,
     act: ActOption = None,
@@ -87,12 +87,9 @@ def quantize(
     if output_dir is None and not dry_run:
         raise UsageError("say where to write", where="--output-dir", hint="or try --dry-run first")
     shard_bytes = parse_size(max_shard_size, where="--max-shard-size")
-    from bitfold.calibrated import CALIBRATED, Calibration
+    from bitfold.calibrated import settings
     from bitfold.driver import quantize as run
 
-    settings = None
-    if calibration is not None or method in CALIBRATED:
-        settings = Calibration(calibration or "default", nsamples, seqlen, drift, fisher)
     report = run(
         model,
         output_dir or Path("unused"),
@@ -102,7 +99,7 @@ def quantize(
         fit=fit,
         solver=method,
         transform=transform,
-        calibration=settings,
+        calibration=settings(method, calibration, nsamples, seqlen, drift, fisher),
         act=act,
         ignore=ignore or (),
         recipe=recipe,

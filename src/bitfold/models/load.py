@@ -64,7 +64,7 @@ def _skeleton(folder: Path, dtype: torch.dtype | None) -> nn.Module:
     model = skeleton.of_config(config, str(folder), dtype=dtype)
     if model is None:
         raise ModelError(
-            f"transformers does not have the class {config.get('architectures')}",
+            f"transformers does not have the class that config.json names: {config.get('architectures')}",
             where=str(folder),
             hint="pass the module yourself: bitfold.load(path, module=MyModel(...))",
         )

@@ -55,7 +55,7 @@ def _write_tensors(model: nn.Module, folder: Path, max_shard_bytes: int) -> None
     for name, tensor in model.state_dict().items():
         if name in skip or name.startswith(tuple(f"{s}." for s in skip)):
             continue
-        key = (tensor.data_ptr(), tensor.shape, tensor.dtype)
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and key in written:
             continue  # tied outside of transformers: stored once, under the first name
         written.add(key)

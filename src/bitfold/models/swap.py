@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from bitfold import progress
-from bitfold.errors import BitfoldError, ModelError
+from bitfold.errors import BitfoldError, ModelError, UsageError
 from bitfold.formats import AnyFormat, get_format, read_description
 from bitfold.methods import quantize_tensor
 from bitfold.models.sites import EMBEDDING, EXPERTS, Site, find_sites
 from bitfold.nn import QEmbedding, QLinear, QWeight, attach
 from bitfold.qtensor import QTensor
 from bitfold.recipe import Recipe, Rule
+from bitfold.solvers import CALIBRATED
 from bitfold.transforms import Hadamard, read_transform
 
 
@@ -191,11 +192,14 @@ def _quantize_site(model: nn.Module, site: Site, recipe: Recipe, seed: int) -> O
         return Outcome(site.tensor, None, reason)
     owner = model.get_submodule(site.module)
     weight: torch.Tensor = getattr(owner, site.parameter)
+    if is_plain(get_format(rule.format)):
+        raise UsageError(
+            f"{rule.format} is an ordinary dtype", where=site.tensor, hint="cast the module: model.to(dtype)"
+        )
+    if rule.solver in CALIBRATED:
+        raise UsageError(f"the solver {rule.solver} needs calibration", where=site.tensor, hint="use bitfold.quantize")
     qtensor = quantize_site_tensor(weight.detach(), site, rule, seed)
-    if is_plain(qtensor.format):
-        weight.data = weight.data.to(qtensor.fields["values"].dtype)
-    else:
-        swap(model, site, qtensor, act=rule.act, transform=transform_of(rule, site, seed))
+    swap(model, site, qtensor, act=rule.act, transform=transform_of(rule, site, seed))
     return Outcome(site.tensor, qtensor.format.name, reason)
 
 

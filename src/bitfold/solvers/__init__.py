@@ -12,7 +12,7 @@ from bitfold.qtensor import QTensor
 from bitfold.solvers.ldlq import ldlq
 from bitfold.solvers.rtn import rtn
 
-__all__ = ["SOLVERS", "Solver", "get_solver", "ldlq", "rtn"]
+__all__ = ["CALIBRATED", "SOLVERS", "Solver", "get_solver", "ldlq", "rtn"]
 
 
 class Solver(Protocol):
@@ -23,6 +23,8 @@ class Solver(Protocol):
     ) -> QTensor: ...
 
 
+# Solvers that want a Hessian, and so calibration text.
+CALIBRATED = ("ldlq",)
 SOLVERS: dict[str, Solver] = {"rtn": rtn, "ldlq": ldlq}
 
 
