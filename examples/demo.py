@@ -47,7 +47,7 @@ def main() -> None:
     """Run the steps that are not finished yet and show the result."""
     parser = argparse.ArgumentParser(description="bitfold on a real model, from download to generated text")
     parser.add_argument("--fresh", action="store_true", help="forget the results of earlier runs")
-    parser.add_argument("--tokens", type=int, default=6144, help="tokens of text to measure on (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of text to measure on (default: %(default)s)")
     options = parser.parse_args()
     started = time.monotonic()
     progress.enable()
