@@ -15,7 +15,7 @@ CSRC   := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
 
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format bench demo docs sanitize neon clean
+.PHONY: help setup test lint format bench demo docs fuzz sanitize neon clean
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -64,6 +64,18 @@ $(VENV)/.docs.stamp: $(VENV)/.native.stamp
 docs: $(VENV)/.docs.stamp ## HTML documentation in site/
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs site
 	@echo "site/index.html"
+
+# Atheris lives beside the environment, not in it: it is a compiler's runtime, and only this needs it.
+FUZZ_SECONDS ?= 60
+build/fuzz/venv/.stamp: | $(VENV)/.native.stamp
+	$(PY) -m venv build/fuzz/venv
+	build/fuzz/venv/bin/pip install --quiet atheris
+	$(PY) -c 'import sysconfig as s; print("import site; site.addsitedir(%r)" % s.get_path("purelib"))' \
+	  > $$(build/fuzz/venv/bin/python -c 'import sysconfig as s; print(s.get_path("purelib"))')/bitfold.pth
+	touch $@
+
+fuzz: build/fuzz/venv/.stamp ## coverage-guided fuzzing of every reader, FUZZ_SECONDS=60 each
+	build/fuzz/venv/bin/python fuzz/run.py $(FUZZ_SECONDS)
 
 sanitize: setup ## the native tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	cmake -S . -B build/sanitize -DBITFOLD_TESTS=ON -DBITFOLD_SANITIZE=ON > /dev/null

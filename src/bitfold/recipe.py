@@ -21,6 +21,7 @@ else:
     import tomli as tomllib
 
 KEEP = "keep"
+_LARGEST = 1_000_000  # bytes of a file
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Rule:
             plain = self.format != KEEP and getattr(get_format(self.format), "plain", False)
             get_solver(self.solver)
             get_fit(self.fit)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise RecipeError(f"{self.match!r} is not a regular expression: {error}") from error
         if self.transform not in ("none", "hadamard"):
             raise RecipeError(f"unknown transform {self.transform!r}", hint="none or hadamard")
@@ -121,7 +122,7 @@ class Recipe:
         """Read TOML; RecipeError with the place of the mistake."""
         try:
             data = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:  # TOMLDecodeError, and numbers or nesting beyond all reason
             raise RecipeError(f"not a TOML file: {error}", where=where) from error
         rules = data.get("rule")
         if set(data) != {"rule"} or not isinstance(rules, list) or not rules:
@@ -132,6 +133,8 @@ class Recipe:
     def load(cls, path: str | Path) -> Recipe:
         """Read a TOML file."""
         try:
+            if Path(path).stat().st_size > _LARGEST:
+                raise RecipeError(f"is larger than {_LARGEST} bytes, so it is no recipe", where=str(path))
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"cannot be read: {error}", where=str(path)) from error

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from bitfold.checkpoints.safetensors import SafetensorsSource, read_config
+from bitfold.checkpoints.untrusted import shape_of
 from bitfold.errors import CheckpointError
 from bitfold.formats import AnyFormat, read_description
 from bitfold.qtensor import QTensor
@@ -30,6 +31,7 @@ from bitfold.transforms import read_transform
 
 QUANT_METHOD = "bitfold"
 VERSION = 1
+_DAMAGE = (KeyError, TypeError, ValueError, AttributeError, AssertionError, RecursionError, ArithmeticError)
 
 
 def quantization_config(folder: Path) -> dict[str, Any] | None:
@@ -76,13 +78,21 @@ class QuantizedSource:
         self.quantization = found
         self._stored = SafetensorsSource(self.path)
         self.config = {k: v for k, v in self._stored.config.items() if k != "quantization_config"}
-        self._tensors: Mapping[str, Any] = found["tensors"]
-        self._formats: dict[str, AnyFormat] = {n: read_description(n, d) for n, d in found["formats"].items()}
-        self._fields = {f"{t}.{f}" for t in self._tensors for f in self._layout(t)}
+        try:
+            self._formats: dict[str, AnyFormat] = {n: read_description(n, d) for n, d in found["formats"].items()}
+            self._tensors: Mapping[str, Any] = found["tensors"]
+            self._layouts = {name: self._layout(entry) for name, entry in self._tensors.items()}
+            self._fields = {f"{t}.{f}" for t, layout in self._layouts.items() for f in layout}
+        except _DAMAGE as error:
+            raise CheckpointError(f"the quantization_config is damaged: {error!r}", where=str(path)) from error
 
-    def _layout(self, name: str) -> dict[str, TensorInfo]:
-        entry = self._tensors[name]
-        return self._formats[entry["format"]].layout(tuple(entry["shape"]))
+    def _layout(self, entry: Mapping[str, Any]) -> dict[str, TensorInfo]:
+        """The fields of a tensor; ValueError and the like where the entry makes no sense."""
+        shape = shape_of(entry["shape"])
+        transform = read_transform(entry.get("transform"))
+        if len(shape) not in (2, 3) or 0 in shape or (transform is not None and transform.size != shape[-1]):
+            raise ValueError(f"shape {shape}, transform {transform}")
+        return self._formats[entry["format"]].layout(shape)
 
     def names(self) -> list[str]:
         """Names of the model's tensors, quantized or not."""
@@ -102,8 +112,7 @@ class QuantizedSource:
         Raises:
             CheckpointError: a field is missing or has another shape than the format says.
         """
-        entry = self._tensors[name]
-        layout = self._layout(name)
+        entry, layout = self._tensors[name], self._layouts[name]
         fields: dict[str, torch.Tensor] = {}
         for field, expected in layout.items():
             full = f"{name}.{field}"

@@ -11,12 +11,13 @@ import json
 import shutil
 import struct
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from bitfold.checkpoints.untrusted import LARGEST, parse_json_object, read_json_object, shape_of
 from bitfold.errors import CheckpointError
 from bitfold.tensorinfo import TensorInfo
 
@@ -28,7 +29,7 @@ _DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
 }  # fmt: skip
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 _NOT_SIDE = (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz", ".index.json", *_PICKLES)
 
 
@@ -85,13 +86,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError("there is no such folder", where=str(folder))
     if not file.is_file():
         raise CheckpointError("has no config.json", where=str(folder), hint="a Hugging Face model folder has one")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"is not readable JSON: {error}", where=str(file)) from error
-    if not isinstance(config, dict):
-        raise CheckpointError("is not a JSON object", where=str(file))
-    return config
+    return read_json_object(file)
 
 
 def _locate(folder: Path) -> dict[str, Path]:
@@ -119,17 +114,31 @@ def _locate(folder: Path) -> dict[str, Path]:
 
 
 def _read_index(index: Path) -> dict[str, Path]:
+    """Which file of the folder holds which tensor, by the index; what the files hold beyond it counts as well."""
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError("is not a safetensors index: it has no weight_map", where=str(index))
+    files = list(dict.fromkeys(weight_map.values()))
+    for file in files:
+        _check_file_name(file, index)
+    where = {name: index.parent / file for name, file in weight_map.items()}
+    for file in files:
+        for name in read_header(index.parent / file):
+            if where.setdefault(name, index.parent / file).name != file:
+                raise CheckpointError(f"tensor {name} is in {where[name].name} as well", where=str(index.parent / file))
+    return where
+
+
+def _check_file_name(file: str, index: Path) -> None:
+    inside = PurePosixPath(file).name == PureWindowsPath(file).name == file and "\0" not in file
+    if not inside or not file.endswith(".safetensors"):
+        raise CheckpointError(f"names the file {file!r}, which is not in this folder", where=str(index))
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        items = [(str(name), str(file)) for name, file in weight_map.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"is not a safetensors index: {error}", where=str(index)) from error
-    for _, file in items:
-        if Path(file).name != file or not file.endswith(".safetensors"):
-            raise CheckpointError(f"names the file {file!r}, which is not in this folder", where=str(index))
-        if not (index.parent / file).is_file():
-            raise CheckpointError(f"the shard {file} is missing", where=str(index.parent), hint="download it again")
-    return {name: index.parent / file for name, file in items}
+        found = (index.parent / file).is_file()
+    except (OSError, ValueError):  # a name that no file system takes
+        found = False
+    if not found:
+        raise CheckpointError(f"the shard {file!r} is missing", where=str(index.parent), hint="download it again")
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
@@ -143,23 +152,25 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         with file.open("rb") as stream:
             prefix = stream.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-            if length > min(size - 8, 100_000_000):
+            if length > LARGEST and length <= size - 8:
+                raise CheckpointError(f"has a header of {length} bytes, {LARGEST} are allowed", where=str(file))
+            if length > size - 8:
                 raise CheckpointError("the file is truncated: its header is longer than the file", where=str(file))
-            header = json.loads(stream.read(length))
-    except (OSError, ValueError) as error:
+            raw = stream.read(length)
+    except OSError as error:
         raise CheckpointError(f"is not a safetensors file: {error}", where=str(file)) from error
-    return _check_header(header, size - 8 - length, file)
+    return _check_header(parse_json_object(raw, str(file)), size - 8 - length, file)
 
 
-def _check_header(header: Any, data_size: int, file: Path) -> dict[str, TensorInfo]:
+def _check_header(header: dict[str, Any], data_size: int, file: Path) -> dict[str, TensorInfo]:
     try:
         entries = [(n, e) for n, e in header.items() if n != "__metadata__"]
         entries.sort(key=lambda item: tuple(item[1]["data_offsets"]))
         at, infos = 0, {}
         for name, entry in entries:
             start, stop = entry["data_offsets"]
-            info = TensorInfo(_DTYPES[entry["dtype"]], tuple(int(d) for d in entry["shape"]))
-            if start != at or stop - start != info.nbytes or min(info.shape, default=0) < 0:
+            info = TensorInfo(_DTYPES[entry["dtype"]], shape_of(entry["shape"]))
+            if start != at or stop - start != info.nbytes:
                 raise CheckpointError(f"tensor {name}: its bytes do not follow its shape", where=str(file))
             infos[name], at = info, stop
     except (KeyError, TypeError, ValueError, AttributeError) as error:

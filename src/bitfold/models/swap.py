@@ -65,7 +65,7 @@ def read_entries(config: Mapping[str, Any]) -> dict[str, Entry]:
         }
     except BitfoldError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, ArithmeticError) as error:
         raise ModelError(f"the quantization_config is damaged: {error!r}", where="config.json") from error
 
 

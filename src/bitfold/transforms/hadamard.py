@@ -19,6 +19,7 @@ import torch
 
 from bitfold.errors import ModelError
 
+_LARGEST_PALEY = 2048  # order of the one factor that is not; a checkpoint must not make us build a huge one
 _LARGEST = 64  # order of a factor made of powers of two: one small product each
 
 
@@ -96,7 +97,7 @@ def factors(size: int) -> tuple[torch.Tensor, ...]:
     parts: list[torch.Tensor] = []
     if odd > 1:
         for used in range(2, min(twos, 6) + 1):
-            special = _paley(odd << used)
+            special = _paley(odd << used) if odd << used <= _LARGEST_PALEY else None
             if special is not None:
                 parts, twos = [special / math.sqrt(len(special))], twos - used
                 break
