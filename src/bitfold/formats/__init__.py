@@ -16,6 +16,7 @@ import torch
 from bitfold.errors import FormatError
 from bitfold.formats.base import Fit, Format, Params, Scale, Store
 from bitfold.formats.cast import Cast
+from bitfold.formats.e8p import E8P, read_e8p
 from bitfold.formats.ggml import GGML
 from bitfold.formats.trellis import TRELLIS, read_trellis
 from bitfold.grids import E2M1, E4M3, E5M2, E8M0, GRIDS, NF4, TERNARY, U8_SCALE, Grid, get_grid, ints, uints
@@ -116,6 +117,8 @@ def _entries() -> list[AnyFormat]:
         *GGML.values(),
         # Trellis codes: for rows that are nearly normal, such as rotated ones.
         *TRELLIS.values(),
+        # Lattice codes: eight weights at a time; also for rotated rows.
+        *E8P.values(),
     ]
 
 
@@ -163,6 +166,8 @@ def read_description(name: str, description: Mapping[str, Any]) -> AnyFormat:
         return Format(name, get_grid(str(description["grid"])), _read_scale(description["scale"]))
     if description.get("family") == "trellis":
         return read_trellis(name, description)
+    if description.get("family") == "e8p":
+        return read_e8p(name, description)
     raise FormatError(f"the checkpoint's format {name!r} is not known here", hint="a newer bitfold may read it")
 
 

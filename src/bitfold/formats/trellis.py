@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bitfold.errors import FormatError, WeightError
 from bitfold.formats.base import Params, Scale
+from bitfold.formats.rowscale import check_rows, gaussian_row_scale, store_row_scale
 from bitfold.formats.trellis_tables import CODES
 from bitfold.formats.viterbi import TILE, TILE_COLS, TILE_ROWS, TrellisCode, decode_tiles, encode_tiles
 from bitfold.tensorinfo import TensorInfo
@@ -82,10 +83,7 @@ class Trellis:
         Raises:
             FormatError: a scale that bfloat16 cannot hold.
         """
-        top = w.abs().amax(-1, keepdim=True).float()
-        unit = torch.where(top == 0, 1.0, top)  # squares of tiny or huge rows would leave float32
-        rms = (w / unit).float().square().mean(-1, keepdim=True).sqrt() * top
-        return self.store_scale(rms / self.code.sigma)
+        return gaussian_row_scale(w, self.code.sigma, self.name)
 
     def store_scale(self, scale: Tensor) -> Tensor:
         """The scales as they are stored: bfloat16 (n, 1), of any float (n,) or (n, 1).
@@ -93,10 +91,7 @@ class Trellis:
         Raises:
             FormatError: NaN, infinite, or another shape.
         """
-        stored = scale.detach().to("cpu", torch.bfloat16).reshape(-1, 1)
-        if not torch.isfinite(stored).all():
-            raise FormatError(f"a row scale of {self.name} is not finite in bfloat16")
-        return stored
+        return store_row_scale(scale, self.name)
 
     def encode(self, w: Tensor, params: Params | None = None, *, thorough: bool = False) -> dict[str, Tensor]:
         """Fields of the weight w (n, k), float: each tile by itself at its least squared error.
@@ -117,7 +112,7 @@ class Trellis:
         for row in range(0, len(w), step):
             part = slice(row, row + step)
             down = slice(row // TILE_ROWS, (row + step) // TILE_ROWS)
-            tiles[down], _ = self._encode_rows(w[part], self._scale_of(scale, len(w))[part], thorough)
+            tiles[down], _ = self._encode_rows(w[part], check_rows(scale, len(w), self.name)[part], thorough)
         return {"tiles": tiles, "scale": scale}
 
     def encode_block(self, w: Tensor, scale: Tensor, *, thorough: bool = False) -> tuple[Tensor, Tensor]:
@@ -137,7 +132,7 @@ class Trellis:
         """
         if w.dim() != 2 or w.shape[1] % TILE_COLS:
             raise FormatError(f"{self.name} encodes {TILE_COLS} columns at a time, not a block {tuple(w.shape)}")
-        scale = self._scale_of(self.store_scale(scale), len(w))
+        scale = check_rows(self.store_scale(scale), len(w), self.name)
         tiles, values = self._encode_rows(w, scale, thorough)
         return tiles, _from_tiles(values, tiles.shape[:2], (w.shape[0], w.shape[1])).float() * scale
 
@@ -205,11 +200,6 @@ class Trellis:
         x = x.view(down, TILE_ROWS, across, TILE_COLS).transpose(1, 2).reshape(-1, TILE)
         tiles, values = encode_tiles(self.code, x, thorough=thorough)
         return tiles.view(down, across, self.code.tile_bytes), values
-
-    def _scale_of(self, stored: Tensor, rows: int) -> Tensor:
-        if len(stored) != rows:
-            raise FormatError(f"{self.name} needs one scale for each of {rows} rows, not {len(stored)}")
-        return stored.float()
 
     def _check(self, fields: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
         for name, info in self.layout(shape).items():
