@@ -23,6 +23,7 @@ from bitfold import driver, errors, progress
 from bitfold.calibrated import Calibration
 from bitfold.cli import app
 from bitfold.fits import FITS
+from bitfold.records import read_record
 from bitfold.solvers import SOLVERS
 
 DOCS = Path(__file__).parent.parent / "docs" / "cli.md"
@@ -327,6 +328,11 @@ def test_eval(bitfold: Bitfold, model: Path, quantized: Path, text: Path, tmp_pa
     assert failed.code == 7
     assert json.loads(failed.out)["kl_mean"] == pytest.approx(result["kl_mean"])
     assert "above the limit" in failed.err
+    assert not (quantized / "bitfold_report.json").exists()
+    bitfold(*args, "--save", "--cache-dir", tmp_path)
+    (saved,) = read_record(quantized)["evaluations"]
+    assert (saved["reference"], saved["kl_mean"]) == ("model", pytest.approx(result["kl_mean"]))
+    assert bitfold(*args, "--min-top1", 1, "--cache-dir", tmp_path).code == 7
 
 
 def test_eval_writes_the_card(bitfold: Bitfold, model: Path, text: Path, tmp_path: Path) -> None:
@@ -349,6 +355,17 @@ def test_eval_embeddings(bitfold: Bitfold, tmp_path: Path) -> None:
     no_perplexity = bitfold("eval", encoder, "--text", sentences)
     assert no_perplexity.code == 4
     assert "--metric embedding" in no_perplexity.err
+
+
+def test_layers(bitfold: Bitfold, model: Path, text: Path, tmp_path: Path) -> None:
+    driver.quantize(model, tmp_path / "q", bits=3, group_size=16)
+    args = ("layers", tmp_path / "q", "--reference", model, "--text", text, "--context", 32, "--max-tokens", 64)
+    result = bitfold(*args, "--swaps", 2, "--swap-tokens", 32, "--save", "--json").json
+    keys_are_documented("layers", result)
+    assert len(result["layers"]) == 14
+    assert sum(e["swap_kl"] is not None for e in result["layers"]) == 2
+    assert read_record(tmp_path / "q")["layers"]["layers"] == result["layers"]
+    assert re.search(r"^model\.layers\.0\.mlp\.up_proj\.weight +int3-asym-g16 +4\.\d", bitfold(*args).out, re.M)
 
 
 def test_generate(bitfold: Bitfold, model: Path, quantized: Path) -> None:

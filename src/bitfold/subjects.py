@@ -23,6 +23,8 @@ DTYPES: dict[str, torch.dtype | None] = {
     "auto": None,
 }
 
+_NOT_CAUSAL = "masked language models: bitfold eval --metric masked; other encoders: --metric embedding"
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -90,13 +92,29 @@ class Subject:
 
         Without it, transformers would put a random head on an encoder.
         """
-        config = self.config
-        if not config.get("architectures"):
+        name = self._architecture()
+        if name is None:
             return
-        name = str(config["architectures"][0])
         causal = name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
-        if not causal or config.get("is_encoder_decoder"):
+        if not causal or self.config.get("is_encoder_decoder"):
             raise ModelError(f"{name} does not predict the next token", where=self.name, hint=hint)
+
+    def require_masked(self, hint: str) -> None:
+        """ModelError for a folder whose architecture does not fill in hidden tokens."""
+        name = self._architecture()
+        if name is not None and not name.endswith(("ForMaskedLM", "ForPreTraining")):
+            raise ModelError(f"{name} does not fill in masked tokens", where=self.name, hint=hint)
+
+    def require_kind(self, auto_class: str) -> None:
+        """`require_causal` or `require_masked`, whichever transformers' "AutoModelFor..." class is for."""
+        if auto_class == "AutoModelForMaskedLM":
+            self.require_masked("masked language models only; causal ones: bitfold eval --metric lm")
+        else:
+            self.require_causal(_NOT_CAUSAL)
+
+    def _architecture(self) -> str | None:
+        names = self.config.get("architectures")
+        return str(names[0]) if names else None
 
     def tokenizer(self) -> Any:
         """The tokenizer of the folder; UsageError for a module."""

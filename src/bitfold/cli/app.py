@@ -22,14 +22,21 @@ INTERRUPTED = 130  # 128 + SIGINT
 _ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
-_ORDER = ("quantize", "eval", "generate", "chat", "inspect", "formats", "convert", "upload")
+# As they are used.
+_ORDER = (
+    *("quantize", "eval", "layers", "compare", "report"),
+    *("generate", "chat", "inspect", "formats", "convert", "upload"),
+)
 
 
 class _Group(TyperGroup):
     """Lists commands as they are used, and ends with one message and an exit code whatever a command raises."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return [*_ORDER, *(name for name in super().list_commands(ctx) if name not in _ORDER)]
+        return [
+            *(n for n in _ORDER if n in self.commands),
+            *(name for name in super().list_commands(ctx) if name not in _ORDER),
+        ]
 
     def invoke(self, ctx: Any) -> Any:
         try:

@@ -1,10 +1,11 @@
-"""`bitfold eval`."""
+"""`bitfold eval` and `bitfold layers`."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +17,7 @@ class Metric(str, Enum):
     """What to measure."""
 
     lm = "lm"
+    masked = "masked"
     embedding = "embedding"
 
 
@@ -23,11 +25,18 @@ ReferenceOption = Annotated[
     str | None, typer.Option("--reference", "-r", help="The model to compare with, usually the original.")
 ]
 TextOption = Annotated[
-    Path | None, typer.Option("--text", "-t", help="A UTF-8 text file. Default: 100 kB of WikiText-2's test split.")
+    str | None,
+    typer.Option(
+        "--text",
+        "-t",
+        help="A text file, a .jsonl file, or a Hub data set (org/name). Default: 100 kB of WikiText-2's test split.",
+    ),
 ]
 MetricOption = Annotated[
     Metric,
-    typer.Option(help="lm: perplexity, KL and top-1. embedding: cosines of sentence embeddings, a text a line."),
+    typer.Option(
+        help="lm: perplexity, KL and agreement. masked: the same for masked models. embedding: cosines, a text a line."
+    ),
 ]
 ContextOption = Annotated[
     int | None, typer.Option(help="Tokens of a window. Default: 2048, or what the model can take.")
@@ -36,15 +45,33 @@ StrideOption = Annotated[int | None, typer.Option(help="Tokens between windows; 
 MaxTokensOption = Annotated[int, typer.Option(help="Tokens from the start of the text to use; 0: all.")]
 BatchOption = Annotated[int, typer.Option(help="Windows to run at once.", min=1)]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as the weights are stored.")]
+TasksOption = Annotated[
+    list[str] | None, typer.Option(help="Tasks of lm-eval to run as well (extra `tasks`). Repeatable.")
+]
+LimitOption = Annotated[int | None, typer.Option(help="Documents of each task.", min=1)]
 MaxKlOption = Annotated[
     float | None, typer.Option(help="Fail (exit code 7) when the mean KL divergence is above this.")
 ]
+MaxPerplexityOption = Annotated[float | None, typer.Option(help="Fail when the perplexity is above this.")]
+MinTop1Option = Annotated[float | None, typer.Option(help="Fail when the top-1 agreement (0 to 1) is below this.")]
 CacheDirOption = Annotated[
     Path | None, typer.Option(help="Keep the reference's predictions here for the next comparison.")
+]
+SaveOption = Annotated[
+    bool, typer.Option("--save", help="Keep the numbers in the folder, for `bitfold compare` and `bitfold report`.")
 ]
 UpdateCardOption = Annotated[
     bool, typer.Option("--update-card", help="Write the numbers into the model card of the folder.")
 ]
+
+
+@dataclass(frozen=True)
+class _After:
+    """What becomes of the numbers once they are printed."""
+
+    save: bool
+    update_card: bool
+    limits: dict[str, float | None]
 
 
 @app.command("eval")
@@ -58,8 +85,13 @@ def evaluate(
     max_tokens: MaxTokensOption = 20480,
     batch: BatchOption = 1,
     dtype: DtypeOption = "float32",
+    tasks: TasksOption = None,
+    limit: LimitOption = None,
     max_kl: MaxKlOption = None,
+    max_perplexity: MaxPerplexityOption = None,
+    min_top1: MinTop1Option = None,
     cache_dir: CacheDirOption = None,
+    save: SaveOption = False,
     update_card: UpdateCardOption = False,
     revision: Revision = None,
     json: Json = False,
@@ -68,35 +100,51 @@ def evaluate(
     if metric is Metric.embedding:
         _embedding(model, reference, text, batch, json=json)
         return
+    options = {
+        "metric": metric.value,
+        "context": context,
+        "stride": stride,
+        "max_tokens": max_tokens or None,
+        "batch": batch,
+        "dtype": dtype,
+        "cache_dir": cache_dir,
+        "revision": revision,
+        "tasks": [name for group in tasks or () for name in group.split(",")],
+        "limit": limit,
+    }
+    limits = {"max_kl": max_kl, "max_perplexity": max_perplexity, "min_top1": min_top1}
+    _language(model, reference, text, options, _After(save, update_card, limits), json=json)
+
+
+def _language(
+    model: str, reference: str | None, text: str | None, options: dict[str, Any], after: _After, *, json: bool
+) -> None:
     from bitfold.evaluation import evaluate as run
 
-    result = run(
-        model,
-        reference,
-        text,
-        context=context,
-        stride=stride,
-        max_tokens=max_tokens or None,
-        batch=batch,
-        dtype=dtype,
-        cache_dir=cache_dir,
-        revision=revision,
-    )
+    result = run(model, reference, text, **options)
     if json:
         print_json({"model": model, "reference": reference, **result.to_dict()})
     else:
         from bitfold.cli.tables import show_evaluation
 
         show_evaluation(result)
-    if update_card:
+    if after.save:
+        from bitfold.records import add_to_record
+
+        known = {
+            "reference": reference and Path(reference).name,
+            "dtype": options["dtype"],
+            "stride": options["stride"],
+        }
+        add_to_record(model, "evaluations", {**result.to_dict(), **known})
+    if after.update_card:
         from bitfold.card import add_evaluation
 
         add_evaluation(Path(model), result.to_dict())
-    if max_kl is not None:
-        result.require(max_kl=max_kl)
+    result.require(**after.limits)
 
 
-def _embedding(model: str, reference: str | None, text: Path | None, batch: int, *, json: bool) -> None:
+def _embedding(model: str, reference: str | None, text: str | None, batch: int, *, json: bool) -> None:
     if reference is None:
         raise UsageError("embeddings are compared with those of another model", where="--reference")
     from bitfold.evaluation import embedding_cosine
@@ -109,3 +157,45 @@ def _embedding(model: str, reference: str | None, text: Path | None, batch: int,
     from bitfold.cli.tables import show_embedding
 
     show_embedding(result)
+
+
+@app.command()
+def layers(
+    model: ModelArgument,
+    reference: Annotated[str, typer.Option("--reference", "-r", help="The unquantized original.", show_default=False)],
+    text: Annotated[
+        str | None, typer.Option("--text", "-t", help="As in `eval`. Default: 1 MB of WikiText-2's validation split.")
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 512,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to measure output errors under.", min=2)] = 2048,
+    swaps: Annotated[
+        int, typer.Option(help="Swap so many tensors one by one and measure the KL divergence of each; -1: all.")
+    ] = 0,
+    swap_tokens: Annotated[int, typer.Option(help="Tokens to measure a swap on.", min=2)] = 512,
+    dtype: DtypeOption = "float32",
+    save: SaveOption = False,
+    json: Json = False,
+) -> None:
+    """Measure what each quantized tensor lost: error of the weight, of its output, KL of swapping it alone."""
+    from bitfold.evaluation.layers import layer_errors as run
+
+    result = run(
+        model,
+        reference,
+        text,
+        context=context,
+        max_tokens=max_tokens,
+        swaps=swaps,
+        swap_tokens=swap_tokens,
+        dtype=dtype,
+    )
+    if json:
+        print_json({"model": model, "reference": reference, **result.to_dict()})
+    else:
+        from bitfold.cli.tables import show_layers
+
+        show_layers(result)
+    if save:
+        from bitfold.records import add_to_record
+
+        add_to_record(model, "layers", result.to_dict())

@@ -17,6 +17,7 @@ from bitfold.units import size_text
 if TYPE_CHECKING:
     from bitfold.evaluation import EmbeddingAgreement, Evaluation
     from bitfold.evaluation.gaussian import FormatRow
+    from bitfold.evaluation.layers import LayerErrors
     from bitfold.inspection import Inspection
     from bitfold.report import QuantizeReport, TensorReport
 
@@ -101,13 +102,38 @@ def show_evaluation(result: Evaluation) -> None:
             ("  of the reference", _number(result.reference_perplexity, 4)),
             ("KL(reference || model)", None if kl is None else f"{kl:.6f} nats a token ({parts})"),
             ("top-1 agreement", None if result.top1 is None else f"{100 * result.top1:.2f} %"),
+            ("top-5 agreement", None if result.top5 is None else f"{100 * result.top5:.2f} %"),
             ("bits per weight", None if result.bpw is None else f"{result.bpw:.3f} over the quantized weights"),
-            ("weight files", None if result.size is None else size_text(result.size)),
+            ("weight files", None if result.size is None else _files(result.size, result.bpw_whole)),
             ("tokens", f"{result.tokens} predicted, in {result.windows} windows of {result.context}"),
             ("text", result.text),
-            ("time", duration(result.seconds)),
+            ("time", f"{duration(result.seconds)}, {result.tokens_per_second:.0f} tokens/s"),
+            ("peak memory", None if result.peak_memory is None else size_text(result.peak_memory)),
         ]
     )
+    for task, scores in (result.tasks or {}).items():
+        print(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+
+
+def _files(size: int, bpw: float | None) -> str:
+    return size_text(size) if bpw is None else f"{size_text(size)}, {bpw:.3f} bits for each weight of the model"
+
+
+def show_layers(result: LayerErrors) -> None:
+    """What each quantized tensor lost."""
+    rows = (
+        (e.tensor, e.format, f"{e.bpw:.3f}", f"{e.weight_error:.3e}", _power(e.output_error), _power(e.swap_kl))
+        for e in result.layers
+    )
+    _table(("tensor", "format", "bits/weight", "weight error", "output error", "KL if swapped"), rows, left=2)
+    print()
+    print(f"relative square errors; outputs under {result.tokens} tokens of {result.text}")
+    if result.swap_tokens:
+        print(f"KL in nats a token, over {result.swap_tokens} predictions")
+
+
+def _power(value: float | None) -> str:
+    return "" if value is None else f"{value:.3e}"
 
 
 def show_embedding(result: EmbeddingAgreement) -> None:

@@ -1,11 +1,14 @@
-"""How far a causal language model has moved from its reference.
+"""How far a language model has moved from its reference.
 
 Three numbers, over windows of text without a begin-of-text token:
 
 * perplexity, exp of the mean negative log-likelihood of the next token;
 * KL(reference || model) for each token, in nats: what the change costs whatever the text says next, and a far less
   noisy number than the difference of two perplexities;
-* top-1 agreement: how often both would say the same next token.
+* agreement: how often both would say the same next token, and how many of the five most likely ones they share.
+
+Masked language models predict hidden tokens instead of next ones; the numbers are otherwise the same, and the
+perplexity is then a pseudo-perplexity (see `reading.MaskedPassages`).
 
 Everything is computed in float32 by default, also for bfloat16 checkpoints, so that what is measured is the change of
 the weights and not the rounding of activations. The reference runs first and leaves its predictions on disk (see
@@ -15,14 +18,12 @@ beside the model instead.
 
 from __future__ import annotations
 
-import gc
-import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from bitfold import progress
-from bitfold.errors import ModelError, QualityError, UsageError
+from bitfold.errors import QualityError, UsageError
 from bitfold.evaluation import text as texts
-from bitfold.evaluation.predictions import PIECE, DiskPredictions, Predictions, Writer
-from bitfold.evaluation.text import Windows
+from bitfold.evaluation.reading import CausalPassages, Passages, masked_passages
+from bitfold.evaluation.scoring import TOP, Beside, Scores, Setting, perplexity, reference_on_disk, score
+from bitfold.inspection import inspect
+from bitfold.report import peak_memory
 from bitfold.subjects import Model, Subject, read_dtype, weight_files
 
-_NOT_CAUSAL = "compare embeddings instead: bitfold eval --metric embedding, bitfold.evaluation.embedding_cosine"
+CAUSAL, MASKED = "lm", "masked"
+_AUTO = {CAUSAL: "AutoModelForCausalLM", MASKED: "AutoModelForMaskedLM"}
+_MASKED_CONTEXT = 128
+_CHARACTERS = 16  # of a token at most, on average: how much of a data set to read
 
 
 @dataclass(frozen=True)
@@ -46,16 +51,22 @@ class Evaluation:
     """What `evaluate` measured; everything about the reference is None without one.
 
     Args:
-        perplexity: exp(mean negative log-likelihood), of the model.
+        perplexity: exp(mean negative log-likelihood), of the model; for masked models the pseudo-perplexity.
         reference_perplexity: the same, of the reference.
         kl_mean, kl_median, kl_p99, kl_max: KL(reference || model) for each token, nats.
         top1: fraction of tokens at which both find the same token most likely.
+        top5: of the five tokens that each finds most likely, the fraction that both share.
         tokens: predictions that counted.
         windows, context: how many windows of how many tokens.
+        metric: "lm" or "masked".
         text: the name of the text.
         seconds: wall-clock time, loading included.
+        tokens_per_second: tokens read a second by the model judged.
+        peak_memory: largest resident size of this process so far, bytes; None where the system does not tell.
         bpw: stored bits per weight over the quantized tensors; None when none is.
+        bpw_whole: bits of the weight files for each weight of the model; None for a module.
         size: bytes of the weight files; None for a module.
+        tasks: scores of tasks of lm-eval, by task and metric; None without tasks.
     """
 
     perplexity: float
@@ -65,27 +76,45 @@ class Evaluation:
     kl_p99: float | None
     kl_max: float | None
     top1: float | None
+    top5: float | None
     tokens: int
     windows: int
     context: int
+    metric: str
     text: str
     seconds: float
+    tokens_per_second: float
+    peak_memory: int | None
     bpw: float | None
+    bpw_whole: float | None
     size: int | None
+    tasks: dict[str, dict[str, float]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, keys as the attributes."""
         return asdict(self)
 
-    def require(self, *, max_kl: float) -> None:
-        """Raise QualityError when the mean KL divergence is above `max_kl` nats a token; UsageError without one."""
-        if self.kl_mean is None:
-            raise UsageError("a limit on the KL divergence needs a reference", hint="give --reference")
-        if not self.kl_mean <= max_kl:
+    def require(
+        self, *, max_kl: float | None = None, max_perplexity: float | None = None, min_top1: float | None = None
+    ) -> None:
+        """Check limits: mean KL divergence (nats a token), perplexity, top-1 agreement (fraction).
+
+        Raises:
+            QualityError: the first that is not kept.
+            UsageError: a limit that needs a reference, without one.
+        """
+        if (max_kl is not None or min_top1 is not None) and self.kl_mean is None:
+            raise UsageError("a limit on the KL divergence or agreement needs a reference", hint="give --reference")
+        hint = "spend more bits, or quantize fewer layers"
+        if max_kl is not None and self.kl_mean is not None and not self.kl_mean <= max_kl:
+            what = f"the mean KL divergence is {self.kl_mean:.5f} nats a token, above the limit of {max_kl:g}"
+            raise QualityError(what, hint=hint)
+        if max_perplexity is not None and not self.perplexity <= max_perplexity:
             raise QualityError(
-                f"the mean KL divergence is {self.kl_mean:.5f} nats a token, above the limit of {max_kl:g}",
-                hint="spend more bits, or quantize fewer layers",
+                f"the perplexity is {self.perplexity:.4f}, above the limit of {max_perplexity:g}", hint=hint
             )
+        if min_top1 is not None and self.top1 is not None and not self.top1 >= min_top1:
+            raise QualityError(f"the top-1 agreement is {self.top1:.4f}, below the limit of {min_top1:g}", hint=hint)
 
 
 def evaluate(
@@ -93,6 +122,7 @@ def evaluate(
     reference: Model | None = None,
     text: str | PathLike[str] | None = None,
     *,
+    metric: str = CAUSAL,
     context: int | None = None,
     stride: int | None = None,
     max_tokens: int | None = texts.DEFAULT_MAX_TOKENS,
@@ -101,87 +131,92 @@ def evaluate(
     dtype: str = "float32",
     cache_dir: str | Path | None = None,
     revision: str | None = None,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
 ) -> Evaluation:
-    """Judge a causal language model, alone or against the model it was made from.
+    """Judge a language model, alone or against the model it was made from.
 
     Args:
         model: a folder (of bitfold or of transformers), a Hub repository, or a module.
         reference: the same, for the model to compare with.
-        text: a UTF-8 file, or the text itself (then with a line break in it, or longer than a path); None: the excerpt
-            of WikiText-2 that comes with the package.
-        context: tokens of a window; None: 2048, or less if the models cannot take as many.
+        text: a UTF-8 file, a .jsonl file, a data set of the Hub, or the text itself (see `text.read_text`); None: the
+            excerpt of WikiText-2 that comes with the package.
+        metric: "lm" for models that predict the next token, "masked" for those that fill in hidden ones.
+        context: tokens of a window; None: 2048 (masked: 128), or less if the models cannot take as many.
         stride: tokens between the starts of two windows; None: windows side by side. Each token is predicted once.
         max_tokens: tokens from the start of the text to use; None: all. A rest shorter than a window is left out.
+            Masked models read the text sixteen times over.
         batch: windows to run at once.
         tokenizer: needed when both are modules; otherwise the reference's (the model's) own is used.
         dtype: "float32", "bfloat16", "float16", or "auto" for the dtype of the checkpoint.
-        revision: branch, tag or commit of the model's Hub repository.
         cache_dir: keep the reference's predictions in this folder, for the next model to be compared with it.
+        revision: branch, tag or commit of the model's Hub repository.
+        tasks: of lm-eval, run on the loaded model as well (needs the extra `tasks`).
+        limit: documents of each task; None: all.
 
     Raises:
         UsageError: a text that is missing or too short, sizes that do not fit, tokenizers that differ.
-        ModelError: not a causal language model, or one that predicts NaN.
+        ModelError: not a language model of the kind, or one that predicts NaN.
         CheckpointError, HubError: a model that cannot be read or fetched.
     """
     start = time.monotonic()
+    if metric not in _AUTO:
+        raise UsageError(f"unknown metric {metric!r}", hint=" or ".join(_AUTO))
     judged = Subject.of(model, revision=revision)
     against = None if reference is None else Subject.of(reference)
     for subject in (judged, against):
         if subject is not None:
-            subject.require_causal(_NOT_CAUSAL)
-    windows = _windows(judged, against, texts.read_text(text), tokenizer, (context, stride, max_tokens))
-    setting = _Setting(windows, batch, read_dtype(dtype))
+            subject.require_kind(_AUTO[metric])
+    content = texts.read_text(text, enough=None if max_tokens is None else _CHARACTERS * max_tokens)
+    passages = _passages(judged, against, content, tokenizer, _Sizes(metric, context, stride, max_tokens))
+    setting = Setting(passages, batch, read_dtype(dtype), _AUTO[metric])
     with _workspace(cache_dir) as folder:
-        scores, bpw = _run(judged, against, setting, folder)
-    size = None if judged.path is None else sum(f.stat().st_size for f in weight_files(judged.path))
-    facts = {"text": texts.text_name(text), "bpw": bpw, "size": size, "seconds": time.monotonic() - start}
-    return _summary(scores, windows, facts)
+        scores, reference_nll, loaded = _run(judged, against, setting, folder)
+    facts = {"metric": metric, "text": texts.text_name(text), "bpw": stored_bpw(loaded), **_file_facts(judged)}
+    if tasks:
+        from bitfold.evaluation.tasks import run_tasks
+
+        facts["tasks"] = run_tasks(loaded, tokenizer or judged.tokenizer(), tasks, limit=limit, batch=batch)
+    facts["seconds"] = time.monotonic() - start
+    return _summary(scores, reference_nll, passages, facts)
 
 
 @dataclass(frozen=True)
-class _Setting:
-    windows: Windows
-    batch: int
-    dtype: torch.dtype | None
+class _Sizes:
+    metric: str
+    context: int | None
+    stride: int | None
+    max_tokens: int | None
 
 
-@dataclass(frozen=True)
-class _Scores:
-    """Sums and lists over all scored tokens; float64 and float32 respectively."""
-
-    nll: float
-    reference_nll: float | None = None
-    kl: np.ndarray[Any, np.dtype[np.float32]] | None = None
-    agreements: int = 0
-
-
-def _windows(
-    model: Subject,
-    reference: Subject | None,
-    text: str,
-    tokenizer: Any,
-    sizes: tuple[int | None, int | None, int | None],
-) -> Windows:
-    context, stride, max_tokens = sizes
+def _passages(model: Subject, reference: Subject | None, text: str, tokenizer: Any, sizes: _Sizes) -> Passages:
     if tokenizer is not None:
         ids = texts.tokenize(text, tokenizer)
     else:
         with_path = [s for s in (reference, model) if s is not None and s.path is not None] or [model]
-        ids, *others = (texts.tokenize(text, subject.tokenizer()) for subject in with_path)
+        tokenizers = [subject.tokenizer() for subject in with_path]
+        tokenizer = tokenizers[0]
+        ids, *others = (texts.tokenize(text, t) for t in tokenizers)
         if any(not torch.equal(ids, other) for other in others):
             raise UsageError(
                 "the model and the reference split the text into different tokens",
                 where=model.name,
                 hint="is it the right reference?",
             )
-    return texts.cut(ids, _context(context, [s for s in (model, reference) if s]), stride, max_tokens)
+    longest = 2**62 if sizes.metric == CAUSAL else _MASKED_CONTEXT
+    context = _context(sizes.context, [s for s in (model, reference) if s], longest)
+    if sizes.metric == CAUSAL:
+        return CausalPassages(texts.cut(ids, context, sizes.stride, sizes.max_tokens))
+    if sizes.stride is not None:
+        raise UsageError("windows of masked models do not overlap", where="stride")
+    return masked_passages(ids, tokenizer, context, sizes.max_tokens)
 
 
-def _context(asked: int | None, subjects: list[Subject]) -> int:
+def _context(asked: int | None, subjects: list[Subject], usual: int) -> int:
     limits = [limit for subject in subjects if (limit := subject.longest)]
     limit = min(limits, default=None)
     if asked is None:
-        return min(texts.DEFAULT_CONTEXT, limit or texts.DEFAULT_CONTEXT)
+        return min(texts.DEFAULT_CONTEXT, usual, limit or texts.DEFAULT_CONTEXT)
     if limit is not None and asked > limit:
         raise UsageError(f"the model takes at most {limit} tokens, not {asked}", where="context")
     return asked
@@ -198,159 +233,45 @@ def _workspace(cache_dir: str | Path | None) -> Iterator[Path]:
             yield Path(temporary)
 
 
-def _run(judged: Subject, against: Subject | None, setting: _Setting, folder: Path) -> tuple[_Scores, float | None]:
-    stored = None
+def _run(
+    judged: Subject, against: Subject | None, setting: Setting, folder: Path
+) -> tuple[Scores, float | None, nn.Module]:
+    """Scores, the negative log-likelihood of the reference, and the model that was judged."""
     if against is not None and against.module is None:
-        stored = _reference_on_disk(against, setting, folder)
-    model = judged.load("AutoModelForCausalLM", setting.dtype)
-    bpw = stored_bpw(model)
+        predictions, nll = reference_on_disk(against, setting, folder)
+        model = judged.load(setting.auto_class, setting.dtype)
+        return score(model, setting, predictions), nll, model
+    model = judged.load(setting.auto_class, setting.dtype)
     if against is None:
-        return _score(model, setting, None), bpw
-    if stored is not None:
-        predictions, nll = stored
-        return replace(_score(model, setting, predictions), reference_nll=nll), bpw
-    beside = against.load("AutoModelForCausalLM", setting.dtype)
-    return _score_side_by_side(model, beside, setting), bpw
+        return score(model, setting, None), None, model
+    beside = Beside(against.load(setting.auto_class, setting.dtype), setting)
+    return score(model, setting, beside), beside.nll, model
 
 
-def _reference_on_disk(reference: Subject, setting: _Setting, folder: Path) -> tuple[DiskPredictions, float]:
-    """The reference's predictions and its total negative log-likelihood; computed unless the folder has them."""
-    windows = setting.windows
-    origins = [sum(windows.scored(i) for i in range(w)) - windows.first(w) for w in range(len(windows))]
-    key = f"{reference.fingerprint()[:24]}-{windows.digest()[:24]}-{setting.dtype or 'auto'}".replace("torch.", "")
-    facts, data = folder / f"{key}.json", folder / f"{key}.predictions"
-    if not (facts.is_file() and data.is_file()):
-        facts.write_text(json.dumps(_write_predictions(reference, setting, data)), encoding="utf-8")
-    known = json.loads(facts.read_text(encoding="utf-8"))
-    return DiskPredictions(data, int(known["vocabulary"]), origins), float(known["nll"])
+def _file_facts(judged: Subject) -> dict[str, Any]:
+    if judged.path is None:
+        return {"size": None, "bpw_whole": None}
+    size = sum(f.stat().st_size for f in weight_files(judged.path))
+    return {"size": size, "bpw_whole": 8 * size / max(1, inspect(judged.path).numel)}
 
 
-def _write_predictions(reference: Subject, setting: _Setting, path: Path) -> dict[str, Any]:
-    model = reference.load("AutoModelForCausalLM", setting.dtype)
-    writer = Writer(path, setting.windows.total)
-    nll, vocabulary, complete = 0.0, 0, False
-    try:
-        with progress.bar("reference", setting.windows.total) as bar:
-            for window, logits in _logits(model, setting):
-                nll += _window_nll(logits, setting.windows, window)
-                for piece in _pieces(setting.windows, window):
-                    writer.append(logits[piece].float())
-                vocabulary = int(logits.shape[-1])
-                bar.advance(setting.windows.scored(window))
-        complete = True
-    finally:
-        writer.close(complete=complete)
-        del model
-        gc.collect()
-    return {"vocabulary": vocabulary, "nll": nll}
-
-
-def _window_nll(logits: torch.Tensor, windows: Windows, window: int) -> float:
-    total = 0.0
-    for piece in _pieces(windows, window):
-        targets = windows.ids[window, piece.start + 1 : piece.stop + 1, None]
-        total -= torch.log_softmax(logits[piece].float(), -1).gather(1, targets).double().sum().item()
-    return total
-
-
-def _pieces(windows: Windows, window: int) -> Iterator[slice]:
-    """Scored positions of a window, a few at a time."""
-    for start in range(windows.first(window), windows.context - 1, PIECE):
-        yield slice(start, min(start + PIECE, windows.context - 1))
-
-
-@torch.no_grad()
-def _logits(model: nn.Module, setting: _Setting) -> Iterator[tuple[int, torch.Tensor]]:
-    """(window, logits (context, vocabulary) on the CPU) for each window in turn."""
-    device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-    for first in range(0, len(setting.windows), setting.batch):
-        ids = setting.windows.ids[first : first + setting.batch]
-        output = model(input_ids=ids.to(device), use_cache=False)
-        logits = output.logits if hasattr(output, "logits") else None
-        if logits is None or logits.shape[:2] != ids.shape:
-            raise ModelError("the model does not predict a next token for every position", where=type(model).__name__)
-        for offset in range(len(ids)):
-            yield first + offset, logits[offset].detach().cpu()
-
-
-class _Beside:
-    """The predictions of a module that runs in step with the model judged."""
-
-    def __init__(self, model: nn.Module, setting: _Setting) -> None:
-        self.setting = setting
-        self.nll = 0.0
-        self._source = _logits(model, setting)
-        self._window, self._logits = -1, torch.empty(0)
-
-    def rows(self, window: int, start: int, stop: int) -> torch.Tensor:
-        """See `Predictions`; windows must be asked for in order."""
-        while self._window < window:
-            self._window, self._logits = next(self._source)
-            self.nll += _window_nll(self._logits, self.setting.windows, self._window)
-        return torch.log_softmax(self._logits[start:stop].float(), -1)
-
-
-def _score_side_by_side(model: nn.Module, reference: nn.Module, setting: _Setting) -> _Scores:
-    beside = _Beside(reference, setting)
-    scores = _score(model, setting, beside)
-    return replace(scores, reference_nll=beside.nll)
-
-
-def _score(model: nn.Module, setting: _Setting, reference: Predictions | None) -> _Scores:
-    windows = setting.windows
-    nll, done, agreements = 0.0, 0, 0
-    kl: list[torch.Tensor] = []
-    with progress.bar("evaluating", windows.total) as bar:
-        for window, logits in _logits(model, setting):
-            for piece in _pieces(windows, window):
-                q = torch.log_softmax(logits[piece].float(), -1)
-                targets = windows.ids[window, piece.start + 1 : piece.stop + 1, None]
-                nll -= q.gather(1, targets).double().sum().item()
-                if reference is not None:
-                    p = reference.rows(window, piece.start, piece.stop)
-                    kl.append(_kl(p, q, type(model).__name__))
-                    agreements += int((p.argmax(-1) == q.argmax(-1)).sum())
-            if not math.isfinite(nll):
-                raise ModelError(
-                    f"NaN or infinity in the predictions of window {window + 1}", where=type(model).__name__
-                )
-            done += windows.scored(window)
-            bar.advance(windows.scored(window), note=f"perplexity {_perplexity(nll, done):.3f}")
-    return _Scores(nll, None, torch.cat(kl).numpy() if kl else None, agreements)
-
-
-def _kl(p: torch.Tensor, q: torch.Tensor, name: str) -> torch.Tensor:
-    """KL(p || q) of each row, nats, float32; entries that p rules out count nothing."""
-    if p.shape != q.shape:
-        raise UsageError(
-            f"the reference predicts {p.shape[-1]} tokens, the model {q.shape[-1]}",
-            where=name,
-            hint="is it the right reference?",
-        )
-    terms = p.exp().mul_(p - q)
-    if p.min() == -torch.inf:
-        terms.masked_fill_(p == -torch.inf, 0.0)
-    return terms.sum(-1)
-
-
-def _perplexity(nll: float, tokens: int) -> float:
-    return math.exp(min(nll / tokens, 700.0))
-
-
-def _summary(scores: _Scores, windows: Windows, facts: dict[str, Any]) -> Evaluation:
-    tokens, kl = windows.total, scores.kl
-    reference = scores.reference_nll
+def _summary(scores: Scores, reference_nll: float | None, passages: Passages, facts: dict[str, Any]) -> Evaluation:
+    tokens, kl = passages.total, scores.divergences
+    read = tokens if facts["metric"] == MASKED else len(passages) * passages.context
     return Evaluation(
-        perplexity=_perplexity(scores.nll, tokens),
-        reference_perplexity=None if reference is None else _perplexity(reference, tokens),
+        perplexity=perplexity(scores.nll, tokens),
+        reference_perplexity=None if reference_nll is None else perplexity(reference_nll, tokens),
         kl_mean=None if kl is None else float(kl.mean(dtype=np.float64)),
         kl_median=None if kl is None else float(np.median(kl)),
         kl_p99=None if kl is None else float(np.quantile(kl, 0.99)),
         kl_max=None if kl is None else float(kl.max()),
         top1=None if kl is None else scores.agreements / tokens,
+        top5=None if kl is None else scores.shared / (TOP * tokens),
         tokens=tokens,
-        windows=len(windows),
-        context=windows.context,
+        windows=len(passages),
+        context=passages.context,
+        tokens_per_second=read / max(scores.seconds, 1e-9),
+        peak_memory=peak_memory(),
         **facts,
     )
 

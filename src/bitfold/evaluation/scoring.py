@@ -1,0 +1,172 @@
+"""Score the predictions of a model, alone or against those of a reference, in one pass over the text."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from bitfold import progress
+from bitfold.errors import CheckpointError, ModelError, UsageError
+from bitfold.evaluation.predictions import VERSION, DiskPredictions, Predictions, Writer
+from bitfold.evaluation.reading import Passages, Piece
+from bitfold.subjects import Subject
+
+TOP = 5
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is read, and how.
+
+    Args:
+        passages: the text.
+        batch: windows at once.
+        dtype: what to compute in; None: as stored.
+        auto_class: the kind of model, as transformers calls it.
+    """
+
+    passages: Passages
+    batch: int
+    dtype: torch.dtype | None
+    auto_class: str
+
+
+@dataclass
+class Scores:
+    """Sums over all predictions that count.
+
+    Args:
+        nll: negative log-likelihood, nats.
+        kl: KL(reference || model) of each prediction, float32.
+        agreements: predictions with the same most likely token.
+        shared: of the five most likely tokens of each prediction, how many both have, summed.
+        seconds: running the model.
+    """
+
+    nll: float = 0.0
+    done: int = 0
+    kl: list[torch.Tensor] = field(default_factory=list)
+    agreements: int = 0
+    shared: int = 0
+    seconds: float = 0.0
+
+    def add(self, piece: Piece, reference: Predictions | None, name: str) -> None:
+        """Count the predictions of a piece."""
+        q = torch.log_softmax(piece.logits, -1)
+        self.nll -= q.gather(1, piece.targets[:, None]).double().sum().item()
+        self.done += len(q)
+        if not math.isfinite(self.nll):
+            raise ModelError(f"NaN or infinity in the predictions of window {piece.window + 1}", where=name)
+        if reference is not None:
+            self._compare(reference.take(len(q)), q, name)
+
+    def _compare(self, p: torch.Tensor, q: torch.Tensor, name: str) -> None:
+        self.kl.append(divergence(p, q, name))
+        first, second = p.argmax(-1), q.argmax(-1)
+        self.agreements += int((first == second).sum())
+        k = min(TOP, p.shape[-1])
+        tops = p.topk(k).indices, q.topk(k).indices
+        self.shared += int((tops[0][:, :, None] == tops[1][:, None, :]).sum())
+
+    @property
+    def divergences(self) -> Floats | None:
+        """KL of every prediction; None without a reference."""
+        return torch.cat(self.kl).numpy() if self.kl else None
+
+
+def divergence(p: torch.Tensor, q: torch.Tensor, name: str) -> torch.Tensor:
+    """KL(p || q) of each row of log-probabilities, nats, float32; entries that p rules out count nothing."""
+    if p.shape != q.shape:
+        raise UsageError(
+            f"the reference predicts {p.shape[-1]} tokens, the model {q.shape[-1]}",
+            where=name,
+            hint="is it the right reference?",
+        )
+    terms = p.exp().mul_(p - q)
+    if p.min() == -torch.inf:
+        terms.masked_fill_(p == -torch.inf, 0.0)
+    return terms.sum(-1)
+
+
+def perplexity(nll: float, tokens: int) -> float:
+    """exp of the mean negative log-likelihood, capped at 1e304."""
+    return math.exp(min(nll / tokens, 700.0))
+
+
+def score(model: nn.Module, setting: Setting, reference: Predictions | None) -> Scores:
+    """Run the model over the text and count."""
+    scores, passages, name = Scores(), setting.passages, type(model).__name__
+    pieces = passages.read(model, setting.batch)
+    with progress.bar("evaluating", passages.total) as bar:
+        while True:
+            before = time.monotonic()
+            piece = next(pieces, None)
+            scores.seconds += time.monotonic() - before
+            if piece is None:
+                return scores
+            scores.add(piece, reference, name)
+            bar.advance(len(piece.targets), note=f"perplexity {perplexity(scores.nll, scores.done):.3f}")
+
+
+class Beside:
+    """The predictions of a module that runs in step with the model judged."""
+
+    def __init__(self, model: nn.Module, setting: Setting) -> None:
+        self.nll = 0.0
+        self._source: Iterator[Piece] = setting.passages.read(model, setting.batch)
+
+    def take(self, rows: int) -> torch.Tensor:
+        """See `Predictions`; the pieces of both models are the same."""
+        piece = next(self._source)
+        assert len(piece.targets) == rows
+        p = torch.log_softmax(piece.logits, -1)
+        self.nll -= p.gather(1, piece.targets[:, None]).double().sum().item()
+        return p
+
+
+def reference_on_disk(reference: Subject, setting: Setting, folder: Path) -> tuple[DiskPredictions, float]:
+    """The reference's predictions and its total negative log-likelihood; computed unless the folder has them.
+
+    Raises:
+        CheckpointError: the stored facts cannot be read.
+    """
+    dtype = str(setting.dtype or "auto").removeprefix("torch.")
+    key = f"{reference.fingerprint()[:24]}-{setting.passages.digest()[:24]}-{dtype}-v{VERSION}"
+    facts, data = folder / f"{key}.json", folder / f"{key}.predictions"
+    if not (facts.is_file() and data.is_file()):
+        facts.write_text(json.dumps(_write_predictions(reference, setting, data)), encoding="utf-8")
+    try:
+        known = json.loads(facts.read_text(encoding="utf-8"))
+        return DiskPredictions(data, int(known["vocabulary"])), float(known["nll"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"cannot be read: {error}", where=str(facts), hint="delete the file") from error
+
+
+def _write_predictions(reference: Subject, setting: Setting, path: Path) -> dict[str, Any]:
+    model = reference.load(setting.auto_class, setting.dtype)
+    writer = Writer(path, setting.passages.total)
+    nll, vocabulary, complete = 0.0, 0, False
+    try:
+        with progress.bar("reference", setting.passages.total) as bar:
+            for piece in setting.passages.read(model, setting.batch):
+                nll -= torch.log_softmax(piece.logits, -1).gather(1, piece.targets[:, None]).double().sum().item()
+                writer.append(piece.logits)
+                vocabulary = int(piece.logits.shape[-1])
+                bar.advance(len(piece.targets))
+        complete = True
+    finally:
+        writer.close(complete=complete)
+        del model
+        gc.collect()
+    return {"vocabulary": vocabulary, "nll": nll}
