@@ -157,3 +157,44 @@ def test_refusals(source: Path, tmp_path: Path) -> None:
             source, tmp_path / "out", format="q8_0", solver="ldlq", calibration=Calibration("default", **SHORT)
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_finished_parts_answer_from_memory(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attention runs for the original, for its own two groups and once more; every statistic stays as it was."""
+    config = transformers.AutoConfig.from_pretrained(source)
+    whole = LlamaForCausalLM.from_pretrained(source).eval()
+    ids = torch.arange(96).view(2, 48) % config.vocab_size
+    layers = [n for n, m in whole.named_modules() if isinstance(m, nn.Linear) and n.startswith("model.layers.0.")]
+
+    class Whole(dict[str, torch.Tensor]):
+        def read(self, name: str) -> torch.Tensor:
+            return self[name].detach().clone()
+
+    def measure() -> tuple[list[torch.Tensor], torch.Tensor, int]:
+        model, calls = copy.deepcopy(whole), 0
+        walk = BlockWalk(model, Whole(whole.state_dict()), ids, {})
+        walk.start()
+        attention = type(model.model.layers[0].self_attn)
+        real = attention.forward
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return real(*args, **kwargs)
+
+        found = []
+        with monkeypatch.context() as patch:
+            patch.setattr(attention, "forward", counted)
+            for group, statistics in walk.block(0, layers):
+                found.append(statistics.hessian)
+                for layer in group:
+                    model.get_submodule(layer).weight.data.mul_(0.9)
+        return found, walk._quantized[0], calls
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bitfold.calibration.blocks._Finished.replay", lambda *_: None)
+        slow = measure()
+    fast = measure()
+    assert all(torch.equal(a, b) for a, b in zip(fast[0], slow[0], strict=True))
+    assert torch.equal(fast[1], slow[1])
+    assert fast[2] < slow[2]

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from bitfold.errors import WeightError
+from bitfold.fits import get_fit
 from bitfold.formats import FORMATS, get_format
 from bitfold.methods import quantize_tensor
-from bitfold.solvers.ldlq import _factor, proxy_loss
+from bitfold.qtensor import rows_stack, split_rows
+from bitfold.solvers.ldlq import _Feedback, _order, factor, ldlq, proxy_loss
 
 COLUMN_FORMATS = [name for name, f in FORMATS.items() if hasattr(f, "coder")]
 _TRELLIS = [name for name in COLUMN_FORMATS if name.startswith("trellis")]
@@ -46,23 +48,49 @@ def test_loss_falls(name: str) -> None:
     assert losses[0] < 0.67 * losses[1]
 
 
+class Recorder:
+    """A coder that rounds to integers and remembers what it was asked to code."""
+
+    step = 1
+
+    def __init__(self) -> None:
+        self.asked: dict[int, torch.Tensor] = {}
+
+    def encode(self, w: torch.Tensor, start: int) -> torch.Tensor:
+        self.asked[start] = w[:, 0].clone()
+        return w.round()
+
+
+@pytest.mark.parametrize("by_energy", [False, True])
 @pytest.mark.parametrize("done", [1, 3, 5])
-def test_the_rest_is_the_least_squares_minimiser(done: int) -> None:
-    """After `done` columns are fixed, the other columns are where the loss is least: checked with an exact inverse."""
+def test_the_next_column_aims_at_the_least_squares_minimiser(done: int, by_energy: bool) -> None:
+    """With the columns before it fixed, a column aims at its place in the best continuation: an exact inverse says."""
     k = 8
     w, hessian = problem(3, k)
-    factor, _ = _factor(hessian, k, 0.01)
-    damped = hessian.double() + 0.01 * hessian.diagonal().mean() * torch.eye(k)
-    q, work = torch.zeros_like(w), w.clone()
-    for i in range(done):
-        q[:, i] = work[:, i].round()
-        error = (work[:, i] - q[:, i]) / factor[i, i]
-        work[:, i + 1 :] -= error[:, None] * factor[i, i + 1 :]
-    rest, fixed = slice(done, k), slice(0, done)
-    # minimise over d: [e d] H [e d]^T with e given: d = -e H_fr H_rr^-1
+    order = _order(hessian, 1) if by_energy else torch.arange(k)
+    coder = Recorder()
+    feedback = _Feedback(w, factor(hessian[order][:, order], 0.01), coder, order)
+    feedback.run(0, k)
+    q = feedback.decoded()
+    damped = hessian.double() + 0.01 * hessian.diagonal().double().mean() * torch.eye(k)
+    fixed, rest = order[:done], order[done:]
+    # minimise over d: [e d] H [e d]^T with the error e given: d = -e H_fr H_rr^-1, and the rest aims at w - d
     error = (w[:, fixed] - q[:, fixed]).double()
-    best = w[:, rest].double() + error @ damped[fixed, rest] @ torch.linalg.inv(damped[rest, rest])
-    assert torch.allclose(work[:, rest].double(), best, atol=1e-4 * float(w.abs().max()))
+    best = w[:, rest].double() + error @ damped[fixed][:, rest] @ torch.linalg.inv(damped[rest][:, rest])
+    assert torch.allclose(coder.asked[int(rest[0])].double(), best[:, 0], atol=1e-4 * float(w.abs().max()))
+    assert sorted(coder.asked) == list(range(k))
+
+
+@pytest.mark.parametrize("name", ["int3-asym-g64", "trellis-2"])
+def test_order_by_energy(name: str) -> None:
+    """Only the order changes: every column is coded in its own place, under its own scale, and the loss stays low."""
+    w, hessian = problem()
+    mixed = torch.randperm(w.shape[1], generator=torch.Generator().manual_seed(1))
+    hessian = hessian[mixed][:, mixed]
+    fit, format = get_fit("mse"), get_format(name)
+    plain, ordered = (ldlq(w, hessian, format, fit, by_energy=b) for b in (False, True))
+    assert not torch.equal(plain.dequantize(), ordered.dequantize())
+    assert proxy_loss(w, ordered.dequantize(), hessian) < 1.1 * proxy_loss(w, plain.dequantize(), hessian)
 
 
 @pytest.mark.parametrize("solver", ["rtn", "ldlq"])
@@ -98,3 +126,27 @@ def test_odd_widths() -> None:
         w, hessian = problem(5, k)
         q = quantize_tensor(w, get_format("int4"), solver="ldlq", fit="mse", hessian=hessian)
         assert proxy_loss(w, q.dequantize(), hessian) < 0.05
+
+
+@pytest.mark.parametrize("name", [name for name, f in FORMATS.items() if hasattr(f, "encode") and f.scale is not None])
+def test_stacked_weights_come_apart(name: str) -> None:
+    """Where a format says that rows stack, the parts of the whole are, byte for byte, the weights by themselves."""
+    format = get_format(name)
+    parts = [torch.randn(n, 256, generator=torch.Generator().manual_seed(n)) * n for n in (128, 64, 33)]
+    shapes = [(len(p), p.shape[1]) for p in parts]
+    if not rows_stack(format, shapes):
+        assert not rows_stack(format, shapes[:2]) or format.scale.block[0] != 1
+        return
+    whole = quantize_tensor(torch.cat(parts), name, fit="absmax")
+    for part, found in zip(parts, split_rows(whole, shapes), strict=True):
+        alone = quantize_tensor(part, name, fit="absmax")
+        assert all(torch.equal(found.fields[f], alone.fields[f]) for f in alone.fields)
+
+
+def test_what_does_not_stack() -> None:
+    """One scale for the whole weight; tiles that two weights would share."""
+    assert rows_stack(get_format("int4-g64"), [(5, 64), (7, 64)])
+    assert not rows_stack(get_format("int8-tensor"), [(5, 64), (7, 64)])
+    assert rows_stack(get_format("trellis-2"), [(64, 64), (63, 64)])
+    assert not rows_stack(get_format("trellis-2"), [(63, 64), (64, 64)])
+    assert not rows_stack(get_format("trellis-2"), [(40, 64), (60, 64)])

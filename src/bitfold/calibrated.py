@@ -11,19 +11,15 @@ import torch
 from torch import nn
 
 from bitfold import progress
-from bitfold.calibration import BlockWalk, Statistics, calibration_tokens, token_weights
+from bitfold.calibration import BlockWalk, calibration_tokens, token_weights
 from bitfold.calibration.text import BUNDLED, SELF, own_text
 from bitfold.checkpoints import Source
-from bitfold.errors import BitfoldError, ModelError, UsageError, WeightError
-from bitfold.fits import get_fit
-from bitfold.formats import get_format
+from bitfold.errors import ModelError, UsageError, WeightError
+from bitfold.groups import Solved, solve_group
 from bitfold.models import skeleton
 from bitfold.models.sites import LINEAR
-from bitfold.models.swap import in_basis, transform_of
 from bitfold.plan import Decision, Plan
-from bitfold.qtensor import QTensor
-from bitfold.solvers import CALIBRATED, get_solver
-from bitfold.solvers.ldlq import proxy_loss
+from bitfold.solvers import CALIBRATED
 
 LONGEST = 2048  # tokens of a window, where nobody says otherwise
 _GRADIENTS_UP_TO = 500_000_000  # parameters; gradients need the whole model and its activations in memory
@@ -62,16 +58,6 @@ def settings(
     if text is None and method not in CALIBRATED:
         return None
     return Calibration(text or BUNDLED, nsamples, seqlen, drift, fisher)
-
-
-@dataclass(frozen=True)
-class Solved:
-    """One layer done: its relative output error under the calibration inputs, and of what Hessian."""
-
-    decision: Decision
-    qtensor: QTensor
-    weight: torch.Tensor
-    output_error: float
 
 
 def solve_blocks(
@@ -116,8 +102,8 @@ def solve_blocks(
             prefix = f"{walk.path}.{index}."
             layers = [d.site.module for d in wanted.values() if d.site is not None and d.tensor.startswith(prefix)]
             for group, statistics in walk.block(index, layers):
-                for layer in group:
-                    yield _solve(model, wanted[f"{layer}.weight"], statistics, calibration, seed)
+                decisions = [wanted[f"{layer}.weight"] for layer in group]
+                yield from solve_group(model, decisions, statistics, drift=calibration.drift, seed=seed)
             bar.advance(1, prefix.rstrip("."))
 
 
@@ -190,24 +176,3 @@ def _whole(source: Source, reader: _Reader) -> nn.Module:
             model.get_submodule(owner)._buffers[attribute] = reader.read(name)
     skeleton.retie(model)
     return model
-
-
-def _solve(model: nn.Module, decision: Decision, statistics: Statistics, calibration: Calibration, seed: int) -> Solved:
-    rule, site = decision.rule, decision.site
-    assert rule is not None
-    assert site is not None
-    owner: Any = model.get_submodule(site.module)
-    weight = owner._parameters[site.parameter].detach()
-    transform = transform_of(rule, site, seed)
-    aimed = statistics.target(weight.T if site.transposed else weight, calibration.drift, damp=0.02)
-    turned = aimed if transform is None else transform(aimed)
-    hessian = statistics.hessian if transform is None else transform.hessian(statistics.hessian)
-    try:
-        solver, fit, format = get_solver(rule.solver), get_fit(rule.fit), get_format(rule.format)
-        q = solver(turned, hessian, format, fit, seed=seed)
-    except BitfoldError as error:
-        raise type(error)(error.what, where=decision.tensor, hint=error.hint) from error
-    decoded = q.dequantize()
-    back = decoded if transform is None else transform.inverse(decoded)
-    owner._parameters[site.parameter] = nn.Parameter(back.T if site.transposed else back, requires_grad=False)
-    return Solved(decision, q, in_basis(weight, site, transform), proxy_loss(turned, decoded, hessian))

@@ -18,12 +18,13 @@ import torch
 from torch import nn
 
 from bitfold import progress
-from bitfold.calibrated import Calibration, Solved, solve_blocks
+from bitfold.calibrated import Calibration, solve_blocks
 from bitfold.card import write_card
 from bitfold.checkpoints import Source, open_source
 from bitfold.checkpoints.native import QUANT_METHOD, VERSION
 from bitfold.checkpoints.safetensors import ShardWriter, write_json
 from bitfold.errors import CheckpointError, UsageError
+from bitfold.groups import Solved
 from bitfold.models import skeleton
 from bitfold.models.swap import in_basis, is_plain, quantize_site_tensor, transform_of
 from bitfold.options import choose_recipe

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
@@ -11,6 +11,8 @@ import torch
 
 from bitfold.errors import FormatError
 from bitfold.formats import AnyFormat
+
+_MANY = 1 << 12  # times
 
 
 @dataclass(frozen=True)
@@ -71,3 +73,27 @@ def stack(parts: list[QTensor]) -> QTensor:
     first = parts[0]
     fields = {name: torch.stack([p.fields[name] for p in parts]) for name in first.fields}
     return QTensor(first.format, (len(parts), *first.shape), fields)
+
+
+def rows_stack(format: AnyFormat, shapes: Sequence[tuple[int, int]]) -> bool:
+    """Whether weights (n_i, k), stacked rows upon rows and quantized as one, can be taken apart again.
+
+    So it is if every field of the whole is the fields of the parts, one upon the other: no scale, and no tile, belongs
+    to two of them.
+    """
+    parts = [format.layout(shape) for shape in shapes]
+    whole = format.layout((sum(n for n, _ in shapes), shapes[0][1]))
+    many = [format.layout((_MANY * n, k)) for n, k in shapes[:-1]]  # a block only partly filled would show
+    return all(
+        info.shape[0] == sum(p[name].shape[0] for p in parts)
+        and all(p[name].shape[1:] == info.shape[1:] for p in parts)
+        and all(m[name].shape[0] == _MANY * p[name].shape[0] for m, p in zip(many, parts[:-1], strict=True))
+        for name, info in whole.items()
+    )
+
+
+def split_rows(q: QTensor, shapes: Sequence[tuple[int, int]]) -> list[QTensor]:
+    """The weights of these shapes that were stacked, see `rows_stack`."""
+    layouts = [q.format.layout(shape) for shape in shapes]
+    fields = {name: torch.split(f, [p[name].shape[0] for p in layouts]) for name, f in q.fields.items()}
+    return [QTensor(q.format, shape, {name: f[i] for name, f in fields.items()}) for i, shape in enumerate(shapes)]

@@ -50,16 +50,20 @@ class Statistics:
     def target(self, w: torch.Tensor, strength: float, damp: float) -> torch.Tensor:
         """The weight that makes up for what the layers before have lost, part of the way (QEP, Qronos).
 
-        (1 - a) W + a W C H^-1 is the least-squares solution of W f = W' x at a = 1.
+        (1 - a) W + a W C H^-1 is the least-squares solution of W f = W' x at a = 1; C and H are damped alike.
+
+        Args:
+            w: (n, k) float32.
+            strength: a, 0 to 1.
+            damp: added to both diagonals, as a share of the mean diagonal of H.
         """
-        if strength == 0:
+        mean = float(self.hessian.diagonal().mean())
+        if strength == 0 or mean == 0:  # nothing ever reaches a layer whose inputs are all zero
             return w
-        k = len(self.hessian)
-        if float(self.hessian.diagonal().mean()) == 0:
-            return w  # nothing ever reaches this layer
-        ridge = damp * self.hessian.diagonal().mean().double() * torch.eye(k, dtype=torch.float64)
-        solved = torch.linalg.solve(self.hessian.double() + ridge, (self.cross.double() + ridge).T).T
-        moved: torch.Tensor = (1 - strength) * w + strength * (w.double() @ solved).float()
+        damped = self.hessian.double()
+        damped.diagonal().add_(damp * mean)
+        lost = (w @ (self.cross - self.hessian)).double()  # W C - W H: the ridge is on both sides
+        moved: torch.Tensor = w + strength * torch.cholesky_solve(lost.T, torch.linalg.cholesky(damped)).T.float()
         return moved
 
 
@@ -160,10 +164,16 @@ class BlockWalk:
         inside = [layer.removeprefix(f"{name}.") for layer in layers]
         groups = _groups(block, inside, calls[0], self._original[0])
         kept, outputs = self._run_original(original, groups, calls)
+        finished = _Finished(block, groups, len(calls))
         for number, group in enumerate(groups):
-            weight = self._weights.get(f"{name}.{group[0]}")
-            yield [f"{name}.{layer}" for layer in group], self._measure(block, group[0], kept[number], weight, calls)
+            finished.replay(number)
+            full = [f"{name}.{layer}" for layer in group]
+            weights = [self._weights[layer] for layer in full if layer in self._weights]
+            weight = torch.stack(weights).mean(0) if weights else None
+            yield full, self._measure(block, group[0], kept[number], weight, calls)
+        finished.replay(len(groups))
         self._quantized = [_run(block, call, x) for call, x in zip(calls, self._quantized, strict=True)]
+        finished.forget()
         self._original = outputs
         for parameter, value in list(block.named_parameters()):
             _set(block, parameter, value.to("meta"))
@@ -204,6 +214,55 @@ class BlockWalk:
         finally:
             handle.remove()
         return Statistics(hessian / tokens, cross / tokens, tokens)
+
+
+class _Finished:
+    """Parts of a block (its attention, say) whose layers are all quantized: run once more, then answered from memory.
+
+    Samples always come in the same order, so an answer is found by counting.
+
+    Args:
+        block: the block.
+        groups: its groups of layers, in the order in which they are quantized.
+        samples: how many there are.
+    """
+
+    def __init__(self, block: nn.Module, groups: list[list[str]], samples: int) -> None:
+        last = {layer.split(".")[0]: number for number, group in enumerate(groups) for layer in group if "." in layer}
+        self._parts = {part: block.get_submodule(part) for part in last}
+        self._ready = {part: number + 1 for part, number in last.items()}
+        self._outputs: dict[str, list[Any]] = {part: [] for part in last}
+        self._samples = samples
+
+    def replay(self, groups: int) -> None:
+        """Before each pass over the samples, with that many groups quantized."""
+        self.forget()
+        for part, child in self._parts.items():
+            outputs = self._outputs[part]
+            if groups >= self._ready[part]:
+                # Called more than once a sample, or cut short: never answered from memory.
+                complete = len(outputs) == self._samples
+                child.__dict__["forward"] = _player(outputs) if complete else _recorder(child.forward, outputs)
+
+    def forget(self) -> None:
+        """Run everything for real again."""
+        for part, child in self._parts.items():
+            child.__dict__.pop("forward", None)
+            if len(self._outputs[part]) != self._samples:
+                self._outputs[part].clear()
+
+
+def _recorder(forward: Callable[..., Any], outputs: list[Any]) -> Callable[..., Any]:
+    def record(*args: Any, **kwargs: Any) -> Any:
+        outputs.append(forward(*args, **kwargs))
+        return outputs[-1]
+
+    return record
+
+
+def _player(outputs: list[Any]) -> Callable[..., Any]:
+    following = iter(outputs)
+    return lambda *_args, **_kwargs: next(following)
 
 
 def _keeper(store: list[torch.Tensor]) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:

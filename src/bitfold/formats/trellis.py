@@ -138,7 +138,8 @@ class Trellis:
 
     def coder(self, w: Tensor, params: Params | None) -> TileCoder:
         """Codes the columns of w (n, k) four by four, tiles jointly, under given row scales or `row_scale`."""
-        return TileCoder(self, self.row_scale(w) if params is None else self.store_scale(params.scale))
+        scale = self.row_scale(w) if params is None else self.store_scale(params.scale)
+        return TileCoder(self, scale, w.shape[1])
 
     def rescaled(self, fields: Mapping[str, Tensor], factor: Tensor) -> dict[str, Tensor]:
         """The same codes with the scale of each row times `factor` (n, 1)."""
@@ -215,24 +216,25 @@ class TileCoder:
     Args:
         format: the trellis.
         scale: bfloat16 (n, 1), one for each row.
+        width: columns k of the weight.
     """
 
     step = TILE_COLS
 
-    def __init__(self, format: Trellis, scale: Tensor) -> None:
+    def __init__(self, format: Trellis, scale: Tensor, width: int) -> None:
         self._format, self._scale = format, scale
-        self._tiles: list[Tensor] = []
+        self._tiles = torch.empty(format.layout((len(scale), width))["tiles"].shape, dtype=torch.uint8)
 
     def encode(self, w: Tensor, start: int) -> Tensor:
         """Tiles of the columns w (n, up to 4) at `start`; what they decode to, float32."""
-        whole = F.pad(w, (0, -w.shape[1] % TILE_COLS))
+        whole = F.pad(w, (0, -w.shape[1] % TILE_COLS)) if w.shape[1] % TILE_COLS else w
         tiles, values = self._format.encode_block(whole, self._scale)
-        self._tiles.append(tiles)
+        self._tiles[:, start // TILE_COLS] = tiles[:, 0]
         return values[:, : w.shape[1]]
 
     def fields(self) -> dict[str, Tensor]:
         """All tiles, and the scales."""
-        return {"tiles": torch.cat(self._tiles, 1), "scale": self._scale}
+        return {"tiles": self._tiles, "scale": self._scale}
 
 
 def _from_tiles(values: Tensor, grid: tuple[int, ...], shape: tuple[int, int]) -> Tensor:

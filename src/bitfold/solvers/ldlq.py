@@ -1,12 +1,15 @@
 """LDLQ: rounding with error feedback under the Hessian of the inputs.
 
-The loss of a linear layer is tr((W - Q) H (W - Q)^T), H = E[x x^T]. Columns are coded from left to right; the error of
-each block is moved onto the columns that follow, where it does the least harm: with H^-1 = U^T U (U upper triangular),
-W[:, rest] -= (W - Q)[:, block] U[block, block]^-1 U[block, rest]. GPTQ (Frantar et al. 2022) in blocks; the same as
-LDLQ (Chee et al. 2023, QuIP). A trellis codes its blocks of 4 columns jointly.
+The loss of a linear layer is tr((W - Q) H (W - Q)^T), H = E[x x^T]. With H = R R^T, R upper triangular, it is the sum
+of the squares of (W - Q) R, and column c of that product knows only the errors of the columns up to c. So the columns
+are coded from left to right, each aiming at W_c + (errors so far) R[:, c] / R[c, c], which cancels what the columns
+before it have left there. LDLQ (Chee et al. 2023, QuIP); the same numbers as GPTQ (Frantar et al. 2022), whose factor
+is the inverse of this one. A trellis codes its blocks of 4 columns jointly.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -16,12 +19,19 @@ from bitfold.formats.columns import Coder
 from bitfold.qtensor import QTensor
 from bitfold.solvers.rtn import fit_by_rows
 
-_OUTER = 128  # columns coded before their error reaches the rest in one matrix product
 DAMP = 0.01  # of the mean diagonal
+_ATTEMPTS = 12  # doublings of the damping before a Hessian is given up
 
 
 def ldlq(
-    w: torch.Tensor, hessian: torch.Tensor | None, format: AnyFormat, fit: Fit, *, seed: int = 0, damp: float = DAMP
+    w: torch.Tensor,
+    hessian: torch.Tensor | None,
+    format: AnyFormat,
+    fit: Fit,
+    *,
+    seed: int = 0,
+    damp: float = DAMP,
+    by_energy: bool = False,
 ) -> QTensor:
     """Code the columns of w one block after the other, errors fed forward.
 
@@ -31,7 +41,9 @@ def ldlq(
         format: any format that codes by columns.
         fit: chooses the scales beforehand (static groups).
         seed: not used: nothing is drawn.
-        damp: added to the diagonal, as a share of its mean; doubled until the matrix can be inverted.
+        damp: added to the diagonal, as a share of its mean; doubled until the matrix can be factored.
+        by_energy: take the blocks of columns with the largest diagonal first (GPTQ's activation order), instead of from
+            left to right. Scales stay with their columns.
 
     Raises:
         FormatError: the format has no column coder.
@@ -40,51 +52,106 @@ def ldlq(
     start = getattr(format, "coder", None)
     if start is None:
         raise FormatError(f"{format.name} cannot be coded column by column", hint="use the solver rtn")
-    work = w.detach().float().clone()
-    factor, dead = _factor(hessian, work.shape[1], damp)
-    work[:, dead] = 0
-    params = fit_by_rows(work, format, fit) if format.scale is not None else None
-    coder = start(work, params)
-    decoded = torch.empty_like(work)
-    for left in range(0, work.shape[1], _OUTER):
-        _code_block(work, decoded, coder, factor, slice(left, min(left + _OUTER, work.shape[1])))
+    w = w.detach().float()
+    if hessian is None:
+        coder, decoded = _begin(w, format, fit, start), torch.empty_like(w)
+        for at in range(0, w.shape[1], coder.step):
+            decoded[:, at : at + coder.step] = coder.encode(w[:, at : at + coder.step], at)
+        return QTensor(format, tuple(w.shape), coder.fields())
+    dead = _check(hessian, w.shape[1])
+    alive = torch.where(dead, 0.0, w) if dead.any() else w
+    coder = _begin(alive, format, fit, start)
+    order = _order(hessian, coder.step) if by_energy else torch.arange(w.shape[1])
+    feedback = _Feedback(alive, factor(hessian[order][:, order], damp), coder, order)
+    feedback.run(0, w.shape[1])
     fields = coder.fields()
-    if hessian is not None and hasattr(format, "rescaled"):
-        fields = format.rescaled(fields, _best_scale(w.detach().float(), decoded, hessian))
+    if hasattr(format, "rescaled"):
+        fields = format.rescaled(fields, _best_scale(w, feedback.decoded(), hessian))
     return QTensor(format, tuple(w.shape), fields)
 
 
-def _code_block(work: torch.Tensor, decoded: torch.Tensor, coder: Coder, factor: torch.Tensor, block: slice) -> None:
-    """Columns of an outer block step by step, then their error onto everything to the right in one product."""
-    errors = torch.zeros(work.shape[0], block.stop - block.start)
-    for at in range(block.start, block.stop, coder.step):
-        part = slice(at, min(at + coder.step, block.stop))
-        decoded[:, part] = coder.encode(work[:, part], at)
-        diagonal = factor[part, part]
-        error = torch.linalg.solve_triangular(diagonal, work[:, part] - decoded[:, part], upper=True, left=False)
-        errors[:, part.start - block.start : part.stop - block.start] = error
-        work[:, part.stop : block.stop] -= error @ factor[part, part.stop : block.stop]
-    work[:, block.stop :] -= errors @ factor[block, block.stop :]
+def _begin(w: torch.Tensor, format: AnyFormat, fit: Fit, start: Callable[..., Coder]) -> Coder:
+    return start(w, fit_by_rows(w, format, fit) if format.scale is not None else None)
 
 
-def _factor(hessian: torch.Tensor | None, k: int, damp: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 U with H^-1 = U^T U, and which inputs are always zero (their weights do not matter)."""
-    if hessian is None:
-        return torch.eye(k), torch.zeros(k, dtype=torch.bool)
-    h = hessian.double().clone()
-    if h.shape != (k, k) or not torch.isfinite(h).all():
-        raise WeightError(f"the Hessian is {tuple(h.shape)} or not finite; {(k, k)} is needed")
+class _Feedback:
+    """Columns coded in a given order, the errors of each half of a range carried to its other half in one product.
+
+    Everything is kept transposed, (k, n): the columns of the weight are then contiguous.
+    """
+
+    def __init__(self, w: torch.Tensor, upper: torch.Tensor, coder: Coder, order: torch.Tensor) -> None:
+        self._order, self._coder = order, coder
+        self._target = w.T[order].contiguous()
+        self._lower = upper.T.contiguous()  # R^T
+        self._error = torch.zeros_like(self._target)  # (W - Q)^T
+        self._carried = torch.zeros_like(self._target)  # what the errors so far leave in each column of (W - Q) R
+        self._decoded = torch.empty_like(self._target)
+        self._inverse = _diagonal_inverses(self._lower, coder.step)
+
+    def run(self, left: int, right: int) -> None:
+        """Code the columns of a range, whatever was before it carried already."""
+        step = self._coder.step
+        if right - left <= step:
+            self._code(slice(left, right))
+            return
+        middle = left + (right - left + step) // (2 * step) * step
+        self.run(left, middle)
+        self._carried[middle:right].addmm_(self._lower[middle:right, left:middle], self._error[left:middle])
+        self.run(middle, right)
+
+    def _code(self, part: slice) -> None:
+        aim = self._target[part] + self._inverse[part.start] @ self._carried[part]
+        found = self._coder.encode(aim.T, int(self._order[part.start])).T
+        self._decoded[part] = found
+        self._error[part] = self._target[part] - found
+
+    def decoded(self) -> torch.Tensor:
+        """(n, k), the columns in their own places."""
+        back = torch.empty_like(self._decoded)
+        back[self._order] = self._decoded
+        return back.T.contiguous()
+
+
+def _diagonal_inverses(lower: torch.Tensor, step: int) -> dict[int, torch.Tensor]:
+    """Inverses of the blocks on the diagonal, by the column at which each begins."""
+    return {at: torch.linalg.inv(lower[at : at + step, at : at + step]) for at in range(0, len(lower), step)}
+
+
+def _check(hessian: torch.Tensor, k: int) -> torch.Tensor:
+    """Which inputs are always zero; their weights do not matter."""
+    if hessian.shape != (k, k) or not torch.isfinite(hessian).all():
+        raise WeightError(f"the Hessian is {tuple(hessian.shape)} or not finite; {(k, k)} is needed")
+    return hessian.diagonal() <= 0
+
+
+def _order(hessian: torch.Tensor, step: int) -> torch.Tensor:
+    """Columns in blocks of `step`, the blocks of most energy first; a last one that is not full stays last."""
+    k = len(hessian)
+    whole = k // step * step
+    energy = hessian.diagonal()[:whole].view(-1, step).sum(1)
+    blocks = torch.argsort(energy, descending=True, stable=True)
+    columns = (blocks[:, None] * step + torch.arange(step)).flatten()
+    return torch.cat([columns, torch.arange(whole, k)])
+
+
+def factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
+    """float32 (k, k) upper triangular R with R R^T = H + damping.
+
+    Raises:
+        WeightError: singular whatever the damping.
+    """
+    h = hessian.double().flip(0, 1)  # the Cholesky factor of the reversed matrix, reversed, is upper
     diagonal = h.diagonal()
-    dead = diagonal <= 0
-    diagonal[dead] = 1.0
+    diagonal[diagonal <= 0] = 1.0
     mean = float(diagonal.mean())
-    for attempt in range(12):
-        damped = h + torch.eye(k, dtype=h.dtype) * (damp * 2**attempt * mean)
+    for attempt in range(_ATTEMPTS):
+        damped = h.clone()
+        damped.diagonal().add_(damp * 2**attempt * mean)
         lower, bad = torch.linalg.cholesky_ex(damped)
         if not bad:
-            upper, bad = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not bad:
-                return upper.float(), dead
+            upper: torch.Tensor = lower.flip(0, 1).float()
+            return upper
     raise WeightError("the Hessian is singular whatever the damping", hint="calibrate with more text")
 
 
@@ -99,6 +166,6 @@ def _best_scale(w: torch.Tensor, q: torch.Tensor, hessian: torch.Tensor) -> torc
 
 def proxy_loss(w: torch.Tensor, q: torch.Tensor, hessian: torch.Tensor) -> float:
     """tr((w - q) H (w - q)^T) / tr(w H w^T): the relative error of the layer's output."""
-    h, difference = hessian.double(), (w - q).double()
-    whole = float(((w.double() @ h) * w.double()).sum())
-    return float(((difference @ h) * difference).sum()) / whole if whole > 0 else 0.0
+    h, difference = hessian.float(), w - q
+    whole = float(((w @ h) * w).sum(dtype=torch.float64))
+    return float(((difference @ h) * difference).sum(dtype=torch.float64)) / whole if whole > 0 else 0.0
