@@ -13,6 +13,7 @@ from torch import nn
 from bitfold import progress
 from bitfold.calibration import BlockWalk, calibration_tokens, token_weights
 from bitfold.calibration.text import BUNDLED, SELF, own_text
+from bitfold.catalog import find_method
 from bitfold.checkpoints import Source
 from bitfold.errors import ModelError, UsageError, WeightError
 from bitfold.groups import Solved, solve_group
@@ -55,7 +56,7 @@ def settings(
     method: str | None, text: str | None, nsamples: int, seqlen: int | None, drift: float, fisher: bool | None
 ) -> Calibration | None:
     """The calibration that options mean: None where no text is named and the method needs none."""
-    if text is None and method not in CALIBRATED:
+    if text is None and (method is None or not find_method(method).needs_text):
         return None
     return Calibration(text or BUNDLED, nsamples, seqlen, drift, fisher)
 

@@ -119,6 +119,10 @@ class Grid:
         """Inverse of `pack`."""
         return packing.unpack_trits(packed, length) if self.trits else packing.unpack(packed, self.code_bits, length)
 
+    def take(self, packed: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Codes of some columns of packed rows: unpack(packed, length)[:, index]."""
+        return packing.take_trits(packed, index) if self.trits else packing.take(packed, self.code_bits, index)
+
 
 def ints(bits: int) -> Grid:
     """Signed integers -2**(bits-1) ... 2**(bits-1)-1 in offset binary; one bit is {-1, +1}."""

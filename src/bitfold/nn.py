@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from bitfold import kernels
+from bitfold.acts import read_act
 from bitfold.errors import UsageError
 from bitfold.formats import AnyFormat
+from bitfold.mixed import mixed_matmul
 from bitfold.qtensor import QTensor
 
 
@@ -29,15 +31,12 @@ class Transform(Protocol):
     def describe(self) -> dict[str, Any]: ...
 
 
-_ACTS = ("float", "int8")
-
-
 class QWeight(nn.Module):
     """A quantized weight as a module without a forward.
 
     Args:
         qtensor: the weight, (n, k) or (experts, n, k); its fields may live on the meta device.
-        act: "float", or "int8" for dynamic per-token int8 activations.
+        act: "float", "int8" for dynamic per-token int8 activations, or "int8-mixed:6.0", see `bitfold.acts`.
         transposed: the model's own tensor was (..., k, n): slices and dequantized values come out that way.
         transform: applied to the activations first; the stored weight is expressed in that basis.
     """
@@ -46,8 +45,7 @@ class QWeight(nn.Module):
         self, qtensor: QTensor, *, act: str = "float", transposed: bool = False, transform: Transform | None = None
     ) -> None:
         super().__init__()
-        if act not in _ACTS:
-            raise UsageError(f"unknown activation type {act!r}", hint=" or ".join(_ACTS))
+        self._act = read_act(act)
         self.format: AnyFormat = qtensor.format
         self.qshape = tuple(qtensor.shape)
         self.act = act
@@ -56,7 +54,7 @@ class QWeight(nn.Module):
         self.stored_transposed = transposed
         self.dtype = torch.float32
         self._field_names = tuple(qtensor.fields)
-        self._prepacked: Any = None
+        self._prepacked: dict[int | str, Any] = {}  # by expert, or by kind of activations
         for name, field in qtensor.fields.items():
             self.register_buffer(name, field)
 
@@ -88,10 +86,15 @@ class QWeight(nn.Module):
         n, k = self.qshape
         if x.shape[-1] != k:
             raise UsageError(f"the activations have {x.shape[-1]} columns, the weight has {k}")
-        kernel, state = self._kernel()
         turned = x if self.transform is None else self.transform(x)
-        y: torch.Tensor = kernel.matmul(turned.reshape(-1, k), state)
+        y = self._product(turned.reshape(-1, k))
         return y.to(x.dtype).reshape(*x.shape[:-1], n)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        product, threshold = self._bound(self._act.kernel), self._act.threshold
+        if threshold is None:
+            return product(x)
+        return mixed_matmul(x, self.qtensor, threshold, product, lambda: self._bound("float"))
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows of an embedding table: ids of any shape -> (..., k); only the rows asked for are decoded."""
@@ -102,8 +105,6 @@ class QWeight(nn.Module):
     def __getitem__(self, index: int | torch.Tensor) -> QWeight:
         """One expert of a stack, kept in step with the stack's own fields."""
         i = int(index)
-        if self._prepacked is None:
-            self._prepacked = {}
         if i not in self._prepacked:
             self._prepacked[i] = self._with(self.qtensor.expert(i))
         part: QWeight = self._prepacked[i]
@@ -112,16 +113,17 @@ class QWeight(nn.Module):
     def _with(self, qtensor: QTensor) -> QWeight:
         return QWeight(qtensor, act=self.act, transposed=self.transposed, transform=self.transform)
 
-    def _kernel(self) -> tuple[Any, Any]:
-        if self._prepacked is None:
-            kernel = kernels.select(self.qtensor, self.act)
-            self._prepacked = (kernel, kernel.prepack(self.qtensor, self.act))
-        kernel, state = self._prepacked
-        return kernel, state
+    def _bound(self, act: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The product x -> x W^T with that kind of activations, prepacked the first time."""
+        if act not in self._prepacked:
+            kernel = kernels.select(self.qtensor, act)
+            self._prepacked[act] = (kernel.matmul, kernel.prepack(self.qtensor, act))
+        matmul, state = self._prepacked[act]
+        return lambda x: matmul(x, state)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QWeight:
         """Move with the model, but never change the dtype of a field: it is part of the format."""
-        self._prepacked = None
+        self._prepacked = {}
         for name in self._field_names:
             field = getattr(self, name)
             moved = fn(field)
@@ -129,11 +131,11 @@ class QWeight(nn.Module):
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._prepacked = None
+        self._prepacked = {}
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepacked": None}
+        return {**self.__dict__, "_prepacked": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QWeight:
         fields = {name: getattr(self, name).clone() for name in self._field_names}
@@ -202,7 +204,7 @@ class QLinear(nn.Module):
         qtensor: the weight (n, k), or a QWeight to share with another layer.
         bias: (n,) float, or None.
         transform: applied to the activations first (the weight is expressed in the transformed basis).
-        act: "float" or "int8", see QWeight.
+        act: "float", "int8" or "int8-mixed:6.0", see QWeight.
     """
 
     def __init__(

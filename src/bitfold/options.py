@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from bitfold.catalog import find_method
 from bitfold.errors import FormatError, UsageError
 from bitfold.formats import get_format
 from bitfold.recipe import Recipe
-from bitfold.solvers import CALIBRATED
 
 DEFAULT_GROUP = 64
 
@@ -29,13 +29,13 @@ def choose_recipe(
 
     Args:
         bits: 1..8: integers; 8 with one scale a row, 2 to 7 with scale and zero point for each group of 64, 1 with
-            a scale for each group of 64.
+            a scale for each group of 64. Methods with formats of their own (see METHODS) take those.
         format: a format name instead of bits.
         group_size: weights that share a scale; -1 or 0 = one scale a row.
-        fit: see FITS; default "mse".
-        solver: see SOLVERS; default "rtn".
-        transform: "none" or "hadamard"; default: a rotation for calibrated solvers, none otherwise.
-        act: "float" (default) or "int8".
+        fit: see FITS; default: the method's, mostly "mse".
+        solver: the name of a method (see METHODS) or of a solver (see SOLVERS); default "rtn".
+        transform: "none" or "hadamard"; default: the method's.
+        act: "float", "int8" or "int8-mixed:6.0"; default: the method's, mostly "float".
         ignore: patterns of tensors to keep.
         recipe: a Recipe or a TOML file instead of all but `ignore`.
 
@@ -55,16 +55,18 @@ def choose_recipe(
             raise UsageError(f"the recipe already says what {', '.join(given)} would say", hint="drop one of them")
         loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
         return loaded.ignoring(ignore)
-    if (bits is None) == (format is None):
+    method = find_method(solver or "rtn")
+    own = method.format(bits) if format is None else None
+    if (own or format or bits) is None or (format is not None and bits is not None):
         raise UsageError(
             "choose one of bits (--bits) and format (--format)", hint="for example --bits 4 or --format nf4"
         )
-    name = format if format is not None else _format_for_bits(bits)
+    name = own or format or _format_for_bits(bits)
     if group_size is not None:
         name = _with_group(name, group_size)
-    rotation = transform or ("hadamard" if solver in CALIBRATED else "none")
-    rules = Recipe.of(name, fit=fit or "mse", solver=solver or "rtn", transform=rotation, act=act or "float")
-    return rules.ignoring(ignore)
+    asked = {"fit": fit, "transform": transform, "act": act}
+    choices = {**method.choices, **{key: value for key, value in asked.items() if value is not None}}
+    return Recipe.of(name, **choices).ignoring(ignore)
 
 
 def _format_for_bits(bits: int | None) -> str:

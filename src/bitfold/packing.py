@@ -240,3 +240,23 @@ def _chunks(source: Tensor, width: int, target: Tensor, wide: int) -> Iterator[t
         room = torch.empty(len(part), groups, wide, dtype=torch.uint8, device=source.device)
         yield part.view(-1, groups, width), room
         target[at : at + step] = room.view(len(part), -1)[:, : target.shape[1]]
+
+
+def take(packed: Tensor, bits: int, index: Tensor) -> Tensor:
+    """Some codes of every row, without unpacking the others: unpack(packed, bits, length)[:, index].
+
+    Args:
+        packed: uint8 (rows, bytes), as `pack` returned it.
+        bits: bits of a code, 1 to 8.
+        index: int64 (count,), positions in a row.
+    """
+    _check_bits(bits)
+    start = index * bits
+    byte, last = start // 8, packed.shape[1] - 1
+    word = packed[:, byte].int() | packed[:, (byte + 1).clamp_max(last)].int() << 8
+    return (word >> (start % 8).int() & (1 << bits) - 1).to(torch.uint8)
+
+
+def take_trits(packed: Tensor, index: Tensor) -> Tensor:
+    """unpack_trits(packed, length)[:, index], without unpacking the others."""
+    return (packed[:, index // _TRITS].int() // 3 ** (index % _TRITS).int() % 3).to(torch.uint8)

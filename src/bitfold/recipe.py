@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from bitfold.errors import BitfoldError, RecipeError
+from bitfold.acts import read_act
+from bitfold.errors import BitfoldError, RecipeError, UsageError
 from bitfold.fits import get_fit
 from bitfold.formats import get_format
 from bitfold.solvers import get_solver
@@ -35,7 +36,8 @@ class Rule:
         solver: see SOLVERS.
         fit: see FITS.
         transform: "none", or "hadamard": a randomised rotation of the inputs, stored with the tensor.
-        act: "float" (W8A16 and the like) or "int8" (dynamic per-token int8 activations, W8A8).
+        act: "float" (W8A16 and the like), "int8" (dynamic per-token int8 activations, W8A8), or "int8-mixed:6.0"
+            (the same, columns with outliers of that size in floating point).
     """
 
     match: str
@@ -58,8 +60,10 @@ class Rule:
             raise RecipeError(f"unknown transform {self.transform!r}", hint="none or hadamard")
         if plain and (self.transform, self.act) != ("none", "float"):
             raise RecipeError(f"{self.format} stores ordinary tensors, which know no transform and no activation type")
-        if self.act not in ("float", "int8"):
-            raise RecipeError(f"unknown activation type {self.act!r}", hint="float or int8")
+        try:
+            read_act(self.act)
+        except UsageError as error:
+            raise RecipeError(error.what, hint=error.hint) from error
 
     @property
     def keep(self) -> bool:

@@ -27,7 +27,9 @@ FitOption = Annotated[str | None, typer.Option(help="How scales are chosen: absm
 MethodOption = Annotated[
     str | None,
     typer.Option(
-        "--method", "--solver", help="How codes are chosen: rtn (nearest, default), or ldlq (calibrated feedback)."
+        "--method",
+        "--solver",
+        help="rtn (nearest, default), hqq, nf4, llm-int8; calibrated: ldlq, quip, quip-sharp, trellis.",
     ),
 ]
 TransformOption = Annotated[str | None, typer.Option(help="Basis of the inputs: none, or hadamard (default for ldlq).")]

@@ -184,6 +184,16 @@ class Format:
         per_row = Format(self.name, self.grid, Scale((1, blocks.block[1]), torch.float32)) if self.scale else self
         return per_row.values_of(codes, _params_rows(params, index // blocks.rows, blocks))
 
+    def decode_columns(self, fields: Fields, shape: tuple[int, ...], index: torch.Tensor) -> torch.Tensor:
+        """float32 columns (n, len(index)) of an (n, k) weight, without decoding the others."""
+        params, points = self.load_params(fields, shape), self.grid.decode(self.grid.take(fields["codes"], index))
+        if params is None:
+            return points
+        blocks = self.blocks(shape)
+        where = torch.arange(shape[0])[:, None] // blocks.rows, index // blocks.cols
+        zero = 0.0 if params.zero_point is None else params.zero_point[where]
+        return (points - zero) * params.scale[where]
+
     def coder(self, w: torch.Tensor, params: Params | None) -> GridCoder:
         """Codes the columns of w (n, k) one by one under given scales."""
         return GridCoder(self, (w.shape[0], w.shape[1]), params)

@@ -63,6 +63,12 @@ class Cast:
         """float32 rows of the weight."""
         return fields["values"][index].float()
 
+    def decode_columns(
+        self, fields: Mapping[str, torch.Tensor], shape: tuple[int, ...], index: torch.Tensor
+    ) -> torch.Tensor:
+        """float32 columns of the weight."""
+        return fields["values"][:, index].float()
+
     def describe(self) -> dict[str, Any]:
         """JSON-able description."""
         return {"family": "cast", "dtype": str(self.dtype).removeprefix("torch.")}
