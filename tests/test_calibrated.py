@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import bitfold
 import tiny_lm
 from bitfold import Calibration
-from bitfold.calibration import BlockWalk, Statistics, calibration_tokens, token_weights
+from bitfold.calibration import BlockWalk, Statistics, calibration_tokens, fisher, token_weights
 from bitfold.errors import BitfoldError, CheckpointError, UsageError
 
 SHORT: dict[str, Any] = {"nsamples": 6, "seqlen": 48}
@@ -130,6 +130,33 @@ def test_token_weights(source: Path) -> None:
         assert torch.equal(first[name], second[name])
         assert 0.5 < float(first[name].mean()) <= 1.001
         assert float(first[name].max()) <= 50
+
+
+@pytest.mark.parametrize("chunk", [7, 128])
+def test_token_weights_are_those_of_the_cross_entropy(
+    source: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    """The hand-made gradient of the logits, a few tokens at a time, against autograd through torch's cross entropy."""
+    model = LlamaForCausalLM.from_pretrained(source).eval()
+    ids = calibration_tokens(source, str(source / "text.txt"), nsamples=1, seqlen=48)
+    monkeypatch.setattr(fisher, "_CHUNK", chunk)
+    name = "model.layers.0.self_attn.o_proj"
+    seen: list[torch.Tensor] = []
+    drawn = torch.multinomial
+
+    def draw(p: torch.Tensor, count: int, **options: Any) -> torch.Tensor:
+        seen.append(drawn(p, count, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(torch, "multinomial", draw)
+    found = token_weights(model, [name], ids, seed=1)[name]
+    model.get_submodule(name).register_full_backward_hook(lambda _m, _i, out: gradients.append(out[0]))
+    gradients: list[torch.Tensor] = []
+    hidden = model.get_input_embeddings()(ids).detach().requires_grad_(True)
+    logits = model(inputs_embeds=hidden).logits[0]
+    nn.functional.cross_entropy(logits, torch.cat(seen)[:, 0], reduction="sum").backward()
+    expected = gradients[0][0].square().mean(-1)
+    assert torch.allclose(found[0], (expected / expected.mean()).clamp(max=50), rtol=1e-3)
 
 
 def test_texts(source: Path, tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from torch import nn
 from bitfold import progress
 
 _LARGEST = 50.0  # times the mean: a single token must not be the whole Hessian
+_CHUNK = 128  # tokens whose logits exist at a time
+_FEW = 8  # tokens on which the output layer is looked at
 
 
 def token_weights(
@@ -43,8 +45,9 @@ def token_weights(
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         with torch.enable_grad(), progress.bar("weigh tokens", len(ids)) as bar:
+            head = _head(model, ids[0])
             for sample in ids:
-                _backward(model, sample, generator)
+                _backward(model, head, sample, generator)
                 bar.advance(1)
     finally:
         for handle in handles:
@@ -52,12 +55,36 @@ def token_weights(
     return {name: _normalised(parts, ids) for name, parts in sums.items() if parts}
 
 
-def _backward(model: Any, sample: torch.Tensor, generator: torch.Generator) -> None:
+def _head(model: Any, sample: torch.Tensor) -> Any:
+    """The output layer, if the logits are just what it makes of the last hidden state (no scaling, no soft cap)."""
+    head, base = model.get_output_embeddings(), model.base_model
+    if head is None or base is model:
+        return None
+    few = sample[None, :_FEW]
+    with torch.no_grad():
+        logits = model(input_ids=few, use_cache=False).logits
+        hidden = base(input_ids=few, use_cache=False)[0]
+    return head if torch.equal(logits, head(hidden)) else None
+
+
+def _backward(model: Any, head: Any, sample: torch.Tensor, generator: torch.Generator) -> None:
     inputs = model.get_input_embeddings()(sample[None]).detach().requires_grad_(True)
-    logits = model(inputs_embeds=inputs, use_cache=False).logits[0].float()
-    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-    loss: Any = nn.functional.cross_entropy(logits, labels, reduction="sum")
-    loss.backward()
+    if head is None:
+        logits = model(inputs_embeds=inputs, use_cache=False).logits[0]
+        logits.backward(_surprise(logits.detach(), generator))
+        return
+    # The logits of a window can be larger than the model; a few tokens at a time they stay in the cache.
+    hidden = model.base_model(inputs_embeds=inputs, use_cache=False)[0]
+    with torch.no_grad():
+        parts = [_surprise(head(part), generator) @ head.weight for part in hidden[0].split(_CHUNK)]
+    hidden.backward(torch.cat(parts)[None])
+
+
+def _surprise(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Gradient of the summed cross entropy by the logits (tokens, vocabulary), labels drawn from them: p - label."""
+    p = logits.float().softmax(-1)
+    labels = torch.multinomial(p, 1, generator=generator)
+    return p.scatter_add_(1, labels, torch.full_like(labels, -1.0, dtype=p.dtype)).to(logits.dtype)
 
 
 def _normalised(parts: list[torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
