@@ -6,11 +6,14 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <stdexcept>
+
 #include "bandwidth.h"
 #include "dispatch.h"
 #include "linear.h"
 #include "packing.h"
 #include "viterbi/bind.h"
+#include "viterbi/viterbi.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -22,9 +25,11 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// A weight that owns the copy of its last rows.
+// A weight that owns the copy of its last rows, or its trellis code.
 struct OwnedWeight : bitfold::Weight {
-  std::vector<uint8_t> copy;
+  std::vector<uint8_t> copy, columns;
+  std::vector<int16_t> levels;
+  bitfold::TrellisCode code;
 
   void copy_tail() {
     const size_t rows = bitfold::tail_rows(n, row_bytes);
@@ -34,6 +39,22 @@ struct OwnedWeight : bitfold::Weight {
     tail = copy.data();
   }
 };
+
+// A table in steps, as the formats have it; the core counts in 1/16.
+bool fill_trellis(OwnedWeight& w, int bits, const std::vector<int>& columns, const std::vector<int>& table) {
+  w.columns.assign(columns.begin(), columns.end());
+  for (int v : table) w.levels.push_back(static_cast<int16_t>(16 * v));
+  int index_bits = 0;
+  while (size_t{1} << index_bits < table.size()) ++index_bits;
+  w.code = {bits, static_cast<int>(columns.size()), index_bits, 4, w.columns.data(), w.levels.data()};
+  if (table.size() != size_t{1} << index_bits || !bitfold::trellis_valid(w.code)) return false;
+  w.trellis = &w.code;
+  w.row_bytes = (w.k + 3) / 4 * 16 * static_cast<size_t>(bits);
+  w.tail_from = w.n;
+  w.bf16 = true;
+  w.offset = 128;
+  return true;
+}
 
 void fill_tables(bitfold::Weight& w, const std::vector<float>& points, const std::vector<int>& lut) {
   for (size_t i = 0; i < 16 && !points.empty(); ++i) w.points[i] = points[i % points.size()];
@@ -64,6 +85,13 @@ NB_MODULE(_native, m) {
       },
       "packed"_a, "rows"_a, "length"_a, "bits"_a, "out"_a, "threads"_a, "Unpack rows of codes to uint8.");
   bind_viterbi(m);
+  m.def(
+      "spin_dots",
+      [](size_t rounds) {
+        nb::gil_scoped_release released;
+        return bitfold::spin_dots(rounds);
+      },
+      "rounds"_a, "Make dot products of four bytes out of registers, for measuring the peak; returns their number.");
 
   m.def(
       "read_memory",
@@ -97,7 +125,21 @@ NB_MODULE(_native, m) {
             w->copy_tail();
           },
           "codes"_a, "n"_a, "k"_a, "bits"_a, "scale"_a, "zero"_a, "bf16"_a, "group"_a, "groups"_a, "offset"_a, "unit"_a,
-          "integers"_a, "points"_a, "lut"_a);
+          "integers"_a, "points"_a, "lut"_a)
+      .def(
+          "__init__",
+          [](Weight* w, uintptr_t tiles, size_t n, size_t k, int bits, uintptr_t scale, const std::vector<int>& columns,
+             const std::vector<int>& table) {
+            new (w) Weight();
+            w->codes = at<const uint8_t>(tiles);
+            w->n = n;
+            w->k = k;
+            w->scale = at<const void>(scale);
+            if (fill_trellis(*w, bits, columns, table)) return;
+            w->~Weight();
+            throw std::invalid_argument("not a trellis code that the kernels know");
+          },
+          "tiles"_a, "n"_a, "k"_a, "bits"_a, "scale"_a, "columns"_a, "table"_a, "A weight in trellis tiles.");
   m.def(
       "matmul",
       [](const Weight& w, uintptr_t x, size_t rows, bool int8, uintptr_t y, int threads) {

@@ -11,9 +11,7 @@
 namespace bitfold {
 namespace {
 
-constexpr size_t kGemmFrom = kMaxRows + 1;  // rows of activations from which decoding into a panel pays
-constexpr size_t kGemmRows = 256;           // rows of activations that one panel serves before the next is decoded
-constexpr size_t kRowGrain = 64;            // rows of the weight that a thread takes at least
+constexpr size_t kMostRows = 256;  // rows of activations that one panel serves before the next is decoded
 
 size_t round_up(size_t x, size_t to) { return (x + to - 1) / to * to; }
 
@@ -46,9 +44,6 @@ class Scratch {
 
 thread_local Scratch codes_memory, rows_memory, start_memory, sums_memory, panel_memory, float_memory;
 
-// The least number of rows that gemv has code for.
-size_t batch_of(size_t m) { return m <= 1 ? 1 : m <= 4 ? 4 : 8; }
-
 size_t runs_of(const Weight& w, const Table& t, size_t padded) {
   const size_t step = 4 * t.lanes, steps = padded / step;
   const size_t per = w.group == 0 ? steps : w.group % step ? 1 : w.group / step;
@@ -62,59 +57,38 @@ int8_t* quantize_rows(const Table& t, const Weight& w, const float* x, size_t m,
   return out;
 }
 
-// Row-major (m, padded) -> (steps, batch, step), rows from m on zero.
-const int8_t* interleave(const int8_t* x, size_t m, size_t batch, size_t padded, size_t step) {
-  if (batch == 1) return x;
-  int8_t* out = rows_memory.get<int8_t>(batch * padded);
-  for (size_t c = 0; c < padded; c += step)
-    for (size_t b = 0; b < batch; ++b, out += step) {
-      if (b < m) {
-        std::memcpy(out, x + b * padded + c, step);
-      } else {
-        std::memset(out, 0, step);
-      }
-    }
-  return out - batch * padded;
-}
-
-void gemv8(const Table& t, const Weight& w, const float* x, size_t m, float* y, int threads) {
-  float scales[kMaxRows];
-  const size_t batch = batch_of(m);
+// One row of activations.
+void gemv8(const Table& t, const Weight& w, const float* x, float* y, int threads) {
+  float scale;
   Act8 a;
-  a.m = m;
+  a.m = 1;
   a.padded = round_up(w.k, kPad);
-  a.x = interleave(quantize_rows(t, w, x, m, a.padded, scales), m, batch, a.padded, 4 * t.lanes);
-  a.scale = scales;
-  int32_t* start = start_memory.get<int32_t>(batch * runs_of(w, t, a.padded) * t.lanes);
-  float* sums = w.zero ? sums_memory.get<float>(m * w.groups) : nullptr;
-  t.sums8(w, a.x, m, batch, a.padded, start, sums);
+  a.x = quantize_rows(t, w, x, 1, a.padded, &scale);
+  a.scale = &scale;
+  int32_t* start = start_memory.get<int32_t>(runs_of(w, t, a.padded) * t.lanes);
+  float* sums = w.zero ? sums_memory.get<float>(w.groups) : nullptr;
+  t.sums8(w, a.x, a.padded, start, sums);
   a.start = start;
   a.sums = sums;
   parallel_for(w.n, kRowGrain, threads, [&](size_t begin, size_t end) { t.gemv8(w, a, begin, end, y); });
 }
 
-void gemvf(const Table& t, const Weight& w, const float* x, size_t m, bool int8, float* y, int threads) {
-  float scales[kMaxRows];
-  const size_t batch = batch_of(m);
+void gemvf(const Table& t, const Weight& w, const float* x, float* y, int threads) {
   ActF a;
-  a.m = m;
+  a.m = 1;
   a.padded = round_up(w.k, kPad);
-  float* out = rows_memory.get<float>(batch * a.padded);
-  float* sums = w.zero ? sums_memory.get<float>(m * w.groups) : nullptr;
-  const int8_t* codes = int8 ? quantize_rows(t, w, x, m, a.padded, scales) : nullptr;
-  float* as_float = int8 ? float_memory.get<float>(a.padded) : nullptr;
-  if (m < batch) std::memset(out, 0, batch * a.padded * sizeof(float));
-  for (size_t i = 0; i < m; ++i) {
-    for (size_t c = 0; int8 && c < w.k; ++c) as_float[c] = codes[i * a.padded + c];  // points that are not integers
-    t.arrange(w, int8 ? as_float : x + i * w.k, i, batch, a.padded, out, w.zero ? sums + i * w.groups : nullptr);
-  }
+  float* out = rows_memory.get<float>(a.padded);
+  float* sums = w.zero ? sums_memory.get<float>(w.groups) : nullptr;
+  t.arrange(w, x, a.padded, out, sums);
   a.x = out;
   a.sums = sums;
-  parallel_for(w.n, kRowGrain, threads, [&](size_t begin, size_t end) {
-    t.gemvf(w, a, begin, end, y);
-    for (size_t i = 0; int8 && i < m; ++i)
-      for (size_t n = begin; n < end; ++n) y[i * w.n + n] *= scales[i];
-  });
+  parallel_for(w.n, kRowGrain, threads, [&](size_t begin, size_t end) { t.gemvf(w, a, begin, end, y); });
+}
+
+// Numbers kept for every row and chunk: chunks are at least as long as the shortest group.
+size_t sums_of(const Table& t, size_t m, size_t padded) {
+  const size_t rows = t.block_rows(m);
+  return round_up(m, rows) * (padded / 16 + 1);
 }
 
 void gemm8(const Table& t, const Weight& w, const float* x, size_t m, float* y, int threads) {
@@ -123,19 +97,43 @@ void gemm8(const Table& t, const Weight& w, const float* x, size_t m, float* y, 
   a.padded = round_up(w.k, kPad);
   float* scales = float_memory.get<float>(m);
   const int8_t* rows = quantize_rows(t, w, x, m, a.padded, scales);
-  const size_t blocked = round_up(m, t.gemm_rows);
-  const size_t chunks = (a.padded + (w.group ? w.group : kWholeRow) - 1) / (w.group ? w.group : kWholeRow);
-  int8_t* out = rows_memory.get<int8_t>(blocked * a.padded);
-  int32_t* start = start_memory.get<int32_t>(blocked * chunks);
-  float* sums = w.zero ? sums_memory.get<float>(blocked * chunks) : nullptr;
+  int8_t* out = rows_memory.get<int8_t>(round_up(m, t.block_rows(m)) * a.padded);
+  int32_t* start = start_memory.get<int32_t>(sums_of(t, m, a.padded));
+  float* sums = w.zero ? sums_memory.get<float>(sums_of(t, m, a.padded)) : nullptr;
   t.arrange8(w, rows, m, a.padded, out, start, sums);
   a.x = out;
   a.start = start;
   a.sums = sums;
   a.scale = scales;
-  parallel_for(w.n, 2 * t.lanes, threads, [&](size_t begin, size_t end) {
-    t.gemm8(w, a, begin, end, y, panel_memory.get<uint8_t>(t.gemm8_scratch(w, a)));
+  parallel_for(w.n, kRowGrain, threads, [&](size_t begin, size_t end) {
+    t.gemm8(w, a, begin, end, y, panel_memory.get<uint8_t>(t.gemm_scratch(w, a.m, a.padded)));
   });
+}
+
+void gemmf(const Table& t, const Weight& w, const float* x, size_t m, const float* scales, float* y, int threads) {
+  ActF a;
+  a.m = m;
+  a.padded = round_up(w.k, kPad);
+  float* out = rows_memory.get<float>(round_up(m, t.block_rows(m)) * a.padded);
+  float* sums = w.zero ? sums_memory.get<float>(sums_of(t, m, a.padded)) : nullptr;
+  t.arrangef(w, x, m, a.padded, out, sums);
+  a.x = out;
+  a.sums = sums;
+  a.scale = scales;
+  parallel_for(w.n, kRowGrain, threads, [&](size_t begin, size_t end) {
+    t.gemmf(w, a, begin, end, y, panel_memory.get<uint8_t>(t.gemm_scratch(w, a.m, a.padded)));
+  });
+}
+
+// Activations rounded to 8 bits, times points that are not integers.
+void rounded(const Table& t, const Weight& w, const float* x, size_t m, float* y, int threads) {
+  const size_t padded = round_up(w.k, kPad);
+  float* scales = float_memory.get<float>(m + m * w.k);
+  float* codes = scales + m;
+  const int8_t* rows = quantize_rows(t, w, x, m, padded, scales);
+  for (size_t i = 0; i < m; ++i)
+    for (size_t c = 0; c < w.k; ++c) codes[i * w.k + c] = rows[i * padded + c];
+  gemmf(t, w, codes, m, scales, y, threads);
 }
 
 }  // namespace
@@ -147,26 +145,24 @@ void matmul(const Weight& w, const float* x, size_t m, bool int8, float* y, int 
     return;
   }
   if (w.n == 0) return;
-  const bool integers = int8 && w.integers;
-  for (size_t at = 0; at < m;) {
-    const size_t left = m - at;
-    const size_t rows = integers && left >= kGemmFrom ? std::min(left, kGemmRows) : std::min(left, kMaxRows);
+  for (size_t at = 0; at < m; at += kMostRows) {
+    const size_t rows = std::min(m - at, kMostRows);
     const float* from = x + at * w.k;
     float* to = y + at * w.n;
-    if (!integers) {
-      gemvf(t, w, from, rows, int8, to, threads);
-    } else if (rows > kMaxRows) {
-      gemm8(t, w, from, rows, to, threads);
+    if (int8 && !w.integers) {
+      rounded(t, w, from, rows, to, threads);
+    } else if (rows > 1) {
+      int8 ? gemm8(t, w, from, rows, to, threads) : gemmf(t, w, from, rows, nullptr, to, threads);
     } else {
-      gemv8(t, w, from, rows, to, threads);
+      int8 ? gemv8(t, w, from, to, threads) : gemvf(t, w, from, to, threads);
     }
-    at += rows;
   }
 }
 
 void dequantize(const Weight& w, size_t begin, size_t end, float* out, int threads) {
   const Table& t = table();
-  parallel_for(end - begin, 1 + (1 << 16) / (w.k + 1), threads, [&](size_t from, size_t to) {
+  parallel_for(end - begin, 32 + (1 << 16) / (w.k + 1), threads, [&](size_t from, size_t to) {
+    if (w.trellis) return t.decode_tiles(w, begin + from, begin + to, out + from * w.k);
     uint8_t* codes = codes_memory.get<uint8_t>(w.k);
     for (size_t r = from; r < to; ++r) {
       unpack_row(w.codes + (begin + r) * w.row_bytes, w.k, w.bits, codes);
@@ -174,5 +170,7 @@ void dequantize(const Weight& w, size_t begin, size_t end, float* out, int threa
     }
   });
 }
+
+size_t spin_dots(size_t rounds) { return table().dots(rounds); }
 
 }  // namespace bitfold

@@ -9,11 +9,11 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "viterbi/kernel.h"
+
 namespace bitfold {
 
 constexpr size_t kPad = 64;
-constexpr size_t kMaxRows = 8;     // rows of activations that one pass over the weights serves
-constexpr size_t kWholeRow = 256;  // columns summed in integers by gemm when a row has one scale
 
 struct Weight {
   const uint8_t* codes = nullptr;  // n rows of row_bytes
@@ -33,6 +33,10 @@ struct Weight {
   uint8_t lut[16] = {};
   float points[16] = {};  // value of each code, repeated periodically; used if bits <= 4
 
+  // Trellis tiles (docs/trellis.md) instead of rows of codes: row_bytes is the length of 32 rows, every row has one
+  // bfloat16 scale, and the rest is as for bytes: bits = 8, offset = 128, unit = 1.
+  const TrellisCode* trellis = nullptr;
+
   // Loops read whole steps, which may end behind a row: of the last rows they read the copy.
   const uint8_t* row(size_t i) const {
     return i < tail_from ? codes + i * row_bytes : tail + (i - tail_from) * row_bytes;
@@ -45,24 +49,29 @@ inline size_t tail_rows(size_t n, size_t row_bytes) {
   return rows < n ? rows : n;
 }
 
-// Rows of activations in 8 bits, in the arrangement that the loop wants.
+// Rows of activations in 8 bits, in the arrangement that the loop wants: gemv.h for one row, gemm.h for more.
 struct Act8 {
-  size_t m = 0, padded = 0;        // padded: columns, a multiple of kPad
-  const int8_t* x = nullptr;       // gemv: (steps, batch, step), batch >= m; gemm: see gemm.h
+  size_t m = 0, padded = 0;  // padded: columns, a multiple of kPad
+  const int8_t* x = nullptr;
   const float* scale = nullptr;    // (m)
   const int32_t* start = nullptr;  // -offset * (sums of x), where accumulators start; gemv: by lane, gemm: by chunk
-  const float* sums = nullptr;     // (m, groups): sum of x over each group
+  const float* sums = nullptr;     // sums of x over each group, for zero points
 };
 
 struct ActF {
   size_t m = 0, padded = 0;
-  const float* x = nullptr;     // (steps, batch, step), columns of a step in the order of the instruction set
-  const float* sums = nullptr;  // (m, groups)
+  const float* x = nullptr;
+  const float* scale = nullptr;  // (m) of rounded activations, or null
+  static constexpr const int32_t* start = nullptr;
+  const float* sums = nullptr;
 };
 
 // y (m, n) = x (m, k) W^T, all row-major float32. With int8, x is rounded to 8 bits with one scale for each row
 // (codes = round(x * 127 / absmax)); a row that holds NaN or infinity gives NaN.
 void matmul(const Weight& w, const float* x, size_t m, bool int8, float* y, int threads);
+
+// Dot products of four bytes that one thread makes to find out how many it can: returns their number.
+size_t spin_dots(size_t rounds);
 
 // Rows [begin, end) of the weight as float32 (end - begin, k).
 void dequantize(const Weight& w, size_t begin, size_t end, float* out, int threads);

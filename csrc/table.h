@@ -10,8 +10,7 @@ namespace bitfold {
 
 struct Table {
   const char* name;
-  size_t lanes;      // 32-bit lanes of a vector; a step is 4 * lanes columns
-  size_t gemm_rows;  // rows of activations in a block of gemm
+  size_t lanes;  // 32-bit lanes of a vector; a step is 4 * lanes columns
 
   // Packs `groups` groups of 8 codes (one byte each) into `bits` bytes each. Returns the bitwise or of all codes, so
   // that the caller sees whether any was too large; what is written is then meaningless. bits in 1..8.
@@ -21,20 +20,29 @@ struct Table {
 
   // One row of activations: float32 (k) -> int8 (padded, zeros behind k). Returns the scale.
   float (*quantize)(const float* x, size_t k, size_t padded, int8_t* out);
-  // Fills start (and sums, if the weight has zero points) of m rows arranged in a batch for gemv8.
-  void (*sums8)(const Weight& w, const int8_t* x, size_t m, size_t batch, size_t padded, int32_t* start, float* sums);
-  // Row b of a batch in the arrangement of gemvf, and its sums over groups if the weight has zero points.
-  void (*arrange)(const Weight& w, const float* x, size_t b, size_t batch, size_t padded, float* out, float* sums);
-  // Rows [begin, end) of the weight times at most kMaxRows rows of activations: y[m * n + row].
+  // One row of activations: start (and sums, if the weight has zero points) for gemv8; the arrangement of gemvf.
+  void (*sums8)(const Weight& w, const int8_t* x, size_t padded, int32_t* start, float* sums);
+  void (*arrange)(const Weight& w, const float* x, size_t padded, float* out, float* sums);
+  // Rows [begin, end) of the weight times one row of activations.
   void (*gemv8)(const Weight& w, const Act8& a, size_t begin, size_t end, float* y);
   void (*gemvf)(const Weight& w, const ActF& a, size_t begin, size_t end, float* y);
-  // The same for any number of rows of activations; see gemm.h for their arrangement and the scratch memory.
-  void (*arrange8)(const Weight& w, const int8_t* x, size_t m, size_t padded, int8_t* out, int32_t* start, float* sums);
-  void (*gemm8)(const Weight& w, const Act8& a, size_t begin, size_t end, float* y, void* scratch);
-  size_t (*gemm8_scratch)(const Weight& w, const Act8& a);
 
-  // One row of the weight out of its unpacked codes.
+  // Any number of rows, in blocks of block_rows(m); see gemm.h for their arrangement and the scratch memory. begin is a
+  // multiple of kRowGrain.
+  size_t (*block_rows)(size_t m);
+  void (*arrange8)(const Weight& w, const int8_t* x, size_t m, size_t padded, int8_t* out, int32_t* start, float* sums);
+  void (*arrangef)(const Weight& w, const float* x, size_t m, size_t padded, float* out, float* sums);
+  void (*gemm8)(const Weight& w, const Act8& a, size_t begin, size_t end, float* y, void* scratch);
+  void (*gemmf)(const Weight& w, const ActF& a, size_t begin, size_t end, float* y, void* scratch);
+  size_t (*gemm_scratch)(const Weight& w, size_t m, size_t padded);
+
+  // One row of the weight out of its unpacked codes; rows [begin, end) out of trellis tiles.
   void (*decode)(const Weight& w, size_t row, const uint8_t* codes, float* out);
+  void (*decode_tiles)(const Weight& w, size_t begin, size_t end, float* out);
+  // spin_dots of linear.h.
+  size_t (*dots)(size_t rounds);
 };
+
+constexpr size_t kRowGrain = 64;  // rows of the weight that a thread takes at least
 
 }  // namespace bitfold

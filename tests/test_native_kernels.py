@@ -85,6 +85,7 @@ def test_the_native_kernel_takes_the_formats_it_is_made_for():
     if CORE is None:
         pytest.skip("no native core in this installation")
     wanted = {f"int{b}{z}{g}" for b in range(2, 9) for z in ("", "-asym") for g in ("", "-g64")}
+    wanted |= {f"trellis-{k}" for k in (1, 2, 3, 4)}
     wanted |= {"int1", "nf4", "fp4", "mxfp4", "nvfp4", "nf4-dq", "ternary", "int8-tensor", "int4-affine-g64"}
     assert wanted <= set(NATIVE)
 
@@ -99,7 +100,7 @@ def test_native_kernels_stay_within_the_bound(isa, name, act):
 
 
 @pytest.mark.parametrize("act", kernels.ACTS)
-@pytest.mark.parametrize("name", [name for name in ENCODABLE if not name.startswith("int") or name in ("int4", "int8")])
+@pytest.mark.parametrize("name", [name for name in ENCODABLE if name[:3] not in ("int", "tre") or name in ("int4", "int8")])
 def test_the_reference_accepts_everything(name, act):
     check(sample(name, 19, 256), activations(3, 256), act, "reference")
 
@@ -187,7 +188,7 @@ def test_the_operator_is_sound():
     w = read_layout(q)
     p = w.points
     x = activations(3, 130).requires_grad_()
-    rest = (list(p.points), list(p.lut), p.offset, p.unit, p.integers)
+    rest = (list(p.points), list(p.lut), p.offset, p.unit, p.integers, list(w.columns), list(w.table))
     args = (x, w.codes, w.scale, w.zero, w.k, w.bits, w.group, *rest, False)
     torch.library.opcheck(torch.ops.bitfold.linear.default, args)
 

@@ -1,6 +1,7 @@
 // Codecs: bytes of the canonical layout -> a vector of S::W codes, column after column.
 //
-// A codec is a struct with a constructor from the weight and `load(p)`, which reads exactly `kBytes` bytes at p. The
+// A codec is a struct with a constructor from the weight and `load(p)`, which reads exactly `kBytes` bytes at p and is
+// `map` of the codes there. The
 // integer loops want unsigned bytes u with value = (u - offset) * unit; the float loops want float values.
 #pragma once
 #include "swar.h"
@@ -31,6 +32,7 @@ struct Dense {
   static constexpr size_t kBytes = size_t{S::W} * B / 8;
   explicit Dense(const Weight&) {}
   typename S::I load(const uint8_t* p) const { return S::template codes<B>(p); }
+  typename S::I map(typename S::I codes) const { return codes; }
 };
 
 // The same through a table of at most 16 small integers (1-bit signs, FP4).
@@ -40,7 +42,8 @@ struct DenseLut {
   static constexpr size_t kBytes = size_t{S::W} * B / 8;
   typename S::I table;
   explicit DenseLut(const Weight& w) : table(S::table16(w.lut)) {}
-  typename S::I load(const uint8_t* p) const { return S::lookup(table, S::template codes<B>(p)); }
+  typename S::I load(const uint8_t* p) const { return map(S::template codes<B>(p)); }
+  typename S::I map(typename S::I codes) const { return S::lookup(table, codes); }
 };
 
 // A step as four vectors of float: lane i of the j-th belongs to column 4i + j.

@@ -4,6 +4,8 @@
 #include "loops/dequant.h"
 #include "loops/gemm.h"
 #include "loops/gemv.h"
+#include "loops/trellis.h"
+#include "viterbi/tile_avx512.h"
 
 namespace bitfold {
 namespace avx512 {

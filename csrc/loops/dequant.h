@@ -21,5 +21,26 @@ inline void decode_row(const Weight& w, size_t row, const uint8_t* codes, float*
   }
 }
 
+// What dot products at best take: 12 independent ones, out of registers.
+template <class S>
+size_t dots(size_t rounds) {
+  constexpr int kChains = 12;
+  typename S::I acc[kChains];
+  const typename S::I u = S::set8(1);
+  typename S::I x = S::set8(2);
+  repeat<kChains>([&](auto i) BITFOLD_INLINE { acc[i.value] = S::zero(); });
+  for (size_t r = 0; r < rounds; ++r) {
+    repeat<kChains>([&](auto i) BITFOLD_INLINE { acc[i.value] = S::template dot<4>(acc[i.value], u, x); });
+    x = S::sub8(x, u);  // or the compiler sees that every round is the same
+  }
+  int32_t kept[S::L];
+  volatile int32_t sink = 0;
+  repeat<kChains>([&](auto i) BITFOLD_INLINE {
+    S::store(kept, acc[i.value]);
+    sink = sink + kept[0];
+  });
+  return rounds * kChains * S::L;
+}
+
 }  // namespace BITFOLD_NS
 }  // namespace bitfold

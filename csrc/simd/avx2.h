@@ -185,7 +185,13 @@ struct Simd {
     }
   }
 
+  template <int B>
+  struct Quads {
+    static constexpr bool kBetter = false;
+  };
+
   BITFOLD_INLINE static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  BITFOLD_INLINE static void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 };
 
 }  // namespace BITFOLD_NS

@@ -150,7 +150,45 @@ struct Simd {
     }
   }
 
+  // 16 rows of packed codes -> vectors of 4 columns of all of them: transposed while the codes are still packed, 16
+  // bytes of every row at a time.
+  template <int B>
+  struct Quads {
+    static constexpr bool kBetter = B == 2 || B == 3 || B == 4;  // than unpacking first
+    static constexpr int kPer = B == 3 ? 2 : 8 / B;              // vectors out of 4 bytes
+    static constexpr int kColumns = 16 * kPer, kBytes = kColumns * B / 8;
+
+    // f(i, vector) for the i-th 4 columns of the kColumns that begin at the row pointers.
+    template <class F>
+    BITFOLD_INLINE static void run(const uint8_t* const* rows, size_t at, const F& f) {
+      I r[4];
+      for (int q = 0; q < 4; ++q) {
+        const auto part = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[q + i] + at)); };
+        r[q] = _mm512_inserti32x4(_mm512_castsi128_si512(part(0)), part(4), 1);
+        r[q] = _mm512_inserti32x4(_mm512_inserti32x4(r[q], part(8), 2), part(12), 3);
+        if constexpr (B == 3)
+          r[q] = _mm512_shuffle_epi8(
+              r[q], _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1)));
+      }
+      const I a = _mm512_unpacklo_epi32(r[0], r[1]), b = _mm512_unpacklo_epi32(r[2], r[3]);
+      const I c = _mm512_unpackhi_epi32(r[0], r[1]), d = _mm512_unpackhi_epi32(r[2], r[3]);
+      const I t[4] = {_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b), _mm512_unpacklo_epi64(c, d),
+                      _mm512_unpackhi_epi64(c, d)};
+      for (int j = 0; j < 4; ++j)
+        for (int i = 0; i < kPer; ++i) f(j * kPer + i, codes_of(t[j], i));
+    }
+
+   private:
+    static I codes_of(I words, int quad) {
+      const int64_t first = quad * 4 * B;
+      const int64_t half = first | (first + B) << 8 | (first + 2 * B) << 16 | (first + 3 * B) << 24;
+      const I offsets = _mm512_set1_epi64(half | (half + 0x20202020) << 32);
+      return _mm512_and_si512(_mm512_multishift_epi64_epi8(offsets, words), _mm512_set1_epi8((1 << B) - 1));
+    }
+  };
+
   BITFOLD_INLINE static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  BITFOLD_INLINE static void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 };
 
 }  // namespace BITFOLD_NS

@@ -135,7 +135,13 @@ struct Simd {
     r[3] = bytes(vcombine_s32(vget_high_s32(a.val[1]), vget_high_s32(b.val[1])));
   }
 
+  template <int B>
+  struct Quads {
+    static constexpr bool kBetter = false;
+  };
+
   BITFOLD_INLINE static void prefetch(const void* p) { __builtin_prefetch(p); }
+  BITFOLD_INLINE static void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 };
 
 }  // namespace BITFOLD_NS

@@ -122,7 +122,13 @@ struct Simd {
       }
   }
 
+  template <int B>
+  struct Quads {
+    static constexpr bool kBetter = false;
+  };
+
   BITFOLD_INLINE static void prefetch(const void*) {}
+  BITFOLD_INLINE static void prefetch_far(const void*) {}
 };
 
 }  // namespace BITFOLD_NS

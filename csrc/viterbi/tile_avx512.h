@@ -82,7 +82,8 @@ static inline __m512i hash_matrix(const uint8_t (&columns)[8]) {
 // Valid for tables of at most 64 (k = 1, 2), 128 (k = 3) and 256 (k = 4) entries, and windows of at most 16 bits (14
 // for k = 3). Tables with more than 64 (128) entries are folded: where the highest index bit is set, the value is minus
 // that of the complement, and to complement the other bits is linear, so it is part of the hash.
-static inline TileCode tile_code(const TrellisCode& code) {
+// `offset` (0 or 128) is added to every value.
+static inline TileCode tile_code(const TrellisCode& code, int offset = 0) {
   const int w = code.index_bits, folded = code.bits == 3 ? 6 : code.bits == 4 ? 7 : w;
   const int second = code.bits == 3 ? 6 : 8;
   uint8_t columns[2][8] = {};
@@ -93,7 +94,7 @@ static inline TileCode tile_code(const TrellisCode& code) {
   }
   alignas(64) int8_t table[128] = {};
   for (int i = 0; i < 128; ++i)
-    table[i] = static_cast<int8_t>(code.levels[i & ((1 << (w < folded ? w : folded)) - 1)] / 16);
+    table[i] = static_cast<int8_t>(code.levels[i & ((1 << (w < folded ? w : folded)) - 1)] / 16 + offset);
   return {hash_matrix(columns[0]), hash_matrix(columns[1]), _mm512_load_si512(table), _mm512_load_si512(table + 64)};
 }
 

@@ -35,11 +35,6 @@ bool odd(const TrellisCode& c) {
   return true;
 }
 
-bool valid(const TrellisCode& c) {
-  return c.bits >= 1 && c.bits <= 4 && c.window >= 9 && c.window <= (c.bits == 3 ? 14 : 16) && c.index_bits >= c.bits &&
-         c.index_bits <= (c.bits <= 2 ? 6 : c.bits + 4) && c.gain >= 2 && c.gain <= 6 && odd(c);
-}
-
 bool wide_registers() {
   const char* isa = table().name;
   return !std::strcmp(isa, "avx512") || !std::strcmp(isa, "amx");
@@ -207,6 +202,11 @@ void decode_by_bytes(const TrellisCode& code, const uint8_t* bytes, size_t tiles
 
 }  // namespace
 
+bool trellis_valid(const TrellisCode& c) {
+  return c.bits >= 1 && c.bits <= 4 && c.window >= 9 && c.window <= (c.bits == 3 ? 14 : 16) && c.index_bits >= c.bits &&
+         c.index_bits <= (c.bits <= 2 ? 6 : c.bits + 4) && c.gain >= 2 && c.gain <= 6 && odd(c);
+}
+
 // Runs of `turn` weights (as many as fit 8 bits) alternate between the upper and the lower 16 rows, so that the byte
 // after a weight's own bits is the first byte of a weight in the other half: decoders need not extract it again.
 int trellis_position(int bits, int t) {
@@ -216,7 +216,7 @@ int trellis_position(int bits, int t) {
 
 bool trellis_encode(const TrellisCode& code, const float* x, size_t tiles, uint8_t* bytes, int8_t* values,
                     bool thorough, int threads) {
-  if (!valid(code)) return false;
+  if (!trellis_valid(code)) return false;
   const ViterbiKernel& kernel = choose_kernel(tiles, threads < 1 ? 1 : threads);
   const size_t lanes = kernel.lanes, batches = (tiles + lanes - 1) / lanes;
   std::atomic<bool> ok{true};
@@ -233,7 +233,7 @@ bool trellis_encode(const TrellisCode& code, const float* x, size_t tiles, uint8
 }
 
 bool trellis_decode(const TrellisCode& code, const uint8_t* bytes, size_t tiles, int8_t* values, int threads) {
-  if (!valid(code)) return false;
+  if (!trellis_valid(code)) return false;
   const size_t size = 16 * static_cast<size_t>(code.bits);
   parallel_for(tiles, 256, threads, [&](size_t begin, size_t end) {
 #if BITFOLD_WITH_AVX512

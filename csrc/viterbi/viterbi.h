@@ -6,6 +6,9 @@ namespace bitfold {
 
 constexpr int kTileWeights = 128;
 
+// Whether the code's numbers are in range and fit together: what every function below counts on.
+bool trellis_valid(const TrellisCode& code);
+
 // Encodes tiles of 128 weights, given as float in units of the table's step (weight / row scale), in the order of the
 // tile (row by row, 32 rows x 4 columns), so that the squared error is least; NaN = any value will do. Writes 16 * k
 // bytes for each tile and, if `values` is not null, the table values. The result does not depend on the number of

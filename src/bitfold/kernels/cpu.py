@@ -51,46 +51,28 @@ def prepack(q: QTensor, act: str) -> State:
 def matmul(x: Tensor, state: State) -> Tensor:
     """x (m, k) -> (m, n) float32."""
     if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
-        w, p = state.layout, state.layout.points
-        table = [*p.points]
-        y: Tensor = torch.ops.bitfold.linear(
-            x,
-            w.codes,
-            w.scale,
-            w.zero,
-            w.k,
-            w.bits,
-            w.group,
-            table,
-            list(p.lut),
-            p.offset,
-            p.unit,
-            p.integers,
-            state.int8,
-        )
+        w = state.layout
+        y: Tensor = torch.ops.bitfold.linear(x, w.codes, w.scale, w.zero, *_plain(w), state.int8)
         return y
     return _run(x, state.weight, state.layout, state.int8)
+
+
+def _plain(w: Layout) -> tuple[Any, ...]:
+    """What the operators take besides tensors."""
+    p = w.points
+    numbers = (w.k, w.bits, w.group, list(p.points), list(p.lut), p.offset, p.unit, p.integers)
+    return (*numbers, list(w.columns), list(w.table))
 
 
 def _weight(w: Layout) -> Any:
     core = native.core()
     assert core is not None
-    return core.Weight(
-        w.codes.data_ptr(),
-        w.n,
-        w.k,
-        w.bits,
-        w.scale.data_ptr(),
-        0 if w.zero is None else w.zero.data_ptr(),
-        w.scale.dtype == torch.bfloat16,
-        w.group,
-        w.scale.shape[1],
-        w.points.offset,
-        w.points.unit,
-        w.points.integers,
-        w.points.points,
-        w.points.lut,
-    )
+    if w.table:
+        return core.Weight(w.codes.data_ptr(), w.n, w.k, w.bits, w.scale.data_ptr(), w.columns, w.table)
+    zero = 0 if w.zero is None else w.zero.data_ptr()
+    bf16, p = w.scale.dtype == torch.bfloat16, w.points
+    scales = (w.scale.data_ptr(), zero, bf16, w.group, w.scale.shape[1])
+    return core.Weight(w.codes.data_ptr(), w.n, w.k, w.bits, *scales, p.offset, p.unit, p.integers, p.points, p.lut)
 
 
 def _run(x: Tensor, weight: Any, w: Layout, int8: bool) -> Tensor:
@@ -116,12 +98,20 @@ def _run(x: Tensor, weight: Any, w: Layout, int8: bool) -> Tensor:
 def _decoded(weight: Any, w: Layout) -> Iterator[tuple[slice, Tensor]]:
     core = native.core()
     assert core is not None
-    step = max(64, _CHUNK // w.k)
+    step = max(64, _CHUNK // w.k // 32 * 32)  # tiles of a trellis have 32 rows
     room = torch.empty(min(step, w.n), w.k, dtype=torch.float32)
     for at in range(0, w.n, step):
         stop = min(at + step, w.n)
         core.dequantize(weight, at, stop, room.data_ptr(), native.threads())
         yield slice(at, stop), room[: stop - at]
+
+
+def _layout(codes: Tensor, scale: Tensor, zero: Tensor | None, plain: tuple[Any, ...]) -> Layout:
+    k, bits, group, points, lut, offset, unit, integers, columns, table = plain
+    zero = None if zero is None else with_slack(zero)
+    grid = Points(tuple(points), offset, unit, tuple(lut), integers)
+    n = scale.shape[0]
+    return Layout(n, k, bits, codes.contiguous(), with_slack(scale), zero, group, grid, tuple(columns), tuple(table))
 
 
 @torch.library.custom_op("bitfold::linear", mutates_args=(), device_types="cpu")
@@ -138,11 +128,12 @@ def _linear(
     offset: int,
     unit: float,
     integers: bool,
+    columns: list[int],
+    table: list[int],
     int8: bool,
 ) -> Tensor:
-    table = Points(tuple(points), offset, unit, tuple(lut), integers)
-    zero = None if zero is None else with_slack(zero)
-    layout = Layout(codes.shape[0], k, bits, codes.contiguous(), with_slack(scale), zero, group, table)
+    plain = (k, bits, group, points, lut, offset, unit, integers, columns, table)
+    layout = _layout(codes, scale, zero, plain)
     return _run(x, _weight(layout), layout, int8)
 
 
@@ -160,10 +151,10 @@ def _linear_backward(
     offset: int,
     unit: float,
     integers: bool,
+    columns: list[int],
+    table: list[int],
 ) -> Tensor:
-    table = Points(tuple(points), offset, unit, tuple(lut), integers)
-    zero = None if zero is None else with_slack(zero)
-    layout = Layout(codes.shape[0], k, bits, codes.contiguous(), with_slack(scale), zero, group, table)
+    layout = _layout(codes, scale, zero, (k, bits, group, points, lut, offset, unit, integers, columns, table))
     out = torch.zeros(grad.shape[0], k, dtype=torch.float32)
     for rows, part in _decoded(_weight(layout), layout):
         out.addmm_(grad[:, rows].float(), part)
@@ -171,8 +162,8 @@ def _linear_backward(
 
 
 @_linear.register_fake
-def _linear_shape(x: Tensor, codes: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(x.shape[0], codes.shape[0], dtype=torch.float32)
+def _linear_shape(x: Tensor, codes: Tensor, scale: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(x.shape[0], scale.shape[0], dtype=torch.float32)
 
 
 @_linear_backward.register_fake

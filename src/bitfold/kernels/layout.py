@@ -1,8 +1,9 @@
 """What the native loops need to know of a weight, found out without asking which format it is.
 
 Any format made of a grid of at most 256 points, scales for rows (or runs of columns of a row) and perhaps zero points
-qualifies; it shows so by having `grid`, `blocks` and `load_params`. The codes stay where they are: the loops read the
-canonical layout. Scales and zero points become one bfloat16 or float32 array each.
+qualifies; it shows so by having `grid`, `blocks` and `load_params`. So does a trellis, by having a `code` of columns and
+a table. The codes stay where they are: the loops read the canonical layout. Scales and zero points become one bfloat16
+or float32 array each.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -44,11 +45,13 @@ class Layout:
     n: int
     k: int
     bits: int
-    codes: Tensor  # uint8 (n, bytes of a row)
+    codes: Tensor  # uint8 (n, bytes of a row), or trellis tiles (ceil(n / 32), ceil(k / 4), 16 * bits)
     scale: Tensor  # bfloat16 or float32 (n, groups)
     zero: Tensor | None  # the same
     group: int  # columns that share a scale; 0: the whole row
     points: Points
+    columns: tuple[int, ...] = ()  # of a trellis: its hash and its table
+    table: tuple[int, ...] = ()
 
 
 def read_points(points: Sequence[float], bits: int, *, zero: bool) -> Points | None:
@@ -80,9 +83,29 @@ def read_points(points: Sequence[float], bits: int, *, zero: bool) -> Points | N
 def read_layout(q: QTensor) -> Layout | None:
     """The layout of a weight, or None if the native loops cannot multiply by it."""
     form: Any = q.format
-    grid = getattr(form, "grid", None)
-    if grid is None or not hasattr(form, "load_params") or len(q.shape) != 2 or 0 in q.shape:
+    if len(q.shape) != 2 or 0 in q.shape or not _is_whole(q):
         return None
+    if hasattr(form, "code"):
+        return _trellis_layout(q)
+    return _grid_layout(q) if hasattr(form, "grid") and hasattr(form, "load_params") else None
+
+
+def _is_whole(q: QTensor) -> bool:
+    """Whether every field is as long as the shape says: the loops trust it. Other kernels say what is wrong."""
+    wanted = q.format.layout(q.shape)
+    fields = ((q.fields.get(name), info) for name, info in wanted.items())
+    return all(f is not None and f.dtype == info.dtype and tuple(f.shape) == tuple(info.shape) for f, info in fields)
+
+
+def _trellis_layout(q: QTensor) -> Layout:
+    (n, k), code = q.shape, cast(Any, q.format).code
+    tiles, scale = q.fields["tiles"].contiguous(), q.fields["scale"].contiguous()
+    return Layout(n, k, code.bits, tiles, scale, None, 0, Points((), 128), code.columns, code.table)
+
+
+def _grid_layout(q: QTensor) -> Layout | None:
+    form: Any = q.format
+    grid = form.grid
     n, k = q.shape
     params = form.load_params(q.fields, q.shape)
     zero = None if params is None else params.zero_point
