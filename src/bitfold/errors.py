@@ -75,3 +75,15 @@ class QualityError(BitfoldError):
     """A measured loss above the limit that the caller set."""
 
     exit_code = 7
+
+
+class AccountingError(BitfoldError):
+    """Tensors or bytes that do not add up, hashes that do not agree, flagged tensors where the caller forbids them."""
+
+    exit_code = 8
+
+
+class ResourceError(BitfoldError):
+    """A ceiling of memory, or the room on a disk, within which the work cannot be done."""
+
+    exit_code = 9

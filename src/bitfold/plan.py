@@ -52,19 +52,34 @@ class Decision:
         format, transform = get_format(rule.format), transform_of(rule, site, seed)
         return Entry(format, site.qshape, rule.act, site.transposed, transform)
 
+    def stored(self) -> dict[str, TensorInfo]:
+        """The tensors of the output that it becomes, by name; none for an alias."""
+        if self.alias_of is not None:
+            return {}
+        if self.rule is None or self.site is None:
+            return {self.tensor: self.info}
+        format = get_format(self.rule.format)
+        layout = format.layout(self.site.qshape)
+        if is_plain(format):
+            return {self.tensor: TensorInfo(layout["values"].dtype, self.info.shape)}
+        return {f"{self.tensor}.{field}": info for field, info in layout.items()}
+
     def nbytes(self) -> int:
         """Bytes it will take, exactly."""
-        if self.alias_of is not None:
-            return 0
-        if self.rule is None or self.site is None:
-            return self.info.nbytes
-        return sum(field.nbytes for field in get_format(self.rule.format).layout(self.site.qshape).values())
+        return sum(info.nbytes for info in self.stored().values())
 
-    def report(self, nbytes: int, *, error: float | None = None, output_error: float | None = None) -> TensorReport:
+    def report(
+        self,
+        nbytes: int,
+        *,
+        error: float | None = None,
+        output_error: float | None = None,
+        flags: tuple[str, ...] = (),
+    ) -> TensorReport:
         """What the run reports of it."""
         name = get_format(self.rule.format).name if self.rule is not None else None
         return TensorReport(
-            self.tensor, self.info.shape, name, self.reason, self.info.nbytes, nbytes, error, output_error
+            self.tensor, self.info.shape, name, self.reason, self.info.nbytes, nbytes, error, output_error, flags
         )
 
 
@@ -91,6 +106,10 @@ class Plan:
     def numel(self) -> int:
         """Numbers to be written."""
         return sum(d.info.numel for d in self.decisions if d.alias_of is None)
+
+    def stored(self) -> dict[str, TensorInfo]:
+        """All tensors of the output, in the order of the source."""
+        return {name: info for d in self.decisions for name, info in d.stored().items()}
 
     def entries(self, seed: int) -> dict[str, Entry]:
         """Entries of the quantized tensors."""

@@ -57,6 +57,12 @@ def bar(label: str, total: float) -> Iterator[Bar]:
         lines.finish()
 
 
+def say(text: str) -> None:
+    """One line for the user about what is going on; silent unless `enable()` was called."""
+    if _enabled:
+        print(text, file=sys.stderr, flush=True)
+
+
 def duration(seconds: float) -> str:
     """Seconds as people say them: `7 s`, `3 min 05 s`, `2 h 10 min`."""
     whole = max(0, round(seconds))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, dataclass, field
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from bitfold.memory import peak as peak_memory
 from bitfold.parallel import parallel_map
 from bitfold.qtensor import QTensor
 
@@ -26,6 +25,7 @@ class TensorReport:
         bytes_before, bytes_after: stored size.
         error: relative square error of the weights, |w - wq|^2 / |w|^2; None for kept tensors and plans.
         output_error: the same of the layer's output under the calibration inputs; None without calibration.
+        flags: what looks wrong, in words.
     """
 
     tensor: str
@@ -36,6 +36,16 @@ class TensorReport:
     bytes_after: int
     error: float | None = None
     output_error: float | None = None
+    flags: tuple[str, ...] = ()
+
+    @classmethod
+    def from_dict(cls, text: dict[str, Any]) -> TensorReport:
+        """As `asdict` and JSON left it."""
+        return cls(**{**text, "shape": tuple(text["shape"]), "flags": tuple(text["flags"])})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, with stable keys."""
+        return {**asdict(self), "shape": list(self.shape), "flags": list(self.flags), "bpw": self.bpw}
 
     @property
     def numel(self) -> int:
@@ -60,6 +70,8 @@ class QuantizeReport:
     seconds: float = 0.0
     peak_memory: int | None = None
     url: str | None = None
+    account: dict[str, Any] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
 
     def add(self, tensor: TensorReport) -> None:
         """Append a tensor that was written."""
@@ -101,19 +113,33 @@ class QuantizeReport:
         parts = [(t.error, t.numel) for t in self.quantized if t.error is not None]
         return sum(e * n for e, n in parts) / sum(n for _, n in parts) if parts else None
 
+    @property
+    def flagged(self) -> list[TensorReport]:
+        """Tensors with which something looks wrong."""
+        return [t for t in self.tensors if t.flags]
+
+    def sums(self) -> dict[str, Any]:
+        """Totals of sizes and errors."""
+        keys = ("bytes_before", "bytes_after", "bpw_quantized", "bpw_whole", "error")
+        return {key: getattr(self, key) for key in keys}
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, with stable keys."""
-        keys = ("bytes_before", "bytes_after", "bpw_quantized", "bpw_whole", "error")
         return {
             "source": self.source,
             "output": self.output,
-            **{key: getattr(self, key) for key in keys},
+            **self.sums(),
             "seconds": round(self.seconds, 3),
             "peak_memory": self.peak_memory,
             "url": self.url,
             "recipe": self.recipe,
-            "tensors": [{**asdict(t), "shape": list(t.shape), "bpw": t.bpw} for t in self.tensors],
+            "account": self.account,
+            "unread": self.unread,
+            "tensors": [t.to_dict() for t in self.tensors],
         }
+
+
+__all__ = ["QuantizeReport", "TensorReport", "peak_memory", "relative_error", "relative_parts"]
 
 
 def _bpw(tensors: list[TensorReport]) -> float:
@@ -147,19 +173,3 @@ def relative_parts(w: torch.Tensor, q: QTensor) -> tuple[float, float]:
 
 def _square_sum(x: torch.Tensor) -> float:
     return float(x.square_().sum(1).sum(dtype=torch.float64))
-
-
-def peak_memory() -> int | None:
-    """Largest resident size of this process so far, in bytes; None where the system does not tell."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        # Not getrusage: on Linux its maximum starts at the size of the process that started this one.
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)

@@ -30,6 +30,26 @@ class Source(Protocol):
         """The tensor itself, in memory of its own."""
         ...
 
+    def stored_bytes(self) -> dict[str, int]:
+        """Bytes of every tensor in the files, in their order; also of those that `names` does not offer."""
+        ...
+
+    def folded(self) -> dict[str, str]:
+        """Tensors in the files that `names` does not offer, because they became part of the config; and the reason."""
+        ...
+
+    def data_bytes(self) -> int:
+        """Bytes of all tensors, counted from the sizes of the files."""
+        ...
+
+    def unread(self) -> list[str]:
+        """Files of weights that lie beside the checkpoint and are not part of it."""
+        ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        """JSON-able facts that change when the checkpoint does: sizes, times and headers of files, the config."""
+        ...
+
     def copy_side_files(self, out_dir: Path) -> list[str]:
         """Copy or write tokenizer, generation config, chat template ... to out_dir (all but weights and config.json).
 

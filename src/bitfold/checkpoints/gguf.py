@@ -20,7 +20,7 @@ from torch import Tensor
 from bitfold.checkpoints.gguf_arch import CONFIG_TENSORS, Facts, find_arch, hf_config
 from bitfold.checkpoints.gguf_file import GgufFile, GgufTensor
 from bitfold.checkpoints.gguf_tokenizer import generation_config, write_tokenizer
-from bitfold.checkpoints.safetensors import write_json
+from bitfold.checkpoints.safetensors import file_facts, write_json
 from bitfold.errors import CheckpointError
 from bitfold.formats.ggml import GGML
 from bitfold.tensorinfo import TensorInfo
@@ -108,6 +108,28 @@ class GgufSource:
         if tensor.type in _PLAIN:
             return None
         return GGML[tensor.type].steps({"blocks": self._blocks(tensor)}, tensor.shape)
+
+    def stored_bytes(self) -> dict[str, int]:
+        """Bytes of every tensor in the file; those that went into the config under their own names."""
+        here = {tensor.name: name for name, tensor in self._names.items()}
+        return {here.get(t.name, t.name): t.nbytes for t in self._file.tensors.values()}
+
+    def folded(self) -> dict[str, str]:
+        """Tensors that became part of the config (rope factors), or that every reader computes (rotary embeddings)."""
+        offered = {tensor.name for tensor in self._names.values()}
+        return {name: "part of the config" for name in self._file.tensors if name not in offered}
+
+    def data_bytes(self) -> int:
+        """The size of the file without what precedes the tensors and without the padding between them."""
+        return self._file.data_bytes()
+
+    def unread(self) -> list[str]:
+        """None: the file is the checkpoint."""
+        return []
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Of the file its size, time and first bytes."""
+        return {self.path.name: file_facts(self.path)}
 
     def copy_side_files(self, out_dir: Path) -> list[str]:
         """Write the tokenizer with its chat template and special tokens, and generation_config.json."""

@@ -111,6 +111,25 @@ class GgufFile:
         end = tensor.start + tensor.nbytes if length is None else begin + length
         return bytearray(self._map[begin:end])
 
+    def data_bytes(self) -> int:
+        """Bytes between the first tensor and the end of the file, less the padding that the alignment explains.
+
+        CheckpointError when there is a hole that no padding explains.
+        """
+        ordered = sorted(self.tensors.values(), key=lambda t: t.start)
+        ends = [*(t.start for t in ordered[1:]), self.size]
+        holes = [end - t.start - t.nbytes for t, end in zip(ordered, ends, strict=True)]
+        for tensor, hole in zip(ordered, holes, strict=True):
+            if hole >= self.alignment:
+                what = f"{hole} bytes after it belong to no tensor"
+                raise CheckpointError(what, where=f"{self.path}: tensor {tensor.name!r}", hint="the file is damaged")
+        return (self.size - ordered[0].start if ordered else 0) - sum(holes)
+
+    @property
+    def alignment(self) -> int:
+        """Tensors begin at multiples of so many bytes."""
+        return int(self.metadata.get("general.alignment", 32))
+
     def close(self) -> None:
         """Release the map."""
         self._map.close()

@@ -67,6 +67,12 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
             raise CheckpointError(f"cannot be read: {error}", where=str(file)) from error
 
 
+def stored_layouts(folder: Path) -> dict[str, TensorInfo]:
+    """dtype and shape of every field of every quantized tensor, as the config of a folder says."""
+    source = QuantizedSource(folder)
+    return {f"{name}.{field}": info for name, layout in source._layouts.items() for field, info in layout.items()}
+
+
 class QuantizedSource:
     """A bitfold folder as a `Source` of ordinary tensors: quantized ones come out dequantized, in float32."""
 
@@ -129,6 +135,26 @@ class QuantizedSource:
         transform = read_transform(self._tensors[name].get("transform"))
         w = w if transform is None else transform.inverse(w)
         return w.transpose(-1, -2).contiguous() if self._tensors[name].get("transposed", False) else w
+
+    def stored_bytes(self) -> dict[str, int]:
+        """Bytes of every stored field and tensor."""
+        return self._stored.stored_bytes()
+
+    def folded(self) -> dict[str, str]:
+        """None."""
+        return {}
+
+    def data_bytes(self) -> int:
+        """Sizes of the files without their headers."""
+        return self._stored.data_bytes()
+
+    def unread(self) -> list[str]:
+        """Files of weights that do not belong to it."""
+        return self._stored.unread()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """As of any folder of safetensors."""
+        return self._stored.fingerprint()
 
     def copy_side_files(self, out_dir: Path) -> list[str]:
         """Tokenizer and the like."""

@@ -7,6 +7,7 @@ the folder. Pickles (`.bin`, `.pt`) are refused: reading one runs whatever code 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import struct
@@ -71,12 +72,64 @@ class SafetensorsSource:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot read tensor {name}: {error}", where=str(file)) from error
 
+    def stored_bytes(self) -> dict[str, int]:
+        """Bytes of every tensor."""
+        return {name: info.nbytes for name, info in self._info.items()}
+
+    def folded(self) -> dict[str, str]:
+        """None: every tensor is offered."""
+        return {}
+
+    def data_bytes(self) -> int:
+        """Sizes of the files without their headers."""
+        return sum(data_size(file) for file in self.files)
+
+    def unread(self) -> list[str]:
+        """Files of weights in the folder that are not part of this checkpoint: other shards, pickles."""
+        mine = {file.name for file in self.files}
+        kinds = (".safetensors", ".gguf", *_PICKLES)
+        return sorted(f.name for f in self.path.iterdir() if f.name.endswith(kinds) and f.name not in mine)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return list(dict.fromkeys(self._where.values()))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Of the config, and of each file of weights its size, time and header."""
+        return {"config": digest_of(self.path / "config.json"), **{f.name: file_facts(f) for f in self.files}}
+
     def copy_side_files(self, out_dir: Path) -> list[str]:
         """Copy everything but weights and config.json: tokenizer, generation config, chat template, licence ..."""
         return copy_side_files(self.path, out_dir)
 
     def close(self) -> None:
         """Nothing stays open between reads."""
+
+
+def data_size(file: Path) -> int:
+    """Bytes of a safetensors file that are not its header."""
+    with file.open("rb") as stream:
+        return file.stat().st_size - 8 - int(struct.unpack("<Q", stream.read(8))[0])
+
+
+def file_facts(file: Path, head: int = 1 << 20) -> list[Any]:
+    """Size, time of the last change (ns) and a hash of the first bytes: they tell versions of a file apart."""
+    status = file.stat()
+    with file.open("rb") as stream:
+        return [status.st_size, status.st_mtime_ns, hashlib.sha256(stream.read(head)).hexdigest()]
+
+
+def digest_of(file: Path) -> str:
+    """SHA-256 of a whole file."""
+    digest = hashlib.sha256()
+    try:
+        with file.open("rb") as stream:
+            while raw := stream.read(1 << 24):
+                digest.update(raw)
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error}", where=str(file)) from error
+    return digest.hexdigest()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -245,7 +298,7 @@ class ShardWriter:
         order = sorted(self._pending, key=lambda n: (-self._pending[n][0].dtype.itemsize, n))
         try:
             with path.open("wb") as out:
-                out.write(_header(order, {name: info for name, (info, _) in self._pending.items()}))
+                out.write(safetensors_header(order, {name: info for name, (info, _) in self._pending.items()}))
                 for name in order if self._data else ():
                     info, start = self._pending[name]
                     _copy_range(self._data, out, start, info.nbytes)
@@ -274,7 +327,8 @@ class ShardWriter:
         return sorted(set(weight_map.values()))
 
 
-def _header(order: list[str], infos: Mapping[str, TensorInfo]) -> bytes:
+def safetensors_header(order: list[str], infos: Mapping[str, TensorInfo]) -> bytes:
+    """Header of a file that holds these tensors one after the other, its length in front, padded to 8 bytes."""
     names = {dtype: text for text, dtype in _DTYPES.items()}
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0

@@ -69,15 +69,22 @@ def format_table() -> list[FormatRow]:
     return [_row(format, measured[_key(format)]) for format in FORMATS.values()]
 
 
-def gaussian_sqnr(format: AnyFormat) -> float | None:
+def gaussian_sqnr(format: AnyFormat, fit: str = FIT) -> float | None:
     """10 log10(|w|^2 / |w - wq|^2) over the sample; None for a format that cannot be written, inf for an exact one."""
     w = _sample()
     try:
-        decoded = quantize_tensor(w, format, fit=FIT).dequantize()
+        decoded = quantize_tensor(w, format, fit=fit).dequantize()
     except FormatError:
         return None
     noise = (w.double() - decoded.double()).square().sum().item()
     return 10 * math.log10(w.double().square().sum().item() / noise) if noise > 0 else math.inf
+
+
+def sqnr_of(format: AnyFormat, fit: str = FIT) -> float | None:
+    """`gaussian_sqnr` with any fit; looked up where it is known."""
+    known = _stored() if fit == FIT else {}
+    key = _key(format)
+    return known[key] if key in known else gaussian_sqnr(format, fit)
 
 
 def write_stored() -> None:
