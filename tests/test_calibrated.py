@@ -16,6 +16,7 @@ import bitfold
 import tiny_lm
 from bitfold import Calibration
 from bitfold.calibration import BlockWalk, Statistics, calibration_tokens, fisher, token_weights
+from bitfold.calibration.probe import ActReport
 from bitfold.errors import BitfoldError, CheckpointError, UsageError
 
 SHORT: dict[str, Any] = {"nsamples": 6, "seqlen": 48}
@@ -225,3 +226,56 @@ def test_finished_parts_answer_from_memory(source: Path, monkeypatch: pytest.Mon
     assert all(torch.equal(a, b) for a, b in zip(fast[0], slow[0], strict=True))
     assert torch.equal(fast[1], slow[1])
     assert fast[2] < slow[2]
+
+
+@pytest.mark.parametrize("family", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+def test_the_probe_measures_int8_activations(family: str) -> None:
+    """Against the whole model, its inputs rounded by hooks and its logits compared at once; weights quantized alike."""
+    cls: Any = getattr(transformers, family)
+    sizes = {"vocab_size": 64, "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "intermediate_size": 48, "head_dim": 16}
+    if family == "GPT2LMHeadModel":
+        sizes = {"vocab_size": 64, "n_layer": 2, "n_embd": 32, "n_head": 2}
+    torch.manual_seed(0)
+    original = cls(cls.config_class(**sizes)).eval()
+    changed, state = copy.deepcopy(original), {**dict(original.named_parameters()), **dict(original.named_buffers())}
+    ids = torch.arange(300).view(1, 300) * 7 % 64
+
+    def coarse(x: torch.Tensor) -> torch.Tensor:
+        return (x * 4).round() / 4
+
+    class Whole(dict[str, torch.Tensor]):
+        def read(self, name: str) -> torch.Tensor:
+            return self[name].detach().clone()
+
+    kinds = (nn.Linear, transformers.pytorch_utils.Conv1D)
+    layers = [n for n, m in changed.named_modules() if isinstance(m, kinds) and "head" not in n]
+    walk = BlockWalk(copy.deepcopy(original), Whole(state), ids, {})
+    walk.start()
+    walk.watch(lambda _name: coarse)
+    for index in range(len(walk)):
+        for group, _ in walk.block(index, [n for n in layers if n.startswith(f"{walk.path}.{index}.")]):
+            for name in group:
+                for model in (walk.model, changed):
+                    model.get_submodule(name).weight.data.mul_(0.8)
+    found = walk.acts()
+
+    def logits(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return model(ids).logits[0].log_softmax(-1)
+
+    truth, plain = logits(original), logits(changed)
+    for name in layers:
+        changed.get_submodule(name).register_forward_pre_hook(lambda _m, inputs: (coarse(inputs[0]),))
+    for got, stream in ((found.kl_float, plain), (found.kl_int8, logits(changed))):
+        expected = float((truth.exp() * (truth - stream)).sum(-1).mean())
+        assert got == pytest.approx(expected, rel=1e-3)
+    assert found.tokens == 300
+    assert found.kl_int8 > found.kl_float > 0
+
+
+def test_the_choice_of_activations() -> None:
+    """int8 is taken where it costs at most a twentieth more."""
+    assert ActReport(0.1, 0.1049, 10).choice == "int8"
+    assert ActReport(0.1, 0.1051, 10).choice == "float"
+    assert ActReport(float("nan"), float("nan"), 10).choice == "float"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from bitfold.calibration.blocks import BlockWalk, Statistics
+from bitfold.calibration.blocks import BlockWalk
 from bitfold.calibration.fisher import token_weights
+from bitfold.calibration.statistics import Statistics
 from bitfold.calibration.text import calibration_tokens
 
 __all__ = ["BlockWalk", "Statistics", "calibration_tokens", "token_weights"]

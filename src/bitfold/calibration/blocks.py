@@ -10,16 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from bitfold.calibration.probe import SAMPLES, ActReport, Probe, Rounding
+from bitfold.calibration.experts import Listener, one_at_a_time
+from bitfold.calibration.statistics import Sums, Statistics
 from bitfold.errors import ModelError
 
+_HESSIANS = 2 << 30  # bytes of the Hessians of experts in memory at a time
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+# What a model raises when its blocks answer with a tensor where it unpacks a tuple, or the other way round.
+_MISFITS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 
 
 class Tensors(Protocol):
@@ -31,40 +36,6 @@ class Tensors(Protocol):
 
 class _Stop(Exception):
     """Raised by a hook when the rest of a forward pass is not needed."""
-
-
-@dataclass
-class Statistics:
-    """Second moments of the inputs of a group of layers, weighted by token.
-
-    Args:
-        hessian: (k, k) float32, sum of s x x^T over tokens, x from the quantized model.
-        cross: (k, k) float32, sum of s f x^T, f the same inputs in the original model.
-        tokens: how many were seen.
-    """
-
-    hessian: torch.Tensor
-    cross: torch.Tensor
-    tokens: int
-
-    def target(self, w: torch.Tensor, strength: float, damp: float) -> torch.Tensor:
-        """The weight that makes up for what the layers before have lost, part of the way (QEP, Qronos).
-
-        (1 - a) W + a W C H^-1 is the least-squares solution of W f = W' x at a = 1; C and H are damped alike.
-
-        Args:
-            w: (n, k) float32.
-            strength: a, 0 to 1.
-            damp: added to both diagonals, as a share of the mean diagonal of H.
-        """
-        mean = float(self.hessian.diagonal().mean())
-        if strength == 0 or mean == 0:  # nothing ever reaches a layer whose inputs are all zero
-            return w
-        damped = self.hessian.double()
-        damped.diagonal().add_(damp * mean)
-        lost = (w @ (self.cross - self.hessian)).double()  # W C - W H: the ridge is on both sides
-        moved: torch.Tensor = w + strength * torch.cholesky_solve(lost.T, torch.linalg.cholesky(damped)).T.float()
-        return moved
 
 
 class BlockWalk:
@@ -88,6 +59,8 @@ class BlockWalk:
         self._calls: list[list[Call]] = []  # for each block, for each sample
         self._original: list[torch.Tensor] = []
         self._quantized: list[torch.Tensor] = []
+        self._probe: Probe | None = None
+        self._rounding: Callable[[str], Rounding] = lambda _layer: lambda x: x
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -100,9 +73,13 @@ class BlockWalk:
         their work left out: each hands on what it was given.
         """
         self._fill("", skip=f"{self.path}.")
+        one_at_a_time(self.model)
         for answer in (lambda hidden: hidden, lambda hidden: (hidden,)):
             self._calls = [[] for _ in self._blocks]
-            with self._catching(answer), contextlib.suppress(IndexError, RuntimeError, TypeError, ValueError):
+            with (
+                self._catching(answer, self._calls),
+                contextlib.suppress(IndexError, RuntimeError, TypeError, ValueError),
+            ):
                 for sample in self._ids:
                     self.model(input_ids=sample[None], use_cache=False)
             if self._all_called():
@@ -112,13 +89,33 @@ class BlockWalk:
         self._original = [args[0] for args, _ in self._calls[0]]
         self._quantized = list(self._original)
 
+    def watch(self, rounding: Callable[[str], Rounding]) -> None:
+        """Measure 8-bit activations on the way, after `start`: `rounding` says what a layer's input goes through."""
+        self._probe, self._rounding = Probe(self._quantized[:SAMPLES]), rounding
+
+    def acts(self) -> ActReport:
+        """What they cost, after the last block; `watch` must have been called."""
+        assert self._probe is not None
+        return self._probe.measure(self._original, self._quantized, self._tail)
+
+    @torch.no_grad()
+    def _tail(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (tokens, vocabulary) of the last block's output (1, tokens, width): the blocks themselves left out."""
+        for answer in (lambda _: hidden, lambda _: (hidden,)):
+            with self._catching(answer), contextlib.suppress(*_MISFITS):
+                logits: torch.Tensor = self.model(input_ids=self._ids[:1, : hidden.shape[1]], use_cache=False).logits
+                return logits[0]
+        raise ModelError("its output layer cannot be run by itself", where=type(self.model).__name__)
+
     def _all_called(self) -> bool:
         first = [tuple(args[0].shape) for args, _ in self._calls[0]]
         alike = all([tuple(args[0].shape) for args, _ in calls] == first for calls in self._calls)
         return alike and len(first) == len(self._ids)
 
     @contextlib.contextmanager
-    def _catching(self, answer: Callable[[torch.Tensor], Any]) -> Iterator[None]:
+    def _catching(self, answer: Callable[[torch.Tensor], Any], into: list[list[Call]] | None = None) -> Iterator[None]:
+        """Every block answers at once; what it was called with goes into `into`."""
+
         def caught(calls: list[Call]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 if not args:
@@ -129,7 +126,7 @@ class BlockWalk:
             return forward
 
         try:
-            for block, calls in zip(self._blocks, self._calls, strict=True):
+            for block, calls in zip(self._blocks, into or [[] for _ in self._blocks], strict=True):
                 block.__dict__["forward"] = caught(calls)
             yield
         finally:
@@ -147,7 +144,9 @@ class BlockWalk:
                     _set(self.model, full, value.float() if value.is_floating_point() else value)
 
     @torch.no_grad()
-    def block(self, index: int, layers: list[str]) -> Iterator[tuple[list[str], Statistics]]:
+    def block(
+        self, index: int, layers: list[str], stacks: Sequence[str] = ()
+    ) -> Iterator[tuple[list[str], list[Statistics]]]:
         """Load a block and yield its groups of layers with their statistics, in the order of their execution.
 
         The caller puts quantized weights into `model` before it asks for the next group. After the last group the
@@ -156,42 +155,84 @@ class BlockWalk:
         Args:
             index: of the block.
             layers: names of the linear layers of interest.
+            stacks: names of tensors (experts, ..) of interest; each is a group of its own, with one statistics for each
+                expert instead of one for all.
         """
         block, name = self._blocks[index], f"{self.path}.{index}"
         self._fill(f"{name}.")
         calls = self._calls[index]
         original = copy.deepcopy(block)
-        inside = [layer.removeprefix(f"{name}.") for layer in layers]
-        groups = _groups(block, inside, calls[0], self._original[0])
+        inside, stacked = ([n.removeprefix(f"{name}.") for n in names] for names in (layers, stacks))
+        groups = self._groups(block, inside, stacked, calls)
         kept, outputs = self._run_original(original, groups, calls)
         finished = _Finished(block, groups, len(calls))
         for number, group in enumerate(groups):
             finished.replay(number)
             full = [f"{name}.{layer}" for layer in group]
+            if group[0] in stacked:
+                yield full, self._measure_experts(block, group[0], calls)
+                continue
             weights = [self._weights[layer] for layer in full if layer in self._weights]
             weight = torch.stack(weights).mean(0) if weights else None
-            yield full, self._measure(block, group[0], kept[number], weight, calls)
+            yield full, [self._measure(block, group[0], kept[number], weight, calls)]
         finished.replay(len(groups))
         self._quantized = [_run(block, call, x) for call, x in zip(calls, self._quantized, strict=True)]
         finished.forget()
+        if self._probe is not None:
+            rounding = {layer: self._rounding(f"{name}.{layer}") for layer in inside}
+            self._probe.advance(block, rounding, lambda i, x: _run(block, calls[i], x))
         self._original = outputs
         for parameter, value in list(block.named_parameters()):
             _set(block, parameter, value.to("meta"))
 
     def _run_original(
         self, block: nn.Module, groups: list[list[str]], calls: list[Call]
-    ) -> tuple[list[list[torch.Tensor]], list[torch.Tensor]]:
-        kept: list[list[torch.Tensor]] = [[] for _ in groups]
-        handles = []
+    ) -> tuple[list[dict[int, torch.Tensor]], list[torch.Tensor]]:
+        """Inputs of each group by sample, and outputs, of the block as it was."""
+        kept: list[dict[int, torch.Tensor]] = [{} for _ in groups]
+        handles, outputs = [], []
         for store, group in zip(kept, groups, strict=True):
-            handles.append(block.get_submodule(group[0]).register_forward_pre_hook(_keeper(store)))
-        outputs = [_run(block, call, x) for call, x in zip(calls, self._original, strict=True)]
+            if isinstance(found := _member(block, group[0]), nn.Module):
+                handles.append(found.register_forward_pre_hook(_keeper(store, outputs)))
+        for call, x in zip(calls, self._original, strict=True):
+            outputs.append(_run(block, call, x))
         for handle in handles:
             handle.remove()
         return kept, outputs
 
+    def _groups(self, block: nn.Module, layers: list[str], stacks: list[str], calls: list[Call]) -> list[list[str]]:
+        """Layers in the order of their execution, those with the very same input together, idle ones left out.
+
+        One sample is enough unless tokens are sent to some layers only.
+        """
+        order: list[tuple[str, int]] = []
+        alive: list[torch.Tensor] = []  # keeps the inputs, so that no two of them get the same address
+
+        def note(name: str, x: torch.Tensor) -> None:
+            alive.append(x)
+            order.append((name, x.data_ptr() if name in layers else -len(order) - 1))
+
+        handles = [block.get_submodule(layer).register_forward_pre_hook(_noter(note, layer)) for layer in layers]
+        with Listener(block, stacks, lambda name, _expert, x: note(name, x)):
+            for call, x in zip(calls, self._original, strict=True):
+                _run(block, call, x)
+                if {name for name, _ in order}.issuperset([*layers, *stacks]):
+                    break
+        for handle in handles:
+            handle.remove()
+        groups: dict[int, list[str]] = {}
+        for name, address in order:
+            if not any(name in group for group in groups.values()):
+                groups.setdefault(address, []).append(name)
+        return list(groups.values())
+
     def _measure(
-        self, block: nn.Module, layer: str, original: list[torch.Tensor], weight: torch.Tensor | None, calls: list[Call]
+        self,
+        block: nn.Module,
+        layer: str,
+        original: dict[int, torch.Tensor],
+        weight: torch.Tensor | None,
+        calls: list[Call],
     ) -> Statistics:
         found: list[torch.Tensor] = []
 
@@ -200,20 +241,35 @@ class BlockWalk:
             raise _Stop
 
         handle = block.get_submodule(layer).register_forward_pre_hook(stop)
-        hessian = cross = torch.zeros(1, 1)
-        tokens = 0
+        sums = Sums(block.get_submodule(layer).weight.shape)
         try:
             for i, (call, x) in enumerate(zip(calls, self._quantized, strict=True)):
                 with contextlib.suppress(_Stop):
                     _run(block, call, x)
-                seen = found.pop()
-                weighted = seen if weight is None else seen * weight[i].reshape(-1, 1)
-                hessian = hessian + weighted.T @ seen
-                cross = cross + original[i].T @ weighted
-                tokens += len(seen)
+                if found:  # an expert may be idle
+                    sums.add(found.pop(), original.get(i), None if weight is None else weight[i].reshape(-1, 1))
         finally:
             handle.remove()
-        return Statistics(hessian / tokens, cross / tokens, tokens)
+        return sums.statistics()
+
+    def _measure_experts(self, block: nn.Module, stack: str, calls: list[Call]) -> list[Statistics]:
+        """One for each expert, a few experts at a time where their Hessians would take too much memory."""
+        shape = block.get_parameter(stack).shape
+        width = max(shape[1:])
+        at_once = max(1, _HESSIANS // (4 * width * width))
+        found: list[Statistics] = []
+        for first in range(0, shape[0], at_once):
+            sums = {e: Sums(shape[1:]) for e in range(first, min(first + at_once, shape[0]))}
+
+            def heard(_name: str, expert: int, x: torch.Tensor, sums: dict[int, Sums] = sums) -> None:
+                if expert in sums:
+                    sums[expert].add(x, None, None)
+
+            with Listener(block, [stack], heard):
+                for call, x in zip(calls, self._quantized, strict=True):
+                    _run(block, call, x)
+            found += [s.statistics() for s in sums.values()]
+        return found
 
 
 class _Finished:
@@ -265,11 +321,24 @@ def _player(outputs: list[Any]) -> Callable[..., Any]:
     return lambda *_args, **_kwargs: next(following)
 
 
-def _keeper(store: list[torch.Tensor]) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+def _keeper(store: dict[int, torch.Tensor], outputs: list[torch.Tensor]) -> Callable[..., None]:
+    """Keeps the input under the number of the sample, which is how many are through."""
+
     def keep(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        store.append(inputs[0].reshape(-1, inputs[0].shape[-1]))
+        store[len(outputs)] = inputs[0].reshape(-1, inputs[0].shape[-1])
 
     return keep
+
+
+def _noter(note: Callable[[str, torch.Tensor], None], name: str) -> Callable[..., None]:
+    return lambda _module, inputs: note(name, inputs[0])
+
+
+def _member(block: nn.Module, name: str) -> nn.Module | nn.Parameter:
+    """A layer, or the parameter of a stack."""
+    owner, _, last = name.rpartition(".")
+    found: nn.Module | nn.Parameter = getattr(block.get_submodule(owner), last)
+    return found
 
 
 def _run(block: nn.Module, call: Call, x: torch.Tensor) -> torch.Tensor:
@@ -277,28 +346,6 @@ def _run(block: nn.Module, call: Call, x: torch.Tensor) -> torch.Tensor:
     out = block(x, *args[1:], **kwargs)
     first: torch.Tensor = out[0] if isinstance(out, tuple) else out
     return first
-
-
-def _groups(block: nn.Module, layers: list[str], call: Call, x: torch.Tensor) -> list[list[str]]:
-    """Layers in the order of their execution, those with the very same input together, idle ones left out."""
-    order: list[tuple[str, int]] = []
-    alive: list[torch.Tensor] = []  # keeps the inputs, so that no two of them get the same address
-    handles = []
-    for layer in layers:
-
-        def note(_module: nn.Module, inputs: tuple[torch.Tensor, ...], layer: str = layer) -> None:
-            alive.append(inputs[0])
-            order.append((layer, inputs[0].data_ptr()))
-
-        handles.append(block.get_submodule(layer).register_forward_pre_hook(note))
-    _run(block, call, x)
-    for handle in handles:
-        handle.remove()
-    groups: dict[int, list[str]] = {}
-    for layer, address in order:
-        if not any(layer in group for group in groups.values()):
-            groups.setdefault(address, []).append(layer)
-    return list(groups.values())
 
 
 def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
