@@ -304,6 +304,7 @@ def test_quantize_options_reach_the_driver(bitfold: Bitfold, monkeypatch: pytest
         "--upload-repo", "me/q", "--transform", "none",
     )  # fmt: skip
     assert seen == {
+        "max_memory": None, "restart": False, "strict": False, "events": None,
         "args": ("org/m", Path("o")), "bits": None, "format": "nf4", "group_size": 32, "fit": "hqq", "solver": "rtn",
         "act": "int8", "ignore": ["a", "b"], "recipe": None, "dry_run": False, "seed": 7, "revision": "v1",
         "upload_repo": "me/q", "max_shard_bytes": 2 << 30, "transform": "none", "calibration": None,

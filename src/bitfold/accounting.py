@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from bitfold.checkpoints import Source
 from bitfold.errors import AccountingError
@@ -128,9 +127,3 @@ def rules_of(decisions: Iterable[Decision]) -> dict[str, dict[str, int]]:
             count[decision.reason] += 1
             size[decision.reason] += decision.info.nbytes
     return {reason: {"tensors": count[reason], "bytes": nbytes} for reason, nbytes in size.most_common()}
-
-
-def totals_text(totals: Mapping[str, Any]) -> str:
-    """In one line: `290 tensors = 210 quantized + 79 kept + 1 tied`."""
-    parts = " + ".join(f"{part['tensors']} {name}" for name, part in totals.items() if name != "all")
-    return f"{totals['all']['tensors']} tensors = {parts}"

@@ -22,12 +22,12 @@ from bitfold.checkpoints.native import QUANT_METHOD
 from bitfold.checkpoints.safetensors import digest_of
 from bitfold.errors import CheckpointError, UsageError
 from bitfold.events import Events
+from bitfold.memory import Ceiling
 from bitfold.models import skeleton
 from bitfold.options import choose_recipe
 from bitfold.plan import blank_report, make_plan
 from bitfold.recipe import Recipe
 from bitfold.report import QuantizeReport, TensorReport, peak_memory
-from bitfold.solvers import CALIBRATED
 from bitfold.workspace import Workspace, partial_of, refuse_existing, software
 from bitfold.writing import Job, OnTensor, Run, Writing
 
@@ -47,6 +47,7 @@ def quantize(
     recipe: Recipe | str | Path | None = None,
     calibration: Calibration | str | None = None,
     dry_run: bool = False,
+    max_memory: int | None = None,
     restart: bool = False,
     strict: bool = False,
     events: str | Path | None = None,
@@ -66,6 +67,7 @@ def quantize(
         calibration: text for solvers that need it (see `Calibration`, or just its `text`); default: the text that comes
             with bitfold.
         dry_run: plan and report only; write nothing.
+        max_memory: ceiling on the resident memory of the whole process, bytes; None = a share of what is free.
         restart: forget what an earlier run that was cut short has finished, instead of going on with it.
         strict: raise when a tensor is flagged (NaN, rows or columns of zeros, an error far from its format's).
         events: a file to which what happens is appended as JSON lines.
@@ -91,7 +93,9 @@ def quantize(
         recipe=recipe,
     )
     job = Job(str(src), Path(out), rules, seed, _calibration(rules, calibration), max_shard_bytes)
-    manner = _Manner(revision, token, upload_repo, restart, strict, None if events is None else Path(events))
+    manner = _Manner(
+        revision, token, upload_repo, restart, strict, None if events is None else Path(events), max_memory
+    )
     return _quantize(job, manner, shorten=bits is not None and group_size is None, dry_run=dry_run, on_tensor=on_tensor)
 
 
@@ -105,6 +109,7 @@ class _Manner:
     restart: bool
     strict: bool
     events: Path | None
+    max_memory: int | None
 
 
 def _quantize(job: Job, manner: _Manner, *, shorten: bool, dry_run: bool, on_tensor: OnTensor | None) -> QuantizeReport:
@@ -122,6 +127,7 @@ def _quantize(job: Job, manner: _Manner, *, shorten: bool, dry_run: bool, on_ten
         plan = make_plan(source, model, job.rules, shorten_groups=shorten)
         run = Run(source, model, plan, job, account_for(source, plan))
         report = blank_report(plan, job.source, None if dry_run else str(job.out), job.rules)
+        report.ceiling = manner.max_memory
         report.account, report.unread = run.account.totals(), source.unread()
         if not dry_run:
             _write(run, report, manner, on_tensor)
@@ -135,7 +141,7 @@ def _quantize(job: Job, manner: _Manner, *, shorten: bool, dry_run: bool, on_ten
 
 def _calibration(rules: Recipe, given: Calibration | str | None) -> Calibration | None:
     """The calibration of a run; None when no rule needs one."""
-    if not any(rule.solver in CALIBRATED for rule in rules.rules if not rule.keep):
+    if not any(rule.needs_text for rule in rules.rules):
         if given is not None:
             raise UsageError("no rule uses the calibration text", hint="--solver ldlq does")
         return None
@@ -173,6 +179,7 @@ def _write(run: Run, report: QuantizeReport, manner: _Manner, on_tensor: OnTenso
             facts = {"source": report.source, "output": report.output, "recipe": report.recipe}
             events.write("begin", totals=report.account, **facts)
             writing = Writing(run, work, events, on_tensor)
+            writing.ceiling = Ceiling(manner.max_memory)
             writing.tensors()
             writing.folder(report, strict=manner.strict)
             events.write("end", peak_memory=peak_memory(), **report.sums())

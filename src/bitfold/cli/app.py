@@ -25,7 +25,7 @@ _ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if
 # As they are used.
 _ORDER = (
     *("quantize", "eval", "layers", "compare", "report"),
-    *("generate", "chat", "inspect", "formats", "convert", "upload"),
+    *("generate", "chat", "inspect", "verify", "formats", "convert", "upload"),
 )
 
 

@@ -51,6 +51,16 @@ IgnoreOption = Annotated[
 ]
 RecipeOption = Annotated[Path | None, typer.Option(help="A TOML file of rules, tensor by tensor.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")]
+RestartOption = Annotated[
+    bool, typer.Option("--restart", help="Begin anew, whatever an interrupted run has finished already.")
+]
+StrictOption = Annotated[
+    bool, typer.Option("--strict", help="Fail when a tensor is flagged: NaN, zeros, an error that is out of line.")
+]
+EventsOption = Annotated[Path | None, typer.Option(help="Append what happens to this file, as JSON lines.")]
+MaxMemoryOption = Annotated[
+    str | None, typer.Option(help="Ceiling on the resident memory of the process, such as 4GB.", show_default=False)
+]
 TensorsOption = Annotated[bool, typer.Option("--tensors", help="List every tensor.")]
 SeedOption = Annotated[int, typer.Option(help="Of random numbers; the same seed gives the same bytes.")]
 MaxShardSizeOption = Annotated[str, typer.Option(help="Size at which a new file is begun.")]
@@ -77,6 +87,10 @@ def quantize(
     act: ActOption = None,
     ignore: IgnoreOption = None,
     recipe: RecipeOption = None,
+    max_memory: MaxMemoryOption = None,
+    restart: RestartOption = False,
+    strict: StrictOption = False,
+    events: EventsOption = None,
     dry_run: DryRunOption = False,
     tensors: TensorsOption = False,
     seed: SeedOption = 0,
@@ -106,6 +120,10 @@ def quantize(
         ignore=ignore or (),
         recipe=recipe,
         dry_run=dry_run,
+        max_memory=None if max_memory is None else parse_size(max_memory, where="--max-memory"),
+        restart=restart,
+        strict=strict,
+        events=events,
         seed=seed,
         revision=revision,
         upload_repo=upload_repo,

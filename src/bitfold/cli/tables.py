@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bitfold.progress import duration
+from bitfold.report import totals_text
 from bitfold.units import size_text
 
 if TYPE_CHECKING:
@@ -87,7 +88,12 @@ def _quantize_facts(report: QuantizeReport) -> Facts:
     yield "bits per weight", f"{report.bpw_quantized:.3f} quantized tensors, {report.bpw_whole:.3f} whole model"
     yield "relative error", None if report.error is None else f"{report.error:.3e} of the squared weights"
     yield "time", duration(report.seconds)
-    yield "peak memory", None if report.peak_memory is None else size_text(report.peak_memory)
+    yield "peak memory", None if report.peak_memory is None else size_text(report.peak_memory) + report.under()
+    yield "accounted for", totals_text(report.account) if report.account else None
+    for tensor in report.flagged:
+        yield "flagged", f"{tensor.tensor}: {', '.join(tensor.flags)}"
+    for name in report.unread:
+        yield "not read", f"{name}: a file of weights that is not part of this checkpoint"
     yield "written to", report.output or "nothing, this was a dry run"
     yield "uploaded to", report.url
 
