@@ -100,7 +100,7 @@ def test_native_kernels_stay_within_the_bound(isa, name, act):
 
 
 @pytest.mark.parametrize("act", kernels.ACTS)
-@pytest.mark.parametrize("name", [name for name in ENCODABLE if name[:3] not in ("int", "tre") or name in ("int4", "int8")])
+@pytest.mark.parametrize("name", [n for n in ENCODABLE if n[:3] not in ("int", "tre") or n in ("int4", "int8")])
 def test_the_reference_accepts_everything(name, act):
     check(sample(name, 19, 256), activations(3, 256), act, "reference")
 

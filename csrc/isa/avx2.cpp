@@ -1,11 +1,12 @@
 // AVX2, FMA, F16C, BMI2.
 #define BITFOLD_NS avx2
 #include "simd/avx2.h"
+#include "viterbi/tile_avx2.h"
+
 #include "loops/dequant.h"
 #include "loops/gemm.h"
 #include "loops/gemv.h"
 #include "loops/trellis.h"
-#include "viterbi/tile_avx2.h"
 
 namespace bitfold {
 namespace avx2 {

@@ -1,11 +1,12 @@
 // AArch64 with dotprod. Packing in 64-bit words is already at memory speed there.
 #define BITFOLD_NS neon
 #include "simd/neon.h"
+#include "viterbi/tile_neon.h"
+
 #include "loops/dequant.h"
 #include "loops/gemm.h"
 #include "loops/gemv.h"
 #include "loops/trellis.h"
-#include "viterbi/tile_neon.h"
 
 namespace bitfold {
 namespace neon {

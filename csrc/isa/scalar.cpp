@@ -1,11 +1,12 @@
 // Plain C++: every CPU.
 #define BITFOLD_NS scalar
 #include "simd/scalar.h"
+#include "viterbi/tile_plain.h"
+
 #include "loops/dequant.h"
 #include "loops/gemm.h"
 #include "loops/gemv.h"
 #include "loops/trellis.h"
-#include "viterbi/tile_plain.h"
 
 namespace bitfold {
 namespace scalar {

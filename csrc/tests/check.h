@@ -18,3 +18,4 @@ inline int failures = 0;
 void test_packing(const char* isa);
 void test_linear(const char* isa);
 void test_viterbi(const char* isa);
+void test_trellis(const char* isa);

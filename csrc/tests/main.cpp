@@ -17,6 +17,7 @@ int main(int argc, char** argv) {
     test_packing(name.c_str());
     test_linear(name.c_str());
     test_viterbi(name.c_str());
+    test_trellis(name.c_str());
     std::printf("%s: done\n", name.c_str());
   }
   if (bitfold::set_isa("no such thing")) return 1;

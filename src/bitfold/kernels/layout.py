@@ -1,7 +1,7 @@
 """What the native loops need to know of a weight, found out without asking which format it is.
 
 Any format made of a grid of at most 256 points, scales for rows (or runs of columns of a row) and perhaps zero points
-qualifies; it shows so by having `grid`, `blocks` and `load_params`. So does a trellis, by having a `code` of columns and
+qualifies; it shows so by having `grid`, `blocks` and `load_params`. So does a trellis, by having a `code`: columns and
 a table. The codes stay where they are: the loops read the canonical layout. Scales and zero points become one bfloat16
 or float32 array each.
 """
