@@ -214,7 +214,7 @@ def test_finished_parts_answer_from_memory(source: Path, monkeypatch: pytest.Mon
         with monkeypatch.context() as patch:
             patch.setattr(attention, "forward", counted)
             for group, statistics in walk.block(0, layers):
-                found.append(statistics.hessian)
+                found.append(statistics[0].hessian)
                 for layer in group:
                     model.get_submodule(layer).weight.data.mul_(0.9)
         return found, walk._quantized[0], calls

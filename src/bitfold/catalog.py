@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from bitfold.errors import UsageError
-from bitfold.solvers import CALIBRATED, SOLVERS
+from bitfold.solvers import SOLVERS, is_calibrated
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Method:
     @property
     def needs_text(self) -> bool:
         """Whether it is calibrated."""
-        return self.solver in CALIBRATED
+        return is_calibrated(self.solver)
 
     def format(self, bits: int | None) -> str | None:
         """The format for so many bits; where the method knows only one number of bits, that one is the default.

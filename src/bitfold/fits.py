@@ -210,8 +210,14 @@ def _half_quadratic_step(
 FITS: dict[str, Fit] = {"absmax": absmax, "minmax": minmax, "mse": mse, "hqq": hqq}
 
 
+# Fits that look at the Hessian of the inputs (see clipping.py); without one, "mse" stands in.
+CALIBRATED_FITS = ("clip",)
+
+
 def get_fit(name: str) -> Fit:
     """The fit of that name; UsageError if there is none."""
+    if name in CALIBRATED_FITS:
+        return mse
     if name not in FITS:
         raise UsageError(f"unknown fit {name!r}", hint=f"known fits: {', '.join(FITS)}")
     return FITS[name]

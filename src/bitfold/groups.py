@@ -1,4 +1,4 @@
-"""Layers that share their input, solved together: one Hessian, one rotation, one factorization.
+"""Layers that share their input, solved together: one Hessian, one change of basis, one factorization.
 
 Their weights are stacked, rows upon rows, wherever the format lets rows be taken apart again: a coder then gets enough
 rows to fill its vectors, and the feedback runs once instead of once for each layer. No number changes by it.
@@ -6,55 +6,95 @@ rows to fill its vectors, and the feedback runs once instead of once for each la
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from bitfold.acts import ACT_SCALE, read_act
 from bitfold.calibration import Statistics
-from bitfold.errors import BitfoldError
-from bitfold.fits import get_fit
-from bitfold.formats import AnyFormat, get_format
+from bitfold.factors import find_factors
+from bitfold.formats import get_format
+from bitfold.models.folding import folded_norm
 from bitfold.models.swap import in_basis, transform_of
 from bitfold.plan import Decision
-from bitfold.qtensor import QTensor, rows_stack, split_rows
+from bitfold.qtensor import QTensor, rows_stack, split_rows, stack
 from bitfold.recipe import Rule
-from bitfold.solvers import get_solver
 from bitfold.solvers.ldlq import proxy_loss
+from bitfold.solving import solve
+from bitfold.transforms import Diagonal, Transform, read_wish
 
 _RIDGE = 0.02  # of the mean diagonal, in the drift correction
+_FEW = 4  # fewer tokens than a layer's inputs divided by this say too little about them
 
 
 @dataclass(frozen=True)
 class Solved:
-    """One layer done: what it is now, what it was in the same basis, and the relative error of its output."""
+    """One layer done.
+
+    Args:
+        decision: which.
+        qtensor: what it is now.
+        weight: what it was, in the same basis.
+        output_error: relative square error of its output under the calibration text; None without data.
+        sides: tensors stored beside it.
+        flags: what went otherwise than it should.
+    """
 
     decision: Decision
     qtensor: QTensor
     weight: torch.Tensor
-    output_error: float
+    output_error: float | None
+    sides: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
 
 
-def solve_group(
-    model: nn.Module, decisions: Sequence[Decision], statistics: Statistics, *, drift: float, seed: int
-) -> Iterator[Solved]:
-    """Quantize the layers of one input; the model gets the quantized weights.
+@dataclass(frozen=True)
+class Folded:
+    """A parameter of a norm that took over factors of the layers behind it, as it is to be stored."""
+
+    decision: Decision
+    value: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """What is to be solved together.
 
     Args:
-        model: with the weights of these layers in memory, float32.
-        decisions: one for each layer, each with a rule.
-        statistics: of their input.
+        model: with the weights of these layers in memory, float32; it gets the quantized ones.
+        decisions: one for each layer, each with a rule; or a single one, for a stack of experts.
+        statistics: of their input; one for each expert of a stack.
+        norm: decisions about the parameters of the norm that takes their factors, by name of the parameter.
+    """
+
+    model: nn.Module
+    decisions: Sequence[Decision]
+    statistics: Sequence[Statistics]
+    norm: Mapping[str, Decision] = field(default_factory=dict)
+
+
+def solve_group(group: Group, *, drift: float, seed: int) -> Iterator[Solved | Folded]:
+    """Quantize the layers of one input.
+
+    Args:
+        group: the layers.
         drift: strength of the drift correction, 0 to 1.
         seed: of rotations and solvers.
 
     Raises:
         BitfoldError: with the name of the tensor.
     """
-    for rule in dict.fromkeys(_rule(d) for d in decisions):
-        alike = [d for d in decisions if d.rule == rule]
-        yield from _solve_alike(model, rule, alike, statistics, drift, seed)
+    first = group.decisions[0].site
+    assert first is not None
+    if len(first.shape) == 3:
+        yield _solve_stack(group, seed)
+        return
+    for rule in dict.fromkeys(_rule(d) for d in group.decisions):
+        alike = [d for d in group.decisions if d.rule == rule]
+        yield from _solve_alike(group, rule, alike, drift, seed)
 
 
 def _rule(decision: Decision) -> Rule:
@@ -63,46 +103,108 @@ def _rule(decision: Decision) -> Rule:
 
 
 def _solve_alike(
-    model: nn.Module, rule: Rule, decisions: list[Decision], statistics: Statistics, drift: float, seed: int
-) -> Iterator[Solved]:
+    group: Group, rule: Rule, decisions: list[Decision], drift: float, seed: int
+) -> Iterator[Solved | Folded]:
     """Layers of one input under one rule."""
-    first = decisions[0].site
-    assert first is not None
-    transform = transform_of(rule, first, seed)
-    weights = [_weight(model, d) for d in decisions]
+    statistics, weights = group.statistics[0], [_weight(group.model, d) for d in decisions]
+    transform, folded = _basis(group, rule, decisions, weights, seed)
+    yield from folded
     aimed = statistics.target(torch.cat(weights), drift, damp=_RIDGE)
-    turned = aimed if transform is None else transform(aimed)
+    turned = aimed if transform is None else transform.weights(aimed)
     hessian = statistics.hessian if transform is None else transform.hessian(statistics.hessian)
     wholes = torch.split(turned, [len(w) for w in weights])
-    for decision, w, part, q in zip(
-        decisions, weights, wholes, _code(rule, decisions, wholes, hessian, seed), strict=True
-    ):
+    few = _too_few(statistics)
+    qs, flags = _code(rule, decisions, wholes, None if few else hessian, seed)
+    sides = {} if folded or transform is None else transform.fields()
+    sides = {**sides, **_act_scale(rule, statistics, transform)}
+    for decision, w, part, q in zip(decisions, weights, wholes, qs, strict=True):
         decoded = q.dequantize()
-        _put(model, decision, decoded if transform is None else transform.inverse(decoded))
-        yield Solved(decision, q, w if transform is None else transform(w), proxy_loss(part, decoded, hessian))
+        _put(group.model, decision, decoded if transform is None else transform.inverse(decoded))
+        error = None if few else proxy_loss(part, decoded, hessian)
+        was = w if transform is None else transform.weights(w)
+        yield Solved(decision, q, was, error, sides, (*few, *flags))
+
+
+def _too_few(statistics: Statistics) -> tuple[str, ...]:
+    """Why a layer is quantized without data, in words; nothing if it is not."""
+    if statistics.tokens >= len(statistics.hessian) // _FEW:
+        return ()
+    return (f"quantized without data: {statistics.tokens} tokens reached it",)
+
+
+def _basis(
+    group: Group, rule: Rule, decisions: list[Decision], weights: list[torch.Tensor], seed: int
+) -> tuple[Transform | None, list[Folded]]:
+    """The transform, and the parameters of the norm that take it over."""
+    wish, statistics = read_wish(rule.transform), group.statistics[0]
+    assert decisions[0].site is not None
+    if not wish.diagonal:
+        return transform_of(rule, decisions[0].site, seed), []
+    scale = find_factors(wish, weights, statistics, get_format(rule.format))
+    scale = torch.ones(weights[0].shape[1]) if scale is None else scale
+    if decisions[0].fold is None:
+        return Diagonal.stored(scale), []
+    return _fold(group, decisions[0].fold, scale)
+
+
+def _fold(group: Group, path: str, scale: torch.Tensor) -> tuple[Diagonal, list[Folded]]:
+    """Factors as the norm can store them: what it will multiply by, over what it multiplied by."""
+    norm: Any = group.model.get_submodule(path)
+    found = folded_norm(norm, scale)
+    assert found is not None, "the plan tried this norm on random parameters"
+    changed, added = found
+    stored = {name: value.to(group.norm[name].info.dtype) for name, value in changed.items()}
+    exact = (stored["weight"].float() + added) / (norm.weight.detach().float() + added)
+    effective = torch.where(torch.isfinite(exact) & (exact > 0), exact, 1.0)
+    return Diagonal(len(scale), effective), [Folded(group.norm[name], value) for name, value in stored.items()]
+
+
+def _act_scale(rule: Rule, statistics: Statistics, transform: Transform | None) -> dict[str, torch.Tensor]:
+    """The one scale of static activations."""
+    if not read_act(rule.act).static:
+        return {}
+    absmax = torch.zeros(1) if statistics.absmax is None else statistics.absmax
+    turned = absmax if transform is None else transform(absmax)
+    return {ACT_SCALE: (turned.amax() / 127).reshape(1)}
 
 
 def _code(
-    rule: Rule, decisions: list[Decision], parts: Sequence[torch.Tensor], hessian: torch.Tensor, seed: int
-) -> list[QTensor]:
+    rule: Rule, decisions: list[Decision], parts: Sequence[torch.Tensor], hessian: torch.Tensor | None, seed: int
+) -> tuple[list[QTensor], tuple[str, ...]]:
     """Stacked where rows can be taken apart again, one after the other elsewhere."""
-    format = get_format(rule.format)
     shapes = [(len(p), p.shape[1]) for p in parts]
-    if rows_stack(format, shapes):
+    # SparseGPT shares its zeros out among all rows that it sees: each layer gets its own.
+    if rows_stack(get_format(rule.format), shapes) and not rule.prune.startswith("sparsegpt"):
         name = ", ".join(d.tensor for d in decisions)
-        return split_rows(_solve(rule, format, torch.cat(list(parts)), hessian, seed, name), shapes)
-    return [_solve(rule, format, p, hessian, seed, d.tensor) for d, p in zip(decisions, parts, strict=True)]
+        q, flags = solve(rule, torch.cat(list(parts)), hessian, seed, name)
+        return split_rows(q, shapes), flags
+    found = [solve(rule, p, hessian, seed, d.tensor) for d, p in zip(decisions, parts, strict=True)]
+    return [q for q, _ in found], tuple(dict.fromkeys(flag for _, flags in found for flag in flags))
 
 
-def _solve(rule: Rule, format: AnyFormat, w: torch.Tensor, hessian: torch.Tensor, seed: int, name: str) -> QTensor:
-    try:
-        return get_solver(rule.solver)(w, hessian, format, get_fit(rule.fit), seed=seed)
-    except BitfoldError as error:
-        raise type(error)(error.what, where=name, hint=error.hint) from error
+def _solve_stack(group: Group, seed: int) -> Solved:
+    """A stack of experts, each under the Hessian of the tokens that were sent to it."""
+    (decision,) = group.decisions
+    rule, whole = _rule(decision), _weight(group.model, decision)
+    assert decision.site is not None
+    transform = transform_of(rule, decision.site, seed)
+    turned = whole if transform is None else transform.weights(whole)
+    qs, losses, flags = [], [], []
+    for expert, (w, statistics) in enumerate(zip(turned, group.statistics, strict=True)):
+        few = _too_few(statistics)
+        hessian = statistics.hessian if transform is None else transform.hessian(statistics.hessian)
+        q, odd = solve(rule, w, None if few else hessian, seed, f"{decision.tensor}, expert {expert}")
+        qs.append(q)
+        flags += [f"expert {expert}: {flag}" for flag in (*few, *odd)]
+        losses += [] if few else [proxy_loss(w, q.dequantize(), hessian)]
+    q = stack(qs)
+    decoded = q.dequantize()
+    _put(group.model, decision, decoded if transform is None else transform.inverse(decoded))
+    return Solved(decision, q, turned, sum(losses) / len(losses) if losses else None, flags=tuple(flags))
 
 
 def _weight(model: nn.Module, decision: Decision) -> torch.Tensor:
-    """(n, k) float32, inputs last."""
+    """(n, k) or (experts, n, k) float32, inputs last."""
     assert decision.site is not None
     owner: Any = model.get_submodule(decision.site.module)
     return in_basis(owner._parameters[decision.site.parameter].detach(), decision.site, None).float()
@@ -111,5 +213,5 @@ def _weight(model: nn.Module, decision: Decision) -> torch.Tensor:
 def _put(model: nn.Module, decision: Decision, w: torch.Tensor) -> None:
     assert decision.site is not None
     owner: Any = model.get_submodule(decision.site.module)
-    value = w.T if decision.site.transposed else w
+    value = w.transpose(-1, -2) if decision.site.transposed else w
     owner._parameters[decision.site.parameter] = nn.Parameter(value, requires_grad=False)

@@ -9,26 +9,19 @@ dequantized first.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from bitfold import kernels
-from bitfold.acts import read_act
+from bitfold.acts import ACT_SCALE, read_act, round_static
 from bitfold.errors import UsageError
 from bitfold.formats import AnyFormat
 from bitfold.mixed import mixed_matmul
 from bitfold.qtensor import QTensor
-
-
-class Transform(Protocol):
-    """A change of basis of the inputs: x -> x R, and back."""
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
-    def inverse(self, x: torch.Tensor) -> torch.Tensor: ...
-    def describe(self) -> dict[str, Any]: ...
+from bitfold.transforms import Transform
 
 
 class QWeight(nn.Module):
@@ -36,13 +29,20 @@ class QWeight(nn.Module):
 
     Args:
         qtensor: the weight, (n, k) or (experts, n, k); its fields may live on the meta device.
-        act: "float", "int8" for dynamic per-token int8 activations, or "int8-mixed:6.0", see `bitfold.acts`.
+        act: "float", "int8" for dynamic per-token int8 activations, or another name of `bitfold.acts`.
         transposed: the model's own tensor was (..., k, n): slices and dequantized values come out that way.
         transform: applied to the activations first; the stored weight is expressed in that basis.
+        act_scale: (1,) float32, for "int8-static".
     """
 
     def __init__(
-        self, qtensor: QTensor, *, act: str = "float", transposed: bool = False, transform: Transform | None = None
+        self,
+        qtensor: QTensor,
+        *,
+        act: str = "float",
+        transposed: bool = False,
+        transform: Transform | None = None,
+        act_scale: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
         self._act = read_act(act)
@@ -50,13 +50,23 @@ class QWeight(nn.Module):
         self.qshape = tuple(qtensor.shape)
         self.act = act
         self.transposed = transposed
-        self.transform = transform
+        self._basis = transform
         self.stored_transposed = transposed
         self.dtype = torch.float32
         self._field_names = tuple(qtensor.fields)
         self._prepacked: dict[int | str, Any] = {}  # by expert, or by kind of activations
-        for name, field in qtensor.fields.items():
+        sides = dict(transform.fields()) if transform is not None else {}
+        if self._act.static:
+            sides[ACT_SCALE] = torch.zeros(1) if act_scale is None else act_scale
+        self._side_names = tuple(sides)
+        for name, field in {**qtensor.fields, **sides}.items():
             self.register_buffer(name, field)
+
+    @property
+    def transform(self) -> Transform | None:
+        """Applied to the activations first."""
+        basis = self._basis
+        return basis and basis.with_fields({name: getattr(self, name) for name in self._side_names})
 
     @property
     def qtensor(self) -> QTensor:
@@ -91,6 +101,8 @@ class QWeight(nn.Module):
         return y.to(x.dtype).reshape(*x.shape[:-1], n)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
+        if self._act.static:
+            x = round_static(x, self._buffers[ACT_SCALE])  # type: ignore[arg-type]
         product, threshold = self._bound(self._act.kernel), self._act.threshold
         if threshold is None:
             return product(x)
@@ -111,7 +123,8 @@ class QWeight(nn.Module):
         return part
 
     def _with(self, qtensor: QTensor) -> QWeight:
-        return QWeight(qtensor, act=self.act, transposed=self.transposed, transform=self.transform)
+        scale = self._buffers.get(ACT_SCALE)
+        return QWeight(qtensor, act=self.act, transposed=self.transposed, transform=self.transform, act_scale=scale)
 
     def _bound(self, act: str) -> Callable[[torch.Tensor], torch.Tensor]:
         """The product x -> x W^T with that kind of activations, prepacked the first time."""
@@ -124,7 +137,7 @@ class QWeight(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QWeight:
         """Move with the model, but never change the dtype of a field: it is part of the format."""
         self._prepacked = {}
-        for name in self._field_names:
+        for name in (*self._field_names, *self._side_names):
             field = getattr(self, name)
             moved = fn(field)
             self._buffers[name] = moved if moved.dtype == field.dtype else field.to(moved.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,14 +13,16 @@ from bitfold.checkpoints import Source
 from bitfold.errors import BitfoldError, FormatError, ModelError
 from bitfold.formats import get_format
 from bitfold.methods import check_block
+from bitfold.models.folding import find_folds, scales_with_weight
 from bitfold.models.mapping import Target, map_names
-from bitfold.models.sites import Site, find_sites, guess_sites
+from bitfold.models.sites import LINEAR, Site, find_sites, guess_sites
 from bitfold.models.skeleton import tied_names
 from bitfold.models.swap import Entry, decide, is_plain, transform_of
 from bitfold.recipe import Recipe, Rule
 from bitfold.report import QuantizeReport, TensorReport
-from bitfold.solvers import CALIBRATED
+from bitfold.solvers import is_calibrated
 from bitfold.tensorinfo import TensorInfo
+from bitfold.transforms import read_wish
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Decision:
         reason: in words.
         alias_of: the tensor it is tied to, which stands for both.
         used: False when the model class has no place for it.
+        fold: path of the norm whose weight takes the factors of its input channels, where the rule wants factors.
     """
 
     tensor: str
@@ -43,13 +47,14 @@ class Decision:
     reason: str
     alias_of: str | None = None
     used: bool = True
+    fold: str | None = None
 
     def entry(self, seed: int) -> Entry | None:
         """The entry for the checkpoint's config; None for tensors stored as ordinary ones."""
         if self.rule is None or self.site is None or is_plain(get_format(self.rule.format)):
             return None
         rule, site = self.rule, self.site
-        format, transform = get_format(rule.format), transform_of(rule, site, seed)
+        format, transform = get_format(rule.format), transform_of(rule, site, seed) if self.fold is None else None
         return Entry(format, site.qshape, rule.act, site.transposed, transform)
 
     def stored(self) -> dict[str, TensorInfo]:
@@ -58,11 +63,11 @@ class Decision:
             return {}
         if self.rule is None or self.site is None:
             return {self.tensor: self.info}
-        format = get_format(self.rule.format)
-        layout = format.layout(self.site.qshape)
-        if is_plain(format):
+        entry = self.entry(0)
+        if entry is None:
+            layout = get_format(self.rule.format).layout(self.site.qshape)
             return {self.tensor: TensorInfo(layout["values"].dtype, self.info.shape)}
-        return {f"{self.tensor}.{field}": info for field, info in layout.items()}
+        return {f"{self.tensor}.{field}": info for field, info in entry.layout().items()}
 
     def nbytes(self) -> int:
         """Bytes it will take, exactly."""
@@ -157,7 +162,7 @@ def make_plan(source: Source, model: nn.Module | None, recipe: Recipe, *, shorte
             decisions[name] = _shorten(decision) if shorten_groups else decision
             _check(decisions[name])
         items.append(Item(target, decisions))
-    plan = Plan(tuple(items))
+    plan = place_factors(Plan(tuple(items)), model)
     _warn_of_idle_rules(plan, recipe)
     return plan
 
@@ -229,7 +234,7 @@ def _check(decision: Decision) -> None:
     if decision.rule is None or decision.site is None:
         return
     format = get_format(decision.rule.format)
-    if decision.rule.solver in CALIBRATED and not hasattr(format, "coder"):
+    if is_calibrated(decision.rule.solver) and not hasattr(format, "coder"):
         hint = "use --method rtn, or another format"
         raise FormatError(f"{format.name} cannot be coded column by column", where=decision.tensor, hint=hint)
     try:
@@ -237,3 +242,41 @@ def _check(decision: Decision) -> None:
         format.layout(decision.site.qshape)
     except BitfoldError as error:
         raise type(error)(error.what, where=decision.tensor, hint=error.hint) from error
+
+
+def place_factors(plan: Plan, model: nn.Module | None) -> Plan:
+    """Say which norms take the factors of the layers behind them; stacks of experts go without factors."""
+    decisions = {d.tensor: d for d in plan.decisions}
+    wanting = {name: d for name, d in decisions.items() if _wants_factors(d)}
+    if not wanting:
+        return plan
+    changed = {name: _without_factors(d) for name, d in wanting.items() if d.site is None or d.site.kind != LINEAR}
+    for norm, layers in ({} if model is None else find_folds(model)).items():
+        behind = [wanting.get(f"{layer}.weight") for layer in layers]
+        rules = {d.rule for d in behind if d is not None}
+        own = [d for name, d in decisions.items() if name.rpartition(".")[0] == norm]
+        kept = all(d.rule is None and d.used and d.alias_of is None for d in own)
+        if None in behind or len(rules) != 1 or not kept or model is None or not _same_block(norm, layers):
+            continue
+        if scales_with_weight(model.get_submodule(norm)):
+            changed |= {d.tensor: replace(d, fold=norm) for d in behind if d is not None}
+    items = [
+        Item(item.target, {name: changed.get(name, d) for name, d in item.decisions.items()}) for item in plan.items
+    ]
+    return Plan(tuple(items))
+
+
+def _wants_factors(decision: Decision) -> bool:
+    return decision.rule is not None and read_wish(decision.rule.transform).diagonal
+
+
+def _without_factors(decision: Decision) -> Decision:
+    assert decision.rule is not None
+    reason = f"{decision.reason}; no factors for stacks of experts"
+    return replace(decision, rule=replace(decision.rule, transform="none"), reason=reason)
+
+
+def _same_block(norm: str, layers: tuple[str, ...]) -> bool:
+    """Blocks are calibrated one by one, each with its own tensors in memory."""
+    found = re.match(r".*?\.\d+\.", norm)
+    return found is not None and all(layer.startswith(found[0]) for layer in layers)

@@ -12,9 +12,11 @@ from typing import Any
 
 from bitfold.acts import read_act
 from bitfold.errors import BitfoldError, RecipeError, UsageError
-from bitfold.fits import get_fit
+from bitfold.fits import CALIBRATED_FITS, get_fit
 from bitfold.formats import get_format
-from bitfold.solvers import get_solver
+from bitfold.solvers import get_solver, is_calibrated, is_feedback
+from bitfold.solvers.pruning import read_sparsity
+from bitfold.transforms import read_wish
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -35,9 +37,11 @@ class Rule:
         format: format name, or "keep" to leave the tensor as it is.
         solver: see SOLVERS.
         fit: see FITS.
-        transform: "none", or "hadamard": a randomised rotation of the inputs, stored with the tensor.
+        transform: "none"; "hadamard": a randomised rotation of the inputs, stored with the tensor; "smooth:0.5"
+            (SmoothQuant) or "awq": factors of input channels, chosen by calibration.
         act: "float" (W8A16 and the like), "int8" (dynamic per-token int8 activations, W8A8), or "int8-mixed:6.0"
-            (the same, columns with outliers of that size in floating point).
+            (the same, columns with outliers of that size in floating point), or "int8-static" (one scale, calibrated).
+        prune: "none", "wanda:0.5", "sparsegpt:2:4" and the like: weights that become zero, see solvers/pruning.py.
     """
 
     match: str
@@ -46,6 +50,7 @@ class Rule:
     fit: str = "mse"
     transform: str = "none"
     act: str = "float"
+    prune: str = "none"
 
     def __post_init__(self) -> None:
         try:
@@ -56,14 +61,31 @@ class Rule:
             get_fit(self.fit)
         except (re.error, OverflowError, RecursionError) as error:
             raise RecipeError(f"{self.match!r} is not a regular expression: {error}") from error
-        if self.transform not in ("none", "hadamard"):
-            raise RecipeError(f"unknown transform {self.transform!r}", hint="none or hadamard")
         if plain and (self.transform, self.act) != ("none", "float"):
             raise RecipeError(f"{self.format} stores ordinary tensors, which know no transform and no activation type")
         try:
             read_act(self.act)
+            read_wish(self.transform)
+            sparsity = read_sparsity(self.prune)
         except UsageError as error:
             raise RecipeError(error.what, hint=error.hint) from error
+        if sparsity is not None and sparsity.kind == "sparsegpt" and not is_feedback(self.solver):
+            raise RecipeError("sparsegpt needs a solver that feeds errors forward", hint="ldlq or gptq")
+        if self.act == "int8-static" and self.transform == "hadamard":
+            raise RecipeError("static activation scales are known only without a rotation", hint="act int8")
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether calibration is needed to follow it."""
+        if self.keep:
+            return False
+        data = (
+            self.prune != "none"
+            or read_wish(self.transform).diagonal
+            or read_act(self.act).static
+            or self.fit in CALIBRATED_FITS
+        )
+        return data or is_calibrated(self.solver)
 
     @property
     def keep(self) -> bool:

@@ -15,6 +15,8 @@ from torch import nn
 
 from bitfold import progress
 from bitfold.accounting import Account, check_written
+from bitfold.acts import ACT_SCALE, read_act
+from bitfold.bookmarks import Bookmarks
 from bitfold.calibrated import Calibration, solve_blocks
 from bitfold.card import write_card
 from bitfold.checkpoints import Source
@@ -25,15 +27,16 @@ from bitfold.errors import AccountingError
 from bitfold.events import Events
 from bitfold.flags import error_flags, kept_flags, weight_flags
 from bitfold.formats import get_format
-from bitfold.groups import Solved
+from bitfold.groups import Folded, Solved
 from bitfold.manifest import write_manifest
 from bitfold.memory import Ceiling
 from bitfold.models import skeleton
 from bitfold.models.swap import in_basis, is_plain, quantize_site_tensor, transform_of
 from bitfold.plan import Decision, Item, Plan
+from bitfold.qtensor import QTensor
 from bitfold.recipe import Recipe
 from bitfold.report import QuantizeReport, TensorReport, relative_error
-from bitfold.solvers import CALIBRATED
+from bitfold.solvers import is_calibrated
 from bitfold.version import __version__
 from bitfold.workspace import Workspace
 
@@ -113,25 +116,29 @@ class Writing:
     def _remaining(self) -> Iterator[TensorReport]:
         if self.run.job.calibration is not None:
             for solved in self._calibrated(self.run.job.calibration):
-                yield self._write_solved(solved)
+                if isinstance(solved, Folded):
+                    yield self._finish(solved.decision, {solved.decision.tensor: solved.value})
+                else:
+                    yield self._write_solved(solved)
         for item in self.run.plan.items:
             if any(d.alias_of is None and name not in self.done.reports for name, d in item.decisions.items()):
                 yield from self._write_item(item)
 
-    def _calibrated(self, calibration: Calibration) -> Iterator[Solved]:
+    def _calibrated(self, calibration: Calibration) -> Iterator[Solved | Folded]:
         run, tokenizer = self.run, self.run.source.path
         if not tokenizer.is_dir():  # a GGUF file carries its tokenizer inside
             tokenizer = self.work.state / "tokenizer"
             tokenizer.mkdir(exist_ok=True)
             run.source.copy_side_files(tokenizer)
             write_json(tokenizer / "config.json", run.source.config)
-        yield from solve_blocks(run.source, run.model, run.plan, calibration, run.job.seed, tokenizer)
+        marks = Bookmarks(self.work, self.done.reports, self._writer.sync, self._events)
+        yield from solve_blocks(run.source, run.model, run.plan, calibration, run.job.seed, tokenizer, marks)
 
     def _write_solved(self, solved: Solved) -> TensorReport:
         decision, q = solved.decision, solved.qtensor
         error = relative_error(solved.weight, q)
-        fields = {f"{decision.tensor}.{name}": value for name, value in q.fields.items()}
-        flags = (*weight_flags(solved.weight), *_error_flags(decision, error))
+        fields = _stored_fields(decision, q, solved.sides)
+        flags = (*weight_flags(solved.weight), *_error_flags(decision, error), *solved.flags)
         return self._finish(decision, fields, error=error, output_error=solved.output_error, flags=flags)
 
     def _write_item(self, item: Item) -> Iterator[TensorReport]:
@@ -151,14 +158,15 @@ class Writing:
         assert rule is not None
         assert site is not None
         q = quantize_site_tensor(w, site, rule, seed)
-        original = in_basis(w, site, transform_of(rule, site, seed))
+        transform = transform_of(rule, site, seed)
+        original = in_basis(w, site, transform)
         error = relative_error(original, q)
         flags = (*weight_flags(original), *_error_flags(decision, error))
-        if is_plain(q.format):
-            values = q.fields["values"]
-            fields = {decision.tensor: values.transpose(-1, -2) if site.transposed else values}
-        else:
-            fields = {f"{decision.tensor}.{name}": value for name, value in q.fields.items()}
+        entry = decision.entry(seed)
+        sides = {} if entry is None or entry.transform is None else entry.transform.fields()
+        if read_act(rule.act).static:
+            sides = {**sides, ACT_SCALE: torch.zeros(1)}  # no data: each token by itself
+        fields = _stored_fields(decision, q, sides)
         return self._finish(decision, fields, error=error, flags=flags)
 
     def _finish(
@@ -212,10 +220,21 @@ class Writing:
         write_card(result, report)
 
 
+def _stored_fields(decision: Decision, q: QTensor, sides: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors that a weight is stored as, by name."""
+    if is_plain(q.format):
+        values = q.fields["values"]
+        flip = decision.site is not None and decision.site.transposed
+        return {decision.tensor: values.transpose(-1, -2) if flip else values}
+    return {f"{decision.tensor}.{name}": value for name, value in {**q.fields, **sides}.items()}
+
+
 def _error_flags(decision: Decision, error: float) -> list[str]:
     rule = decision.rule
     assert rule is not None
-    return error_flags(error, get_format(rule.format), rule.fit, feedback=rule.solver in CALIBRATED)
+    if rule.prune != "none":
+        return []
+    return error_flags(error, get_format(rule.format), rule.fit, feedback=is_calibrated(rule.solver))
 
 
 def refuse_flagged(report: QuantizeReport) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from bitfold.acts import read_act
 from bitfold.checkpoints.safetensors import SafetensorsSource, read_config
 from bitfold.checkpoints.untrusted import shape_of
 from bitfold.errors import CheckpointError
@@ -70,7 +71,14 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def stored_layouts(folder: Path) -> dict[str, TensorInfo]:
     """dtype and shape of every field of every quantized tensor, as the config of a folder says."""
     source = QuantizedSource(folder)
-    return {f"{name}.{field}": info for name, layout in source._layouts.items() for field, info in layout.items()}
+    both = [*source._layouts.items(), *source._sides.items()]
+    return {f"{name}.{field}": info for name, layout in both for field, info in layout.items()}
+
+
+def _sides(entry: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    """Tensors beside the codes: factors of input channels, the scale of static activations."""
+    transform = read_transform(entry.get("transform"))
+    return {**({} if transform is None else transform.layout()), **read_act(str(entry.get("act", "float"))).layout()}
 
 
 class QuantizedSource:
@@ -88,7 +96,9 @@ class QuantizedSource:
             self._formats: dict[str, AnyFormat] = {n: read_description(n, d) for n, d in found["formats"].items()}
             self._tensors: Mapping[str, Any] = found["tensors"]
             self._layouts = {name: self._layout(entry) for name, entry in self._tensors.items()}
-            self._fields = {f"{t}.{f}" for t, layout in self._layouts.items() for f in layout}
+            self._sides = {name: _sides(entry) for name, entry in self._tensors.items()}
+            both = [*self._layouts.items(), *self._sides.items()]
+            self._fields = {f"{t}.{f}" for t, layout in both for f in layout}
         except _DAMAGE as error:
             raise CheckpointError(f"the quantization_config is damaged: {error!r}", where=str(path)) from error
 
@@ -118,14 +128,18 @@ class QuantizedSource:
         Raises:
             CheckpointError: a field is missing or has another shape than the format says.
         """
-        entry, layout = self._tensors[name], self._layouts[name]
+        entry = self._tensors[name]
+        fields = self._read_fields(name, self._layouts[name])
+        return QTensor(self._formats[entry["format"]], tuple(entry["shape"]), fields)
+
+    def _read_fields(self, name: str, layout: Mapping[str, TensorInfo]) -> dict[str, torch.Tensor]:
         fields: dict[str, torch.Tensor] = {}
         for field, expected in layout.items():
             full = f"{name}.{field}"
             if full not in self._stored.names() or self._stored.info(full) != expected:
                 raise CheckpointError(f"{full} is missing or misshapen", where=str(self.path))
             fields[field] = self._stored.read(full)
-        return QTensor(self._formats[entry["format"]], tuple(entry["shape"]), fields)
+        return fields
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor, dequantized if it is quantized."""
@@ -133,7 +147,8 @@ class QuantizedSource:
             return self._stored.read(name)
         w = self.qtensor(name).dequantize()
         transform = read_transform(self._tensors[name].get("transform"))
-        w = w if transform is None else transform.inverse(w)
+        if transform is not None:
+            w = transform.with_fields(self._read_fields(name, self._sides[name])).inverse(w)
         return w.transpose(-1, -2).contiguous() if self._tensors[name].get("transposed", False) else w
 
     def stored_bytes(self) -> dict[str, int]:

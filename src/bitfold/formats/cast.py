@@ -69,6 +69,29 @@ class Cast:
         """float32 columns of the weight."""
         return fields["values"][:, index].float()
 
+    def coder(self, w: torch.Tensor, params: Params | None) -> CastCoder:
+        """Rounds the columns of w (n, k) one by one."""
+        return CastCoder(self, torch.empty(tuple(w.shape), dtype=self.dtype))
+
     def describe(self) -> dict[str, Any]:
         """JSON-able description."""
         return {"family": "cast", "dtype": str(self.dtype).removeprefix("torch.")}
+
+
+@dataclass(frozen=True)
+class CastCoder:
+    """Columns of a downcast, see `Coder`."""
+
+    format: Cast
+    values: torch.Tensor
+    step = 1
+
+    def encode(self, w: torch.Tensor, start: int) -> torch.Tensor:
+        """See `Coder`."""
+        rounded = self.format.encode(w, None)["values"]
+        self.values[:, start : start + w.shape[1]] = rounded
+        return rounded.float()
+
+    def fields(self) -> dict[str, torch.Tensor]:
+        """See `Coder`."""
+        return {"values": self.values}

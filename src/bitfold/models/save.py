@@ -14,7 +14,6 @@ from bitfold.errors import CheckpointError
 from bitfold.models.skeleton import tied_names, with_dtype
 from bitfold.models.swap import Entry
 from bitfold.nn import QWeight
-from bitfold.transforms import read_transform
 from bitfold.version import __version__
 
 
@@ -81,7 +80,7 @@ def quantization_of(model: nn.Module) -> dict[str, Any]:
             m.qshape,
             m.act,
             m.stored_transposed,
-            read_transform(m.transform.describe()) if m.transform else None,
+            m.transform,
         )
         for name, m in model.named_modules()
         if isinstance(m, QWeight) and name not in tied_names(model)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from bitfold import progress
+from bitfold.acts import read_act
 from bitfold.errors import BitfoldError, ModelError, UsageError
 from bitfold.formats import AnyFormat, get_format, read_description
 from bitfold.methods import quantize_tensor
@@ -17,8 +18,8 @@ from bitfold.models.sites import EMBEDDING, EXPERTS, Site, find_sites
 from bitfold.nn import QEmbedding, QLinear, QWeight, attach
 from bitfold.qtensor import QTensor
 from bitfold.recipe import Recipe, Rule
-from bitfold.solvers import CALIBRATED
-from bitfold.transforms import Hadamard, read_transform
+from bitfold.tensorinfo import TensorInfo
+from bitfold.transforms import Diagonal, Hadamard, Transform, read_transform, read_wish
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Entry:
     shape: tuple[int, ...]
     act: str = "float"
     transposed: bool = False
-    transform: Hadamard | None = None
+    transform: Transform | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -41,6 +42,11 @@ class Entry:
         if self.transform is not None:
             text["transform"] = self.transform.describe()
         return text
+
+    def layout(self) -> dict[str, TensorInfo]:
+        """dtype and shape of every stored field, those beside the weight included."""
+        sides = {} if self.transform is None else self.transform.layout()
+        return {**self.format.layout(self.shape), **sides, **read_act(self.act).layout()}
 
     def meta(self) -> QTensor:
         """A QTensor of this kind on the meta device."""
@@ -70,7 +76,7 @@ def read_entries(config: Mapping[str, Any]) -> dict[str, Entry]:
 
 
 def swap(
-    model: nn.Module, site: Site, qtensor: QTensor, *, act: str = "float", transform: Hadamard | None = None
+    model: nn.Module, site: Site, qtensor: QTensor, *, act: str = "float", transform: Transform | None = None
 ) -> None:
     """Replace the weight of a site by a quantized one; tied aliases share it."""
     weight = QWeight(qtensor, act=act, transposed=site.transposed, transform=transform)
@@ -196,8 +202,8 @@ def _quantize_site(model: nn.Module, site: Site, recipe: Recipe, seed: int) -> O
         raise UsageError(
             f"{rule.format} is an ordinary dtype", where=site.tensor, hint="cast the module: model.to(dtype)"
         )
-    if rule.solver in CALIBRATED:
-        raise UsageError(f"the solver {rule.solver} needs calibration", where=site.tensor, hint="use bitfold.quantize")
+    if rule.needs_text:
+        raise UsageError("the rule needs calibration text", where=site.tensor, hint="use bitfold.quantize")
     qtensor = quantize_site_tensor(weight.detach(), site, rule, seed)
     swap(model, site, qtensor, act=rule.act, transform=transform_of(rule, site, seed))
     return Outcome(site.tensor, qtensor.format.name, reason)
@@ -212,15 +218,18 @@ def quantize_site_tensor(w: torch.Tensor, site: Site, rule: Rule, seed: int) -> 
         raise type(error)(error.what, where=site.tensor, hint=error.hint) from error
 
 
-def transform_of(rule: Rule, site: Site, seed: int) -> Hadamard | None:
-    """The transform that a rule wants for a site."""
-    return Hadamard(site.qshape[-1], seed) if rule.transform == "hadamard" else None
+def transform_of(rule: Rule, site: Site, seed: int) -> Transform | None:
+    """The transform that a rule wants for a site; one that calibration has still to choose changes nothing."""
+    wish, size = read_wish(rule.transform), site.qshape[-1]
+    if wish.diagonal:
+        return Diagonal.stored(torch.ones(size))
+    return Hadamard(size, seed) if wish.kind == "hadamard" else None
 
 
-def in_basis(w: torch.Tensor, site: Site, transform: Hadamard | None) -> torch.Tensor:
+def in_basis(w: torch.Tensor, site: Site, transform: Transform | None) -> torch.Tensor:
     """A model's weight as it is quantized: inputs last, transformed."""
     oriented = w.transpose(-1, -2) if site.transposed else w
-    return oriented if transform is None else transform(oriented.float())
+    return oriented if transform is None else transform.weights(oriented.float())
 
 
 def is_plain(format: AnyFormat) -> bool:

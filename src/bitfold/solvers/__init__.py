@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -9,10 +11,10 @@ import torch
 from bitfold.errors import UsageError
 from bitfold.formats import AnyFormat, Fit
 from bitfold.qtensor import QTensor
-from bitfold.solvers.ldlq import ldlq
+from bitfold.solvers.ldlq import gptq, ldlq
 from bitfold.solvers.rtn import rtn
 
-__all__ = ["CALIBRATED", "SOLVERS", "Solver", "get_solver", "ldlq", "rtn"]
+__all__ = ["CALIBRATED", "SOLVERS", "Solver", "get_solver", "gptq", "is_calibrated", "is_feedback", "ldlq", "rtn"]
 
 
 class Solver(Protocol):
@@ -24,12 +26,35 @@ class Solver(Protocol):
 
 
 # Solvers that want a Hessian, and so calibration text.
-CALIBRATED = ("ldlq",)
-SOLVERS: dict[str, Solver] = {"rtn": rtn, "ldlq": ldlq}
+CALIBRATED = ("ldlq", "gptq")
+SOLVERS: dict[str, Solver] = {"rtn": rtn, "ldlq": ldlq, "gptq": gptq}
+_DAMPED = ("ldlq", "gptq")
 
 
 def get_solver(name: str) -> Solver:
-    """The solver of that name; UsageError if there is none."""
-    if name not in SOLVERS:
+    """The solver of that name, `ldlq`, or `ldlq:0.05` with a damping; UsageError if there is none."""
+    kind, _, number = name.partition(":")
+    if kind not in SOLVERS or (number and kind not in _DAMPED):
         raise UsageError(f"unknown solver {name!r}", hint=f"known solvers: {', '.join(SOLVERS)}")
-    return SOLVERS[name]
+    solver: Callable[..., QTensor] = SOLVERS[kind]
+    return partial(solver, damp=_damping(number)) if ":" in name else SOLVERS[kind]
+
+
+def is_calibrated(name: str) -> bool:
+    """Whether the solver of that name wants a Hessian."""
+    return name.partition(":")[0] in CALIBRATED
+
+
+def is_feedback(name: str) -> bool:
+    """Whether the solver of that name feeds errors forward column by column, and so can prune on the way."""
+    return name.partition(":")[0] in _DAMPED
+
+
+def _damping(text: str) -> float:
+    try:
+        damp = float(text)
+    except ValueError:
+        damp = -1.0
+    if not 0 < damp < 100:
+        raise UsageError(f"{text!r} is no damping", hint="a share of the mean diagonal, as in gptq:0.01")
+    return damp

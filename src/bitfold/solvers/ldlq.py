@@ -9,6 +9,7 @@ is the inverse of this one. A trellis codes its blocks of 4 columns jointly.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -17,10 +18,15 @@ from bitfold.errors import FormatError, WeightError
 from bitfold.formats import AnyFormat, Fit
 from bitfold.formats.columns import Coder
 from bitfold.qtensor import QTensor
+from bitfold.solvers.pruning import Pruner
 from bitfold.solvers.rtn import fit_by_rows
 
 DAMP = 0.01  # of the mean diagonal
 _ATTEMPTS = 12  # doublings of the damping before a Hessian is given up
+
+
+class MoreDamping(UserWarning):
+    """A Hessian took more damping than was asked for."""
 
 
 def ldlq(
@@ -32,6 +38,7 @@ def ldlq(
     seed: int = 0,
     damp: float = DAMP,
     by_energy: bool = False,
+    pruner: Pruner | None = None,
 ) -> QTensor:
     """Code the columns of w one block after the other, errors fed forward.
 
@@ -44,9 +51,10 @@ def ldlq(
         damp: added to the diagonal, as a share of its mean; doubled until the matrix can be factored.
         by_energy: take the blocks of columns with the largest diagonal first (GPTQ's activation order), instead of from
             left to right. Scales stay with their columns.
+        pruner: chooses weights that become zero on the way; needs a Hessian.
 
     Raises:
-        FormatError: the format has no column coder.
+        FormatError: the format has no column coder, or cannot hold the zeros of the pruner.
         WeightError: the Hessian is not finite, or singular whatever the damping.
     """
     start = getattr(format, "coder", None)
@@ -61,13 +69,28 @@ def ldlq(
     dead = _check(hessian, w.shape[1])
     alive = torch.where(dead, 0.0, w) if dead.any() else w
     coder = _begin(alive, format, fit, start)
-    order = _order(hessian, coder.step) if by_energy else torch.arange(w.shape[1])
+    grain = coder.step if pruner is None else max(coder.step, pruner.group)
+    order = _order(hessian, grain) if by_energy else torch.arange(w.shape[1])
     feedback = _Feedback(alive, factor(hessian[order][:, order], damp), coder, order)
-    feedback.run(0, w.shape[1])
+    feedback.run(0, w.shape[1], pruner)
     fields = coder.fields()
     if hasattr(format, "rescaled"):
         fields = format.rescaled(fields, _best_scale(w, feedback.decoded(), hessian))
     return QTensor(format, tuple(w.shape), fields)
+
+
+def gptq(
+    w: torch.Tensor,
+    hessian: torch.Tensor | None,
+    format: AnyFormat,
+    fit: Fit,
+    *,
+    seed: int = 0,
+    damp: float = DAMP,
+    pruner: Pruner | None = None,
+) -> QTensor:
+    """`ldlq` in GPTQ's activation order: the columns of the largest inputs first, scales chosen beforehand."""
+    return ldlq(w, hessian, format, fit, seed=seed, damp=damp, by_energy=True, pruner=pruner)
 
 
 def _begin(w: torch.Tensor, format: AnyFormat, fit: Fit, start: Callable[..., Coder]) -> Coder:
@@ -88,21 +111,38 @@ class _Feedback:
         self._carried = torch.zeros_like(self._target)  # what the errors so far leave in each column of (W - Q) R
         self._decoded = torch.empty_like(self._target)
         self._inverse = _diagonal_inverses(self._lower, coder.step)
+        self._kept: torch.Tensor | None = None
 
-    def run(self, left: int, right: int) -> None:
+    def run(self, left: int, right: int, pruner: Pruner | None = None) -> None:
         """Code the columns of a range, whatever was before it carried already."""
         step = self._coder.step
+        if pruner is not None and right - left <= max(pruner.span, step):
+            self._prune(slice(left, right), pruner)
+            pruner = None
         if right - left <= step:
             self._code(slice(left, right))
             return
-        middle = left + (right - left + step) // (2 * step) * step
-        self.run(left, middle)
+        grain = step if pruner is None else max(step, pruner.group)
+        middle = left + (right - left + grain) // (2 * grain) * grain
+        self.run(left, middle, pruner)
         self._carried[middle:right].addmm_(self._lower[middle:right, left:middle], self._error[left:middle])
-        self.run(middle, right)
+        self.run(middle, right, pruner)
+
+    def _prune(self, part: slice, pruner: Pruner) -> None:
+        """Choose the zeros of some columns by what these should be by now."""
+        pivots = self._lower.diagonal()[part]
+        aim = (self._target[part] + self._carried[part] / pivots[:, None]).T
+        if self._kept is None:
+            self._kept = torch.ones_like(self._target, dtype=torch.bool)
+        self._kept[part] = pruner.mask(self._order[part], aim, pivots).T
 
     def _code(self, part: slice) -> None:
         aim = self._target[part] + self._inverse[part.start] @ self._carried[part]
+        if self._kept is not None:
+            aim = aim * self._kept[part]
         found = self._coder.encode(aim.T, int(self._order[part.start])).T
+        if self._kept is not None and bool((found[~self._kept[part]] != 0).any()):
+            raise no_zeros()
         self._decoded[part] = found
         self._error[part] = self._target[part] - found
 
@@ -150,9 +190,18 @@ def factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
         damped.diagonal().add_(damp * 2**attempt * mean)
         lower, bad = torch.linalg.cholesky_ex(damped)
         if not bad:
+            if attempt:
+                more = f"a singular Hessian: damping {damp * 2**attempt:g} instead of {damp:g}"
+                warnings.warn(more, MoreDamping, stacklevel=3)
             upper: torch.Tensor = lower.flip(0, 1).float()
             return upper
     raise WeightError("the Hessian is singular whatever the damping", hint="calibrate with more text")
+
+
+def no_zeros() -> FormatError:
+    """The error for pruned weights that come back as something else."""
+    hint = "integers, fp8, nf4 and bf16 can; trellis and lattice codes cannot"
+    return FormatError("pruned weights cannot be stored: the format has no zero there", hint=hint)
 
 
 def _best_scale(w: torch.Tensor, q: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,79 @@
 
 from __future__ import annotations
 
-from bitfold.transforms.hadamard import Hadamard, read_transform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-__all__ = ["Hadamard", "read_transform"]
+import torch
+
+from bitfold.errors import ModelError, UsageError
+from bitfold.tensorinfo import TensorInfo
+from bitfold.transforms.diagonal import Diagonal, aware_scale, smooth_scale
+from bitfold.transforms.hadamard import Hadamard
+
+__all__ = ["Diagonal", "Hadamard", "Transform", "Wish", "aware_scale", "read_transform", "read_wish", "smooth_scale"]
+
+
+class Transform(Protocol):
+    """A change of basis of the inputs of a layer; the product of activations and weights stays as it was."""
+
+    @property
+    def size(self) -> int: ...
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+    def weights(self, w: torch.Tensor) -> torch.Tensor: ...
+    def inverse(self, w: torch.Tensor) -> torch.Tensor: ...
+    def hessian(self, h: torch.Tensor) -> torch.Tensor: ...
+    def describe(self) -> dict[str, Any]: ...
+    def layout(self) -> dict[str, TensorInfo]: ...
+    def fields(self) -> dict[str, torch.Tensor]: ...
+    def with_fields(self, fields: Mapping[str, torch.Tensor]) -> Transform: ...
+
+
+def read_transform(text: Mapping[str, Any] | None) -> Transform | None:
+    """The transform that a checkpoint describes; ModelError for one that is not known."""
+    if text is None:
+        return None
+    if text.get("kind") == "hadamard":
+        return Hadamard(int(text["size"]), int(text["seed"]))
+    if text.get("kind") == "diagonal":
+        return Diagonal(int(text["size"]))
+    raise ModelError(f"unknown transform {text.get('kind')!r}", hint="a newer bitfold may know it")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a rule wants.
+
+    Args:
+        kind: "none", "hadamard", "smooth" or "awq".
+        alpha: of "smooth".
+    """
+
+    kind: str
+    alpha: float = 0.5
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether factors of input channels have to be found, which takes calibration text."""
+        return self.kind in ("smooth", "awq")
+
+
+def read_wish(text: str) -> Wish:
+    """`none`, `hadamard`, `smooth`, `smooth:0.85` or `awq`.
+
+    Raises:
+        UsageError: anything else.
+    """
+    kind, _, number = text.partition(":")
+    if text in ("none", "hadamard", "smooth", "awq"):
+        return Wish(kind)
+    if kind != "smooth":
+        raise UsageError(f"unknown transform {text!r}", hint="none, hadamard, smooth, smooth:0.85 or awq")
+    try:
+        alpha = float(number)
+    except ValueError:
+        alpha = -1.0
+    if not 0 <= alpha <= 1:
+        raise UsageError(f"{number!r} is no migration strength", hint="0 to 1, as in smooth:0.5")
+    return Wish(kind, alpha)

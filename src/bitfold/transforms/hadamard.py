@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bitfold.errors import ModelError
+from bitfold.tensorinfo import TensorInfo
 
 _LARGEST_PALEY = 2048  # order of the one factor that is not; a checkpoint must not make us build a huge one
 _LARGEST = 64  # order of a factor made of powers of two: one small product each
@@ -40,8 +40,12 @@ class Hadamard:
         wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
         return _kronecker(wide * signs(self.size, self.seed).to(wide.dtype), factors(self.size)).to(x.dtype)
 
+    def weights(self, w: torch.Tensor) -> torch.Tensor:
+        """Weights (..., k) in the new basis, W R."""
+        return self(w)
+
     def inverse(self, x: torch.Tensor) -> torch.Tensor:
-        """x R -> x: the transposed factors, then the signs."""
+        """x R -> x, W R -> W: the transposed factors, then the signs."""
         transposed = tuple(h.T.contiguous() for h in factors(self.size))
         wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
         return (_kronecker(wide, transposed) * signs(self.size, self.seed).to(wide.dtype)).to(x.dtype)
@@ -54,14 +58,17 @@ class Hadamard:
         """JSON-able."""
         return {"kind": "hadamard", "size": self.size, "seed": self.seed}
 
+    def layout(self) -> dict[str, TensorInfo]:
+        """Tensors stored beside the weight: none, signs come from the seed."""
+        return {}
 
-def read_transform(text: Mapping[str, Any] | None) -> Hadamard | None:
-    """The transform that a checkpoint describes; ModelError for one that is not known."""
-    if text is None:
-        return None
-    if text.get("kind") != "hadamard":
-        raise ModelError(f"unknown transform {text.get('kind')!r}", hint="a newer bitfold may know it")
-    return Hadamard(int(text["size"]), int(text["seed"]))
+    def fields(self) -> dict[str, torch.Tensor]:
+        """None."""
+        return {}
+
+    def with_fields(self, fields: Mapping[str, torch.Tensor]) -> Hadamard:
+        """Itself."""
+        return self
 
 
 @lru_cache(maxsize=64)

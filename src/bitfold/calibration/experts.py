@@ -1,0 +1,62 @@
+"""Stacks of experts: which tokens each expert of a stack is multiplied with.
+
+Mixture models keep the experts of a block in one tensor (experts, n, k) and multiply by one slice at a time, with the
+tokens that were sent there. No module is called for it, so the torch functions themselves are listened to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+Heard = Callable[[str, int, torch.Tensor], None]
+_PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)
+
+
+class Listener(TorchFunctionMode):
+    """Hears every product with an expert of some stacks, once for all of them together or slice by slice.
+
+    Args:
+        block: the module that holds them.
+        stacks: names of their parameters in it.
+        heard: called with the name, the number of the expert and its inputs (tokens, k).
+    """
+
+    def __init__(self, block: nn.Module, stacks: Sequence[str], heard: Heard) -> None:
+        super().__init__()
+        self._stacks = {id(block.get_parameter(name)): name for name in stacks}
+        self._slices: dict[int, tuple[str, int]] = {}
+        self._alive: list[torch.Tensor] = []  # so that no two slices get the same id
+        self._heard = heard
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.__getitem__ and id(args[0]) in self._stacks:
+            self._slice(args[0], args[1], out)
+        elif (func is F.linear or func in _PRODUCTS) and len(args) > 1 and id(args[1]) in self._slices:
+            name, expert = self._slices[id(args[1])]
+            self._heard(name, expert, args[0].reshape(-1, args[0].shape[-1]))
+        elif func in (torch.bmm, torch.Tensor.bmm) and id(args[1]) in self._stacks:
+            for expert, x in enumerate(args[0]):
+                self._heard(self._stacks[id(args[1])], expert, x)
+        return out
+
+    def _slice(self, stack: torch.Tensor, index: Any, out: torch.Tensor) -> None:
+        if out.dim() == 2:
+            self._slices[id(out)] = self._stacks[id(stack)], int(index)
+            self._alive.append(out)
+
+
+def one_at_a_time(model: nn.Module) -> None:
+    """Let transformers multiply by one expert after the other, which is what a `Listener` understands."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_experts_implementation"):
+            config._experts_implementation = "eager"

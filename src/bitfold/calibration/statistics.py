@@ -1,0 +1,87 @@
+"""What calibration knows of the inputs of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Statistics:
+    """Second moments of the inputs of a group of layers, weighted by token.
+
+    Args:
+        hessian: (k, k) float32, sum of s x x^T over tokens, x from the quantized model.
+        cross: (k, k) float32, sum of s f x^T, f the same inputs in the original model.
+        tokens: how many were seen.
+        absmax: (k,) largest |x| of each channel, or None where nobody looked.
+        mean: (k,) mean |x| of each channel, not weighted, or None.
+    """
+
+    hessian: torch.Tensor
+    cross: torch.Tensor
+    tokens: int
+    absmax: torch.Tensor | None = None
+    mean: torch.Tensor | None = None
+
+    def target(self, w: torch.Tensor, strength: float, damp: float) -> torch.Tensor:
+        """The weight that makes up for what the layers before have lost, part of the way (QEP, Qronos).
+
+        (1 - a) W + a W C H^-1 is the least-squares solution of W f = W' x at a = 1; C and H are damped alike.
+
+        Args:
+            w: (n, k) float32.
+            strength: a, 0 to 1.
+            damp: added to both diagonals, as a share of the mean diagonal of H.
+        """
+        mean = float(self.hessian.diagonal().mean())
+        if strength == 0 or mean == 0:  # nothing ever reaches a layer whose inputs are all zero
+            return w
+        damped = self.hessian.double()
+        damped.diagonal().add_(damp * mean)
+        lost = (w @ (self.cross - self.hessian)).double()  # W C - W H: the ridge is on both sides
+        moved: torch.Tensor = w + strength * torch.cholesky_solve(lost.T, torch.linalg.cholesky(damped)).T.float()
+        return moved
+
+
+class Sums:
+    """Statistics in the making.
+
+    Args:
+        shape: of the weight, so that the number of inputs is known even if none ever comes: one of the two.
+    """
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self._shape = shape
+        self._hessian: torch.Tensor | None = None
+        self._cross = self._absmax = self._sum = torch.zeros(0)
+        self.tokens = 0
+
+    def add(self, x: torch.Tensor, original: torch.Tensor | None, weight: torch.Tensor | None) -> None:
+        """Inputs (tokens, k), the same tokens in the original model, weights of the tokens (tokens, 1).
+
+        Where the original model's tokens are others (an expert got more or fewer), there is no drift to correct.
+        """
+        if self._hessian is None:
+            k = x.shape[1]
+            self._hessian, self._cross = torch.zeros(k, k), torch.zeros(k, k)
+            self._absmax, self._sum = torch.zeros(k), torch.zeros(k)
+        matched = original if original is not None and original.shape == x.shape else x
+        weighted = x if weight is None or len(weight) != len(x) else x * weight
+        self._hessian += weighted.T @ x
+        self._cross += matched.T @ weighted
+        size = x.abs()
+        if len(x):
+            self._absmax = torch.maximum(self._absmax, size.amax(0))
+        self._sum += size.sum(0)
+        self.tokens += len(x)
+
+    def statistics(self) -> Statistics:
+        """So far; no tokens make a Hessian of zeros."""
+        if self._hessian is None:
+            empty = torch.zeros(self._shape[-1], self._shape[-1])
+            return Statistics(empty, empty, 0)
+        n = max(1, self.tokens)
+        return Statistics(self._hessian / n, self._cross / n, self.tokens, self._absmax, self._sum / n)

@@ -1,0 +1,68 @@
+"""One weight under one rule: its fit and solver bound to the Hessian, pruned where the rule says so."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+from bitfold.clipping import clip
+from bitfold.errors import BitfoldError
+from bitfold.fits import CALIBRATED_FITS, get_fit
+from bitfold.formats import get_format
+from bitfold.qtensor import QTensor
+from bitfold.recipe import Rule
+from bitfold.solvers import get_solver, is_calibrated
+from bitfold.solvers.ldlq import MoreDamping, no_zeros
+from bitfold.solvers.pruning import Fixed, SparseGPT, read_sparsity, wanda_mask
+
+
+def solve(
+    rule: Rule, w: torch.Tensor, hessian: torch.Tensor | None, seed: int, name: str
+) -> tuple[QTensor, tuple[str, ...]]:
+    """Quantize (and prune) a weight (n, k), in its basis, under the Hessian (k, k) of its inputs.
+
+    Args:
+        rule: how.
+        w: the weight.
+        hessian: None = there are no data: fits and solvers that want them do without, pruning goes by magnitude.
+        seed: of the solver.
+        name: for errors.
+
+    Returns:
+        The weight, and what went otherwise than it should, in words.
+
+    Raises:
+        BitfoldError: with the name.
+    """
+    format = get_format(rule.format)
+    fit = clip(hessian) if rule.fit in CALIBRATED_FITS and hessian is not None else get_fit(rule.fit)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            w, kept, options = _pruned(rule, w, hessian)
+            q = get_solver(rule.solver)(w, hessian, format, fit, seed=seed, **options)
+            if kept is not None and bool((q.dequantize()[~kept] != 0).any()):
+                raise no_zeros()
+        except BitfoldError as error:
+            raise type(error)(error.what, where=name, hint=error.hint) from error
+    for warning in said:
+        if not issubclass(warning.category, MoreDamping):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return q, tuple(dict.fromkeys(str(s.message) for s in said if issubclass(s.category, MoreDamping)))
+
+
+def _pruned(
+    rule: Rule, w: torch.Tensor, hessian: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, Any]]:
+    """The weight as far as it is pruned beforehand, the mask if there is one by now, options for the solver."""
+    sparsity = read_sparsity(rule.prune)
+    if sparsity is None:
+        return w, None, {}
+    if sparsity.kind == "sparsegpt" and hessian is not None:
+        return w, None, {"pruner": SparseGPT(sparsity)}
+    kept = wanda_mask(w, None if hessian is None else hessian.diagonal(), sparsity)
+    if hessian is None or not is_calibrated(rule.solver):
+        return w * kept, kept, {}
+    return w, kept, {"pruner": Fixed(kept)}
