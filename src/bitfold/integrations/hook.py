@@ -1,18 +1,24 @@
-"""Register with transformers when, and only when, somebody imports its quantizers.
+"""Register with transformers and PEFT when, and only when, somebody imports them.
 
-`import bitfold` must make `AutoModelForCausalLM.from_pretrained(quantized_folder)` work, and must not cost the seconds
-that importing transformers costs. So a finder waits for `transformers.quantizers.auto` and registers right after it.
+`import bitfold` must make `AutoModelForCausalLM.from_pretrained(quantized_folder)` and `get_peft_model` work, and must
+not cost the seconds that importing transformers costs. So a finder waits for the modules that know quantizers and
+adapters, and registers right after them.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-_AWAITED = "transformers.quantizers.auto"
+# A module somebody may import -> our module that registers when it is imported.
+_AWAITED = {
+    "transformers.quantizers.auto": "bitfold.integrations.transformers",
+    "peft.tuners.lora": "bitfold.integrations.peft",
+}
 
 
 class _Loader(importlib.abc.Loader):
@@ -26,18 +32,17 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._real.exec_module(module)
-        _register()
+        _register(module.__name__)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Lets the other finders find the module, and wraps what they found."""
+    """Lets the other finders find the modules, and wraps what they found."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _AWAITED:
+        if fullname not in _AWAITED:
             return None
-        sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader)
@@ -45,14 +50,13 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def install() -> None:
-    """Register now if transformers' quantizers are loaded, else as soon as they are."""
-    if _AWAITED in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    """Register now with what is loaded, else as soon as it is."""
+    for name in _AWAITED:
+        if name in sys.modules:
+            _register(name)
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
-def _register() -> None:
-    from bitfold.integrations import transformers
-
-    transformers.register()
+def _register(name: str) -> None:
+    importlib.import_module(_AWAITED[name])

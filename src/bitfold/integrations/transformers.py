@@ -69,3 +69,6 @@ def register() -> None:
     if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(QUANT_METHOD)(BitfoldConfig)
         register_quantizer(QUANT_METHOD)(BitfoldQuantizer)
+
+
+register()
