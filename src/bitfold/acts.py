@@ -6,6 +6,8 @@
                    columns of the weight; the rest is int8 (Dettmers et al. 2022, arXiv 2208.07339; T = 6.0)
     int8-static    rounded to 8 bits with one scale for the layer, found by calibration and stored with the
                    weight; larger activations saturate (SmoothQuant's static setting)
+    auto           recipes only: int8 where calibration measures that the KL grows by no more than a twentieth,
+                   else float
 
 The name is what recipes and checkpoints store.
 """
@@ -21,7 +23,8 @@ from bitfold.tensorinfo import TensorInfo
 
 THRESHOLD = 6.0
 ACT_SCALE = "act_scale"
-KNOWN = "float, int8, int8-static or int8-mixed:6.0"
+AUTO = "auto"
+KNOWN = "float, int8, int8-static, int8-mixed:6.0 or auto"
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ def read_act(text: str) -> Act:
     kind, _, number = text.partition(":")
     if text in ("float", "int8"):
         return Act(text)
+    if text == AUTO:
+        return Act("float")
     if text == "int8-static":
         return Act("float", static=True)
     if kind != "int8-mixed":

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from bitfold.acts import AUTO
 from bitfold.checkpoints import Source
 from bitfold.errors import BitfoldError, FormatError, ModelError
 from bitfold.formats import get_format
@@ -49,13 +50,14 @@ class Decision:
     used: bool = True
     fold: str | None = None
 
-    def entry(self, seed: int) -> Entry | None:
-        """The entry for the checkpoint's config; None for tensors stored as ordinary ones."""
+    def entry(self, seed: int, auto: str = "float") -> Entry | None:
+        """The entry for the checkpoint's config, activations left to measurement being `auto`; None for plain tensors."""
         if self.rule is None or self.site is None or is_plain(get_format(self.rule.format)):
             return None
         rule, site = self.rule, self.site
         format, transform = get_format(rule.format), transform_of(rule, site, seed) if self.fold is None else None
-        return Entry(format, site.qshape, rule.act, site.transposed, transform)
+        act = auto if rule.act == AUTO else rule.act
+        return Entry(format, site.qshape, act, site.transposed, transform)
 
     def stored(self) -> dict[str, TensorInfo]:
         """The tensors of the output that it becomes, by name; none for an alias."""
@@ -116,9 +118,9 @@ class Plan:
         """All tensors of the output, in the order of the source."""
         return {name: info for d in self.decisions for name, info in d.stored().items()}
 
-    def entries(self, seed: int) -> dict[str, Entry]:
-        """Entries of the quantized tensors."""
-        found = ((d.tensor, d.entry(seed)) for d in self.decisions if d.alias_of is None)
+    def entries(self, seed: int, auto: str = "float") -> dict[str, Entry]:
+        """Entries of the quantized tensors; `auto` stands for activations that were left to measurement."""
+        found = ((d.tensor, d.entry(seed, auto)) for d in self.decisions if d.alias_of is None)
         return {name: entry for name, entry in found if entry is not None}
 
     def unused(self) -> list[str]:

@@ -40,7 +40,8 @@ class Rule:
         transform: "none"; "hadamard": a randomised rotation of the inputs, stored with the tensor; "smooth:0.5"
             (SmoothQuant) or "awq": factors of input channels, chosen by calibration.
         act: "float" (W8A16 and the like), "int8" (dynamic per-token int8 activations, W8A8), or "int8-mixed:6.0"
-            (the same, columns with outliers of that size in floating point), or "int8-static" (one scale, calibrated).
+            (the same, columns with outliers of that size in floating point), or "int8-static" (one scale, calibrated);
+            "auto": int8 or float, whichever calibration shows.
         prune: "none", "wanda:0.5", "sparsegpt:2:4" and the like: weights that become zero, see solvers/pruning.py.
     """
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from bitfold import progress
+from bitfold.acts import AUTO
 from bitfold.acts import read_act
 from bitfold.errors import BitfoldError, ModelError, UsageError
 from bitfold.formats import AnyFormat, get_format, read_description
@@ -205,7 +206,7 @@ def _quantize_site(model: nn.Module, site: Site, recipe: Recipe, seed: int) -> O
     if rule.needs_text:
         raise UsageError("the rule needs calibration text", where=site.tensor, hint="use bitfold.quantize")
     qtensor = quantize_site_tensor(weight.detach(), site, rule, seed)
-    swap(model, site, qtensor, act=rule.act, transform=transform_of(rule, site, seed))
+    swap(model, site, qtensor, act="float" if rule.act == AUTO else rule.act, transform=transform_of(rule, site, seed))
     return Outcome(site.tensor, qtensor.format.name, reason)
 
 
