@@ -51,7 +51,7 @@ class Decision:
     fold: str | None = None
 
     def entry(self, seed: int, auto: str = "float") -> Entry | None:
-        """The entry for the checkpoint's config, activations left to measurement being `auto`; None for plain tensors."""
+        """The entry for the checkpoint's config, activations left to measurement being `auto`; None for plain ones."""
         if self.rule is None or self.site is None or is_plain(get_format(self.rule.format)):
             return None
         rule, site = self.rule, self.site

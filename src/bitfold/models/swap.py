@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from bitfold import progress
-from bitfold.acts import AUTO
-from bitfold.acts import read_act
+from bitfold.acts import AUTO, read_act
 from bitfold.errors import BitfoldError, ModelError, UsageError
 from bitfold.formats import AnyFormat, get_format, read_description
 from bitfold.methods import quantize_tensor
