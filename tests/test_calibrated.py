@@ -217,10 +217,10 @@ def test_finished_parts_answer_from_memory(source: Path, monkeypatch: pytest.Mon
                 found.append(statistics[0].hessian)
                 for layer in group:
                     model.get_submodule(layer).weight.data.mul_(0.9)
-        return found, walk._quantized[0], calls
+        return found, walk.streams[1][0], calls
 
     with monkeypatch.context() as patch:
-        patch.setattr("bitfold.calibration.blocks._Finished.replay", lambda *_: None)
+        patch.setattr("bitfold.calibration.finished.Finished.replay", lambda *_: None)
         slow = measure()
     fast = measure()
     assert all(torch.equal(a, b) for a, b in zip(fast[0], slow[0], strict=True))

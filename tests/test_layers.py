@@ -48,6 +48,7 @@ RANK = {
     "events": 7,
     "plan": 9,
     "accounting": 10,
+    "bookmarks": 9,
     "flags": 11,
     "writing": 12,
     "inspection": 9,

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,16 @@ from safetensors.torch import load_file, save_file
 
 import bitfold
 import tiny_lm
+from bitfold import Calibration
 from bitfold.errors import BitfoldError, CheckpointError
 from bitfold.journal import NAME, Journal
 from bitfold.workspace import partial_of
 
 
 def content(folder: Path) -> dict[str, str]:
-    """Every file of a folder by its hash."""
-    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())}
+    """Every file of a folder by its hash; the record says how long the run took."""
+    files = (f for f in sorted(folder.iterdir()) if f.name != "bitfold_report.json")
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
 @pytest.fixture(scope="module")
@@ -227,3 +230,89 @@ def test_full_file_system(source: Path, undisturbed: Path, tmp_path: Path) -> No
         assert content(small / "out") == content(undisturbed)
     finally:
         libc.umount2(str(small).encode(), 2)
+
+
+def killed(trials: int) -> dict[str, Any]:
+    """The benchmark that kills runs, in a process of its own."""
+    script = Path(__file__).parent.parent / "benchmarks" / "kill_and_resume.py"
+    if not script.is_file():
+        pytest.skip("not a checkout: the benchmark is not here")
+    command = [sys.executable, str(script), "--trials", str(trials)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
+def test_killed_at_random_moments() -> None:
+    """SIGKILL in the middle of a calibrated run; the run that goes on gives the same bytes."""
+    found = killed(6)
+    assert found["identical"] == 6
+    assert found["killed"] >= 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("BITFOLD_SLOW" not in os.environ, reason="minutes; set BITFOLD_SLOW=1")
+def test_killed_at_fifty_moments() -> None:
+    """The same, 50 times."""
+    assert killed(50)["identical"] == 50
+
+
+CALIBRATED: dict[str, Any] = {"format": "int4-g32", "solver": "ldlq"}
+
+
+def calibrated_once(source: Path, out: Path, **more: Any) -> Any:
+    """A calibrated run of the small model."""
+    text = Calibration(str(source / "calibration.txt"), nsamples=4, seqlen=32, fisher=False)
+    return bitfold.quantize(source, out, **CALIBRATED, calibration=text, **more)
+
+
+@pytest.fixture(scope="module")
+def with_text(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model and a text beside it."""
+    folder = tmp_path_factory.mktemp("text") / "source"
+    shutil.copytree(source, folder)
+    (folder / "calibration.txt").write_text(tiny_lm.TEXT, encoding="utf-8")
+    return folder
+
+
+def test_finished_blocks_are_not_done_again(with_text: Path, tmp_path: Path) -> None:
+    """Stopped in the second block: only that one is repeated, from the activations that were kept."""
+    calibrated_once(with_text, tmp_path / "whole")
+    with pytest.raises(Stopped), pytest.warns(UserWarning, match="goes on"):
+        calibrated_once(with_text, tmp_path / "out", on_tensor=stop_after(10))
+    state = partial_of(tmp_path / "out") / "state"
+    assert {f.name for f in state.iterdir()} >= {"original-1.bin", "quantized-1.bin", "inputs.safetensors"}
+    again: list[str] = []
+    calibrated_once(with_text, tmp_path / "out", on_tensor=lambda t: again.append(t.tensor))
+    assert not any("layers.0.mlp" in name for name in again)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", ["activations", "tensor", "inputs"])
+def test_what_calibration_left_is_checked(with_text: Path, tmp_path: Path, damage: str) -> None:
+    """Activations, text or finished tensors that are not what the journal says: from the beginning, and right."""
+    calibrated_once(with_text, tmp_path / "whole")
+    with pytest.raises(Stopped), pytest.warns(UserWarning, match="goes on"):
+        calibrated_once(with_text, tmp_path / "out", on_tensor=stop_after(10))
+    work = partial_of(tmp_path / "out")
+    name = {"activations": "state/quantized-1.bin", "tensor": "result/model.safetensors"}.get(damage)
+    file = work / (name or "state/inputs.safetensors")
+    data = file.read_bytes()
+    at = len(data) - 5 if damage != "tensor" else 9000 + int.from_bytes(data[:8], "little")
+    file.write_bytes(data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :])
+    calibrated_once(with_text, tmp_path / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_the_number_of_threads_changes_nothing(with_text: Path, tmp_path: Path) -> None:
+    """Not one byte, with calibration."""
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            calibrated_once(with_text, tmp_path / str(threads))
+    finally:
+        torch.set_num_threads(before)
+    assert content(tmp_path / "1") == content(tmp_path / "2") == content(tmp_path / "3")

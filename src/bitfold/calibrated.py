@@ -11,16 +11,16 @@ import torch
 from torch import nn
 
 from bitfold import progress
+from bitfold.bookmarks import Bookmarks
 from bitfold.calibration import BlockWalk, calibration_tokens, token_weights
 from bitfold.calibration.text import BUNDLED, SELF, own_text
 from bitfold.catalog import find_method
 from bitfold.checkpoints import Source
 from bitfold.errors import ModelError, UsageError, WeightError
-from bitfold.groups import Solved, solve_group
+from bitfold.groups import Folded, Group, Solved, solve_group
 from bitfold.models import skeleton
-from bitfold.models.sites import LINEAR
+from bitfold.models.sites import EMBEDDING, EXPERTS
 from bitfold.plan import Decision, Plan
-from bitfold.solvers import CALIBRATED
 
 LONGEST = 2048  # tokens of a window, where nobody says otherwise
 _GRADIENTS_UP_TO = 500_000_000  # parameters; gradients need the whole model and its activations in memory
@@ -62,12 +62,17 @@ def settings(
 
 
 def solve_blocks(
-    source: Source, model: nn.Module | None, plan: Plan, calibration: Calibration, seed: int, tokenizer: Path
-) -> Iterator[Solved]:
-    """Quantize every linear layer whose rule asks for a calibrated solver, block by block.
+    source: Source,
+    model: nn.Module | None,
+    plan: Plan,
+    calibration: Calibration,
+    seed: int,
+    tokenizer: Path,
+    bookmarks: Bookmarks | None = None,
+) -> Iterator[Solved | Folded]:
+    """Quantize every layer and stack of experts whose rule asks for calibration, block by block.
 
-    Layers outside the blocks, expert stacks, and layers that never ran are not yielded: they are left to the data-free
-    path.
+    Layers outside the blocks and layers that never ran are not yielded: they are left to the data-free path.
 
     Args:
         source: the open checkpoint.
@@ -76,6 +81,7 @@ def solve_blocks(
         calibration: text and options.
         seed: of rotations, labels and text.
         tokenizer: folder of the tokenizer.
+        bookmarks: where the run is noted, so that another process can go on with it.
 
     Raises:
         ModelError: no model class, so nothing can be run.
@@ -95,17 +101,40 @@ def solve_blocks(
     calibration = _fitting(calibration, model)
     wanted = {d.tensor: d for d in plan.decisions if _calibrated(d)}
     reader = _Reader(source, model, plan)
-    ids, weights = _inputs(source, reader, wanted, calibration, seed, tokenizer)
-    walk = BlockWalk(model, reader, ids, weights)
+    found = None if bookmarks is None else bookmarks.inputs()
+    ids, weights = found or _inputs(source, reader, wanted, calibration, seed, tokenizer)
+    if bookmarks is not None and found is None:
+        bookmarks.keep_inputs(ids, weights)
+    walk = BlockWalk(model, reader, ids, weights, None if bookmarks is None else bookmarks.spill)
     walk.start()
+    first = 0 if bookmarks is None else bookmarks.enter(walk)
     with progress.bar("calibrate", len(walk)) as bar:
-        for index in range(len(walk)):
-            prefix = f"{walk.path}.{index}."
-            layers = [d.site.module for d in wanted.values() if d.site is not None and d.tensor.startswith(prefix)]
-            for group, statistics in walk.block(index, layers):
-                decisions = [wanted[f"{layer}.weight"] for layer in group]
-                yield from solve_group(model, decisions, statistics, drift=calibration.drift, seed=seed)
+        bar.advance(first)
+        for index in range(first, len(walk)):
+            prefix, solved = f"{walk.path}.{index}.", []
+            layers, stacks = _inside(prefix, wanted)
+            for group, statistics in walk.block(index, layers, stacks):
+                decisions = [wanted.get(f"{name}.weight") or wanted[name] for name in group]
+                norm = _norm_before(decisions, plan)
+                together = Group(model, decisions, statistics, norm)
+                for one in solve_group(together, drift=calibration.drift, seed=seed):
+                    solved.append(one.decision.tensor)
+                    yield one
+            if bookmarks is not None:
+                bookmarks.turn(index, solved, walk)
             bar.advance(1, prefix.rstrip("."))
+
+
+def _inside(prefix: str, wanted: dict[str, Decision]) -> tuple[list[str], list[str]]:
+    """Linear layers by module and stacks of experts by tensor, of a block."""
+    sites = [d.site for d in wanted.values() if d.site is not None and d.tensor.startswith(prefix)]
+    return [s.module for s in sites if s.kind != EXPERTS], [s.tensor for s in sites if s.kind == EXPERTS]
+
+
+def _norm_before(decisions: list[Decision], plan: Plan) -> dict[str, Decision]:
+    """What was decided about the parameters of the norm that takes these layers' factors, by parameter."""
+    norms = {d.fold for d in decisions if d.fold is not None}
+    return {d.tensor.rpartition(".")[2]: d for d in plan.decisions if d.tensor.rpartition(".")[0] in norms}
 
 
 def _fitting(calibration: Calibration, model: Any) -> Calibration:
@@ -121,7 +150,7 @@ def _fitting(calibration: Calibration, model: Any) -> Calibration:
 
 def _calibrated(decision: Decision) -> bool:
     rule, site = decision.rule, decision.site
-    return rule is not None and rule.solver in CALIBRATED and site is not None and site.kind == LINEAR
+    return rule is not None and rule.needs_text and site is not None and site.kind != EMBEDDING
 
 
 class _Reader:
@@ -137,6 +166,15 @@ class _Reader:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise WeightError("NaN or infinity among the weights", where=name, hint="the checkpoint is damaged")
         return tensor
+
+    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Some rows of a tensor, without the others where the source can do that."""
+        target = self._items[name]
+        some = getattr(self._source, "read_rows", None)
+        if target.converter is not None or some is None:
+            return self.read(name)[rows]
+        part: torch.Tensor = some(target.sources[0], rows)
+        return part
 
     def __contains__(self, name: object) -> bool:
         return name in self._items
@@ -158,7 +196,7 @@ def _inputs(
         )
     if not fisher or whole is None:
         return ids, {}
-    layers = [d.site.module for d in wanted.values() if d.site is not None]
+    layers = [d.site.module for d in wanted.values() if d.site is not None and d.site.kind != EXPERTS]
     return ids, token_weights(whole, layers, ids, seed=seed)
 
 

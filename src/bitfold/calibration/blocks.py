@@ -9,16 +9,18 @@ that of the inputs the layer will really see.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from bitfold.calibration.probe import SAMPLES, ActReport, Probe, Rounding
+from bitfold.calibration.embedded import Filled
 from bitfold.calibration.experts import Listener, one_at_a_time
-from bitfold.calibration.statistics import Sums, Statistics
+from bitfold.calibration.finished import Finished
+from bitfold.calibration.probe import SAMPLES, ActReport, Probe, Rounding
+from bitfold.calibration.spill import Keyed, Spill, Stream
+from bitfold.calibration.statistics import Statistics, Sums
 from bitfold.errors import ModelError
 
 _HESSIANS = 2 << 30  # bytes of the Hessians of experts in memory at a time
@@ -46,19 +48,25 @@ class BlockWalk:
         source: the tensors of the model by name.
         ids: token ids (samples, seqlen).
         weights: token weights (samples, seqlen) by layer name, or empty.
+        spill: where activations wait for their turn; default: in memory.
 
     Raises:
         ModelError: the model has no list of blocks.
     """
 
     def __init__(
-        self, model: nn.Module, source: Tensors, ids: torch.Tensor, weights: Mapping[str, torch.Tensor]
+        self,
+        model: nn.Module,
+        source: Tensors,
+        ids: torch.Tensor,
+        weights: Mapping[str, torch.Tensor],
+        spill: Spill | None = None,
     ) -> None:
         self.model, self._source, self._ids, self._weights = model, source, ids, weights
+        self._spill = spill or Spill()
         self.path, self._blocks = _find_blocks(model)
         self._calls: list[list[Call]] = []  # for each block, for each sample
-        self._original: list[torch.Tensor] = []
-        self._quantized: list[torch.Tensor] = []
+        self._original = self._quantized = Stream()
         self._probe: Probe | None = None
         self._rounding: Callable[[str], Rounding] = lambda _layer: lambda x: x
 
@@ -72,31 +80,42 @@ class BlockWalk:
         Masks and rotary embeddings may differ from block to block (sliding windows), so all blocks are called, with
         their work left out: each hands on what it was given.
         """
-        self._fill("", skip=f"{self.path}.")
         one_at_a_time(self.model)
         for answer in (lambda hidden: hidden, lambda hidden: (hidden,)):
             self._calls = [[] for _ in self._blocks]
+            self._original = self._quantized = self._spill.stream("original-0")
             with (
-                self._catching(answer, self._calls),
+                Filled(self.model, self._source, self._ids, skip=f"{self.path}."),
+                self._catching(answer, self._calls, self._original),
                 contextlib.suppress(IndexError, RuntimeError, TypeError, ValueError),
             ):
                 for sample in self._ids:
-                    self.model(input_ids=sample[None], use_cache=False)
+                    with contextlib.suppress(_Stop):
+                        self.model(input_ids=sample[None], use_cache=False)
             if self._all_called():
                 break
         else:
             raise ModelError("its blocks are not called one after the other", where=type(self.model).__name__)
-        self._original = [args[0] for args, _ in self._calls[0]]
-        self._quantized = list(self._original)
+
+    @property
+    def streams(self) -> tuple[Stream, Stream]:
+        """What enters the next block, in the original and in the quantized model."""
+        return self._original, self._quantized
+
+    def enter(self, _index: int, streams: Sequence[Stream]) -> None:
+        """Go on with a later block, after `start`: the activations that enter it are these."""
+        self._original, self._quantized = streams
 
     def watch(self, rounding: Callable[[str], Rounding]) -> None:
         """Measure 8-bit activations on the way, after `start`: `rounding` says what a layer's input goes through."""
-        self._probe, self._rounding = Probe(self._quantized[:SAMPLES]), rounding
+        self._probe, self._rounding = Probe(self._quantized.first(SAMPLES)), rounding
 
     def acts(self) -> ActReport:
         """What they cost, after the last block; `watch` must have been called."""
         assert self._probe is not None
-        return self._probe.measure(self._original, self._quantized, self._tail)
+        self._fill("", skip=f"{self.path}.")
+        original, quantized = self._original.first(SAMPLES), self._quantized.first(SAMPLES)
+        return self._probe.measure(original, quantized, self._tail)
 
     @torch.no_grad()
     def _tail(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -113,14 +132,28 @@ class BlockWalk:
         return alike and len(first) == len(self._ids)
 
     @contextlib.contextmanager
-    def _catching(self, answer: Callable[[torch.Tensor], Any], into: list[list[Call]] | None = None) -> Iterator[None]:
-        """Every block answers at once; what it was called with goes into `into`."""
+    def _catching(
+        self,
+        answer: Callable[[torch.Tensor], Any],
+        into: list[list[Call]] | None = None,
+        stream: Stream | None = None,
+    ) -> Iterator[None]:
+        """Every block answers at once; what it was called with goes into `into`, the first one's inputs into `stream`.
+
+        With `into`, what follows the last block is not run.
+        """
 
         def caught(calls: list[Call]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 if not args:
                     args, kwargs = (kwargs["hidden_states"],), {k: v for k, v in kwargs.items() if k != "hidden_states"}
-                calls.append((args, kwargs))
+                if into is None:
+                    return answer(args[0])
+                if calls is into[0] and stream is not None:
+                    stream.append(args[0])
+                calls.append(_shared((args[0].to("meta"), *args[1:]), kwargs, calls))
+                if calls is into[-1]:
+                    raise _Stop
                 return answer(args[0])
 
             return forward
@@ -161,11 +194,10 @@ class BlockWalk:
         block, name = self._blocks[index], f"{self.path}.{index}"
         self._fill(f"{name}.")
         calls = self._calls[index]
-        original = copy.deepcopy(block)
         inside, stacked = ([n.removeprefix(f"{name}.") for n in names] for names in (layers, stacks))
         groups = self._groups(block, inside, stacked, calls)
-        kept, outputs = self._run_original(original, groups, calls)
-        finished = _Finished(block, groups, len(calls))
+        kept, outputs = self._run_original(index, groups, calls)
+        finished = Finished(block, groups, len(calls), self._spill)
         for number, group in enumerate(groups):
             finished.replay(number)
             full = [f"{name}.{layer}" for layer in group]
@@ -176,21 +208,24 @@ class BlockWalk:
             weight = torch.stack(weights).mean(0) if weights else None
             yield full, [self._measure(block, group[0], kept[number], weight, calls)]
         finished.replay(len(groups))
-        self._quantized = [_run(block, call, x) for call, x in zip(calls, self._quantized, strict=True)]
-        finished.forget()
+        quantized = self._spill.stream(f"quantized-{index + 1}")
+        for call, x in zip(calls, self._quantized, strict=True):
+            quantized.append(_run(block, call, x))
+        finished.close()
         if self._probe is not None:
             rounding = {layer: self._rounding(f"{name}.{layer}") for layer in inside}
             self._probe.advance(block, rounding, lambda i, x: _run(block, calls[i], x))
-        self._original = outputs
+        for store in kept:
+            store.drop()
+        self._original, self._quantized = outputs, quantized
         for parameter, value in list(block.named_parameters()):
             _set(block, parameter, value.to("meta"))
 
-    def _run_original(
-        self, block: nn.Module, groups: list[list[str]], calls: list[Call]
-    ) -> tuple[list[dict[int, torch.Tensor]], list[torch.Tensor]]:
-        """Inputs of each group by sample, and outputs, of the block as it was."""
-        kept: list[dict[int, torch.Tensor]] = [{} for _ in groups]
-        handles, outputs = [], []
+    def _run_original(self, index: int, groups: list[list[str]], calls: list[Call]) -> tuple[list[Keyed], Stream]:
+        """Inputs of each group by sample, and outputs, of the block as it was: nothing in it is quantized yet."""
+        block, handles = self._blocks[index], []
+        kept = [Keyed(self._spill.scratch()) for _ in groups]
+        outputs = self._spill.stream(f"original-{index + 1}")
         for store, group in zip(kept, groups, strict=True):
             if isinstance(found := _member(block, group[0]), nn.Module):
                 handles.append(found.register_forward_pre_hook(_keeper(store, outputs)))
@@ -230,7 +265,7 @@ class BlockWalk:
         self,
         block: nn.Module,
         layer: str,
-        original: dict[int, torch.Tensor],
+        original: Keyed,
         weight: torch.Tensor | None,
         calls: list[Call],
     ) -> Statistics:
@@ -241,7 +276,8 @@ class BlockWalk:
             raise _Stop
 
         handle = block.get_submodule(layer).register_forward_pre_hook(stop)
-        sums = Sums(block.get_submodule(layer).weight.shape)
+        module: Any = block.get_submodule(layer)
+        sums = Sums(module.weight.shape)
         try:
             for i, (call, x) in enumerate(zip(calls, self._quantized, strict=True)):
                 with contextlib.suppress(_Stop):
@@ -272,56 +308,25 @@ class BlockWalk:
         return found
 
 
-class _Finished:
-    """Parts of a block (its attention, say) whose layers are all quantized: run once more, then answered from memory.
-
-    Samples always come in the same order, so an answer is found by counting.
-
-    Args:
-        block: the block.
-        groups: its groups of layers, in the order in which they are quantized.
-        samples: how many there are.
-    """
-
-    def __init__(self, block: nn.Module, groups: list[list[str]], samples: int) -> None:
-        last = {layer.split(".")[0]: number for number, group in enumerate(groups) for layer in group if "." in layer}
-        self._parts = {part: block.get_submodule(part) for part in last}
-        self._ready = {part: number + 1 for part, number in last.items()}
-        self._outputs: dict[str, list[Any]] = {part: [] for part in last}
-        self._samples = samples
-
-    def replay(self, groups: int) -> None:
-        """Before each pass over the samples, with that many groups quantized."""
-        self.forget()
-        for part, child in self._parts.items():
-            outputs = self._outputs[part]
-            if groups >= self._ready[part]:
-                # Called more than once a sample, or cut short: never answered from memory.
-                complete = len(outputs) == self._samples
-                child.__dict__["forward"] = _player(outputs) if complete else _recorder(child.forward, outputs)
-
-    def forget(self) -> None:
-        """Run everything for real again."""
-        for part, child in self._parts.items():
-            child.__dict__.pop("forward", None)
-            if len(self._outputs[part]) != self._samples:
-                self._outputs[part].clear()
+def _shared(args: tuple[Any, ...], kwargs: dict[str, Any], calls: list[Call]) -> Call:
+    """A call, whose arguments are those of the call before where they are equal: masks and rotary tables mostly are."""
+    if not calls:
+        return args, kwargs
+    before = calls[-1]
+    same = tuple(_same(new, old) for new, old in zip(args[1:], before[0][1:], strict=False))
+    return (*args[:1], *same, *args[1 + len(same) :]), {k: _same(v, before[1].get(k)) for k, v in kwargs.items()}
 
 
-def _recorder(forward: Callable[..., Any], outputs: list[Any]) -> Callable[..., Any]:
-    def record(*args: Any, **kwargs: Any) -> Any:
-        outputs.append(forward(*args, **kwargs))
-        return outputs[-1]
-
-    return record
-
-
-def _player(outputs: list[Any]) -> Callable[..., Any]:
-    following = iter(outputs)
-    return lambda *_args, **_kwargs: next(following)
+def _same(new: Any, old: Any) -> Any:
+    """The old value where it equals the new one."""
+    if isinstance(new, torch.Tensor) and isinstance(old, torch.Tensor):
+        return old if new is old or (new.dtype == old.dtype and torch.equal(new, old)) else new
+    if type(new) is tuple and type(old) is tuple and len(new) == len(old):
+        return tuple(_same(a, b) for a, b in zip(new, old, strict=True))
+    return new
 
 
-def _keeper(store: dict[int, torch.Tensor], outputs: list[torch.Tensor]) -> Callable[..., None]:
+def _keeper(store: Keyed, outputs: Stream) -> Callable[..., None]:
     """Keeps the input under the number of the sample, which is how many are through."""
 
     def keep(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:

@@ -72,6 +72,22 @@ class SafetensorsSource:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot read tensor {name}: {error}", where=str(file)) from error
 
+    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Some rows of a matrix, by their numbers in ascending order; only their bytes are read."""
+        file, info = self._where[name], self._info[name]
+        start, width = data_start(file, name), info.nbytes // max(1, info.shape[0])
+        out = torch.empty((len(rows), *info.shape[1:]), dtype=info.dtype)
+        target: Any = out.view(-1).view(torch.uint8).numpy().reshape(len(rows), width)
+        try:
+            with file.open("rb", buffering=0) as stream:
+                for i, row in enumerate(rows.tolist()):
+                    stream.seek(start + row * width)
+                    if stream.readinto(memoryview(target[i])) != width:
+                        raise OSError("the file ended early")
+        except OSError as error:
+            raise CheckpointError(f"cannot read tensor {name}: {error}", where=str(file)) from error
+        return out
+
     def stored_bytes(self) -> dict[str, int]:
         """Bytes of every tensor."""
         return {name: info.nbytes for name, info in self._info.items()}
@@ -111,6 +127,13 @@ def data_size(file: Path) -> int:
     """Bytes of a safetensors file that are not its header."""
     with file.open("rb") as stream:
         return file.stat().st_size - 8 - int(struct.unpack("<Q", stream.read(8))[0])
+
+
+def data_start(file: Path, name: str) -> int:
+    """The byte of a safetensors file at which a tensor begins."""
+    with file.open("rb") as stream:
+        length = int(struct.unpack("<Q", stream.read(8))[0])
+        return 8 + length + int(parse_json_object(stream.read(length), str(file))[name]["data_offsets"][0])
 
 
 def file_facts(file: Path, head: int = 1 << 20) -> list[Any]:
