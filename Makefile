@@ -15,10 +15,10 @@ CSRC   := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
 
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format bench demo docs fuzz sanitize neon clean
+.PHONY: help setup test lint format bench bench-peers demo docs fuzz sanitize neon clean
 
 help: ## what can be made
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 setup: $(VENV)/.native.stamp ## .venv with the package (editable), its native core and the developer tools
 
@@ -53,6 +53,9 @@ format: setup ## rewrite the sources in the house style
 bench: setup ## speed of the native core on this machine
 	$(PY) benchmarks/bench_packing.py
 	$(PY) benchmarks/bench_kernels.py
+
+bench-peers: setup ## the same beside llama.cpp, PyTorch, ONNX Runtime, OpenVINO (each in its own environment)
+	TORCH='$(TORCH)' $(PY) benchmarks/bench_peers.py
 
 demo: setup ## the main job on a real model, from download to generated text
 	$(PY) examples/demo.py
