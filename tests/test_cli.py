@@ -475,3 +475,36 @@ def test_upload(bitfold: Bitfold, quantized: Path, monkeypatch: pytest.MonkeyPat
     result = bitfold(*args, "--json").json
     keys_are_documented("upload", result)
     assert result["url"] == "https://hub/me/q"
+
+
+def test_inspect_activations(bitfold: Bitfold, model: Path, quantized: Path, text: Path) -> None:
+    args = ("--activations", text, "--context", 32, "--max-tokens", 64)
+    result = bitfold("inspect", model, *args, "--json").json
+    keys_are_documented("inspect", result)
+    assert len(result["models"][0]["inputs"]) == 8
+    words = bitfold("inspect", model, quantized, *args).out
+    assert re.search(r"^outlier features +0 of 64 dimensions", words, re.M)
+    assert re.search(r"^quantized +\d+\.\d +\d+\.\d+ +0", words, re.M)
+    several = bitfold("inspect", model, quantized)
+    assert several.code == 2
+    assert "only with --activations" in several.err
+
+
+def test_compare_and_report(bitfold: Bitfold, model: Path, text: Path, tmp_path: Path) -> None:
+    for bits in (2, 6):
+        driver.quantize(model, tmp_path / f"q{bits}", bits=bits)
+    runs = (tmp_path / "q6", tmp_path / "q2")
+    unmeasured = bitfold("compare", *runs)
+    assert unmeasured.code == 2
+    assert "--save" in unmeasured.err
+    args = ("--reference", model, "--text", text, "--context", 64, "--max-tokens", 128)
+    result = bitfold("compare", *runs, *args, "--save", "--json").json
+    keys_are_documented("compare", result)
+    assert [run["name"] for run in result["runs"]] == ["q2", "q6"]
+    shown = bitfold("compare", *runs, "--plot", tmp_path / "pareto.svg")
+    assert re.search(r"^q6 .*best at its size$", shown.out, re.M)
+    assert (tmp_path / "pareto.svg").stat().st_size > 1000
+    page = bitfold("report", *runs, "--output", tmp_path / "r.html", "--json").json
+    keys_are_documented("report", page)
+    assert page["missing"] is None
+    assert bitfold("report", *runs, "-o", tmp_path / "r.html", "--swaps", 3).code == 2

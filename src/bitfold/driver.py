@@ -27,6 +27,7 @@ from bitfold.models import skeleton
 from bitfold.options import choose_recipe
 from bitfold.plan import blank_report, make_plan
 from bitfold.recipe import Recipe
+from bitfold.records import write_record
 from bitfold.report import QuantizeReport, TensorReport, peak_memory
 from bitfold.workspace import Workspace, partial_of, refuse_existing, software
 from bitfold.writing import Job, OnTensor, Run, Writing
@@ -134,6 +135,8 @@ def _quantize(job: Job, manner: _Manner, *, shorten: bool, dry_run: bool, on_ten
     finally:
         source.close()
     report.seconds, report.peak_memory = time.perf_counter() - started, peak_memory()
+    if not dry_run:
+        write_record(job.out, report, {"seed": job.seed, "calibration": job.calibration and asdict(job.calibration)})
     if upload_repo is not None:
         report.url = upload(job.out, upload_repo, token=manner.token)
     return report

@@ -62,6 +62,8 @@ def write_record(folder: Path, report: QuantizeReport, facts: Mapping[str, Any])
         report: of the run.
         facts: seeds and settings.
     """
+    if (calibration := facts.get("calibration")) is not None:
+        facts = {**facts, "calibration": {**calibration, "text": Path(calibration["text"]).name}}
     run = {**report.to_dict(), "source": Path(report.source).name, "output": None, **facts}
     _write(folder, {"quantize": run, "environment": environment()})
 

@@ -16,6 +16,7 @@ from bitfold.report import totals_text
 from bitfold.units import size_text
 
 if TYPE_CHECKING:
+    from bitfold.comparison import Comparison
     from bitfold.evaluation import EmbeddingAgreement, Evaluation
     from bitfold.evaluation.gaussian import FormatRow
     from bitfold.evaluation.layers import LayerErrors
@@ -30,7 +31,7 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False)
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> None:
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> None:
     """Print rows under headers; all but the first `left` columns are numbers."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(columns):
@@ -40,7 +41,7 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int =
     _console().print(table)
 
 
-def _facts(facts: Facts) -> None:
+def facts(facts: Facts) -> None:
     known = [(name, value) for name, value in facts if value is not None]
     width = max(len(name) for name, _ in known)
     for name, value in known:
@@ -58,7 +59,7 @@ def _shape(shape: Sequence[int]) -> str:
 def show_quantized(report: QuantizeReport, *, tensors: bool) -> None:
     """What a run did, or with a dry run would do."""
     if tensors:
-        _table(
+        table(
             ("tensor", "format", "shape", "bits/weight", "size", "error", "note"),
             map(_tensor_row, report.tensors),
             left=2,
@@ -72,9 +73,9 @@ def show_quantized(report: QuantizeReport, *, tensors: bool) -> None:
         before, after = (sum(getattr(t, key) for t in group) for key in ("bytes_before", "bytes_after"))
         bpw = 8 * after / max(1, sum(t.numel for t in group))
         rows.append((name, str(len(group)), f"{bpw:.3f}", size_text(before), size_text(after)))
-    _table(("format", "tensors", "bits/weight", "before", "after"), rows)
+    table(("format", "tensors", "bits/weight", "before", "after"), rows)
     print()
-    _facts(_quantize_facts(report))
+    facts(_quantize_facts(report))
 
 
 def _tensor_row(t: TensorReport) -> tuple[str, ...]:
@@ -102,7 +103,7 @@ def show_evaluation(result: Evaluation) -> None:
     """Perplexity and, against a reference, what was lost."""
     kl = result.kl_mean
     parts = f"median {result.kl_median:.5f}, 99% {result.kl_p99:.5f}" if kl is not None else ""
-    _facts(
+    facts(
         [
             ("perplexity", _number(result.perplexity, 4)),
             ("  of the reference", _number(result.reference_perplexity, 4)),
@@ -131,7 +132,7 @@ def show_layers(result: LayerErrors) -> None:
         (e.tensor, e.format, f"{e.bpw:.3f}", f"{e.weight_error:.3e}", _power(e.output_error), _power(e.swap_kl))
         for e in result.layers
     )
-    _table(("tensor", "format", "bits/weight", "weight error", "output error", "KL if swapped"), rows, left=2)
+    table(("tensor", "format", "bits/weight", "weight error", "output error", "KL if swapped"), rows, left=2)
     print()
     print(f"relative square errors; outputs under {result.tokens} tokens of {result.text}")
     if result.swap_tokens:
@@ -144,7 +145,7 @@ def _power(value: float | None) -> str:
 
 def show_embedding(result: EmbeddingAgreement) -> None:
     """Cosines of sentence embeddings."""
-    _facts(
+    facts(
         [
             ("cosine, mean", f"{result.cosine_mean:.6f}"),
             ("cosine, smallest", f"{result.cosine_min:.6f}"),
@@ -154,16 +155,44 @@ def show_embedding(result: EmbeddingAgreement) -> None:
     )
 
 
+def show_comparison(result: Comparison) -> None:
+    """Runs, smallest first."""
+    rows = (
+        (
+            run.name,
+            size_text(run.size),
+            "" if run.bpw is None else f"{run.bpw:.3f}",
+            f"{run.bpw_whole:.3f}",
+            f"{run.kl_mean:.5f}",
+            f"{run.kl_p99:.3f}",
+            f"{run.perplexity:.3f}",
+            f"{100 * run.top1:.2f}",
+            "best at its size" if run.front else "beaten",
+        )
+        for run in result.runs
+    )
+    columns = ("run", "size", "bits/weight", "whole file", "KL", "KL 99%", "perplexity", "top-1 %", "note")
+    table(columns, rows)
+    print()
+    setting = result.setting
+    facts(
+        [
+            ("reference", f"{setting['reference']}, perplexity {result.reference_perplexity or 0:.4f}"),
+            ("measured on", f"{setting['tokens']} tokens of {setting['text']}, context {setting['context']}"),
+        ]
+    )
+
+
 def show_inspection(result: Inspection) -> None:
     """Every tensor, then totals for each format."""
     rows = ((t.tensor, t.format, _shape(t.shape), f"{t.bpw:.3f}", size_text(t.nbytes), t.note) for t in result.tensors)
-    _table(("tensor", "format", "shape", "bits/weight", "size", "note"), rows, left=2)
+    table(("tensor", "format", "shape", "bits/weight", "size", "note"), rows, left=2)
     print()
     totals = ((t.format, str(t.tensors), str(t.numel), f"{t.bpw:.3f}", size_text(t.nbytes)) for t in result.totals())
-    _table(("format", "tensors", "weights", "bits/weight", "size"), totals)
+    table(("format", "tensors", "weights", "bits/weight", "size"), totals)
     print()
     quantized = result.bpw_quantized
-    _facts(
+    facts(
         [
             ("checkpoint", f"{result.path} ({result.kind}, {result.model_type or 'unknown architecture'})"),
             ("weights", f"{result.numel} in {len(result.tensors)} tensors"),
@@ -188,7 +217,7 @@ def show_formats(rows: Iterable[FormatRow]) -> None:
         )
         for row in rows
     )
-    _table(("format", "code bits", "bits/weight", "exactly", "levels", "range at scale 1", "SQNR dB"), cells)
+    table(("format", "code bits", "bits/weight", "exactly", "levels", "range at scale 1", "SQNR dB"), cells)
     print()
     print("bits/weight counts scales and zero points of full groups; numbers stored once a row or tensor come on top.")
     print(
