@@ -92,9 +92,11 @@ def solve_group(group: Group, *, drift: float, seed: int) -> Iterator[Solved | F
     if len(first.shape) == 3:
         yield _solve_stack(group, seed)
         return
+    left = list(group.decisions)
     for rule in dict.fromkeys(_rule(d) for d in group.decisions):
+        left = [d for d in left if d.rule != rule]
         alike = [d for d in group.decisions if d.rule == rule]
-        yield from _solve_alike(group, rule, alike, drift, seed)
+        yield from _solve_alike(group, rule, alike, _Manner(drift, seed, last=not left))
 
 
 def _rule(decision: Decision) -> Rule:
@@ -102,18 +104,28 @@ def _rule(decision: Decision) -> Rule:
     return decision.rule
 
 
-def _solve_alike(
-    group: Group, rule: Rule, decisions: list[Decision], drift: float, seed: int
-) -> Iterator[Solved | Folded]:
+@dataclass(frozen=True)
+class _Manner:
+    """Strength of the drift correction, seed, and whether the statistics may be used up."""
+
+    drift: float
+    seed: int
+    last: bool
+
+
+def _solve_alike(group: Group, rule: Rule, decisions: list[Decision], manner: _Manner) -> Iterator[Solved | Folded]:
     """Layers of one input under one rule."""
+    seed = manner.seed
     statistics, weights = group.statistics[0], [_weight(group.model, d) for d in decisions]
     transform, folded = _basis(group, rule, decisions, weights, seed)
     yield from folded
-    aimed = statistics.target(torch.cat(weights), drift, damp=_RIDGE)
+    aimed = statistics.target(torch.cat(weights), manner.drift, damp=_RIDGE, last=manner.last)
     turned = aimed if transform is None else transform.weights(aimed)
-    hessian = statistics.hessian if transform is None else transform.hessian(statistics.hessian)
-    wholes = torch.split(turned, [len(w) for w in weights])
     few = _too_few(statistics)
+    hessian = statistics.hessian if transform is None else transform.hessian(statistics.hessian)
+    if manner.last:  # a wide one is among the largest things there are
+        statistics.hessian = statistics.hessian[:0]
+    wholes = torch.split(turned, [len(w) for w in weights])
     qs, flags = _code(rule, decisions, wholes, None if few else hessian, seed)
     sides = {} if folded or transform is None else transform.fields()
     sides = {**sides, **_act_scale(rule, statistics, transform)}

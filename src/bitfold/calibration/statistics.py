@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+_COLUMNS = 512  # of the correction worked out at a time
+
 
 @dataclass
 class Statistics:
@@ -26,7 +28,7 @@ class Statistics:
     absmax: torch.Tensor | None = None
     mean: torch.Tensor | None = None
 
-    def target(self, w: torch.Tensor, strength: float, damp: float) -> torch.Tensor:
+    def target(self, w: torch.Tensor, strength: float, damp: float, *, last: bool = False) -> torch.Tensor:
         """The weight that makes up for what the layers before have lost, part of the way (QEP, Qronos).
 
         (1 - a) W + a W C H^-1 is the least-squares solution of W f = W' x at a = 1; C and H are damped alike.
@@ -35,14 +37,24 @@ class Statistics:
             w: (n, k) float32.
             strength: a, 0 to 1.
             damp: added to both diagonals, as a share of the mean diagonal of H.
+            last: C is not needed any more, and let go before the factorization.
         """
         mean = float(self.hessian.diagonal().mean())
         if strength == 0 or mean == 0:  # nothing ever reaches a layer whose inputs are all zero
             return w
+        lost = torch.empty(len(self.hessian), len(w), dtype=torch.float64)  # (W C - W H)^T: the ridge is on both sides
+        for at in range(0, len(lost), _COLUMNS):
+            part = slice(at, at + _COLUMNS)
+            lost[part] = (w @ (self.cross[:, part] - self.hessian[:, part])).T
+        if last:
+            self.cross = self.cross[:0].clone()
         damped = self.hessian.double()
         damped.diagonal().add_(damp * mean)
-        lost = (w @ (self.cross - self.hessian)).double()  # W C - W H: the ridge is on both sides
-        moved: torch.Tensor = w + strength * torch.cholesky_solve(lost.T, torch.linalg.cholesky(damped)).T.float()
+        lower = damped.mT  # symmetric; its columns lie together, so that LAPACK works in place
+        torch.linalg.cholesky(lower, out=lower)
+        for triangle in (lower, lower.mT):
+            lost = torch.linalg.solve_triangular(triangle, lost, upper=triangle is not lower)
+        moved: torch.Tensor = w + strength * lost.T.float()
         return moved
 
 
@@ -70,8 +82,8 @@ class Sums:
             self._absmax, self._sum = torch.zeros(k), torch.zeros(k)
         matched = original if original is not None and original.shape == x.shape else x
         weighted = x if weight is None or len(weight) != len(x) else x * weight
-        self._hessian += weighted.T @ x
-        self._cross += matched.T @ weighted
+        self._hessian.addmm_(weighted.T, x)
+        self._cross.addmm_(matched.T, weighted)
         size = x.abs()
         if len(x):
             self._absmax = torch.maximum(self._absmax, size.amax(0))
@@ -79,9 +91,9 @@ class Sums:
         self.tokens += len(x)
 
     def statistics(self) -> Statistics:
-        """So far; no tokens make a Hessian of zeros."""
+        """The result, to be asked for once; no tokens make a Hessian of zeros."""
         if self._hessian is None:
             empty = torch.zeros(self._shape[-1], self._shape[-1])
             return Statistics(empty, empty, 0)
         n = max(1, self.tokens)
-        return Statistics(self._hessian / n, self._cross / n, self.tokens, self._absmax, self._sum / n)
+        return Statistics(self._hessian.div_(n), self._cross.div_(n), self.tokens, self._absmax, self._sum / n)

@@ -22,6 +22,7 @@ from bitfold.solvers.pruning import Pruner
 from bitfold.solvers.rtn import fit_by_rows
 
 DAMP = 0.01  # of the mean diagonal
+_ROWS = 256  # of a matrix turned at a time
 _ATTEMPTS = 12  # doublings of the damping before a Hessian is given up
 
 
@@ -71,7 +72,9 @@ def ldlq(
     coder = _begin(alive, format, fit, start)
     grain = coder.step if pruner is None else max(coder.step, pruner.group)
     order = _order(hessian, grain) if by_energy else torch.arange(w.shape[1])
-    feedback = _Feedback(alive, factor(hessian[order][:, order], damp), coder, order)
+    upper = factor(hessian[order][:, order] if by_energy else hessian, damp)
+    feedback = _Feedback(alive, upper, coder, order)
+    del upper  # the feedback has its own copy
     feedback.run(0, w.shape[1], pruner)
     fields = coder.fields()
     if hasattr(format, "rescaled"):
@@ -181,20 +184,18 @@ def factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
     Raises:
         WeightError: singular whatever the damping.
     """
-    h = hessian.double().flip(0, 1)  # the Cholesky factor of the reversed matrix, reversed, is upper
-    diagonal = h.diagonal()
-    diagonal[diagonal <= 0] = 1.0
-    mean = float(diagonal.mean())
     for attempt in range(_ATTEMPTS):
-        damped = h.clone()
-        damped.diagonal().add_(damp * 2**attempt * mean)
-        lower, bad = torch.linalg.cholesky_ex(damped)
+        reverse = _reversed(hessian, torch.float64)  # its Cholesky factor, reversed again, is upper
+        diagonal = reverse.diagonal()
+        diagonal[diagonal <= 0] = 1.0
+        diagonal += damp * 2**attempt * float(diagonal.mean())
+        lower, bad = reverse.mT, torch.zeros((), dtype=torch.int32)
+        torch.linalg.cholesky_ex(lower, out=(lower, bad))  # in place: columns lie together, as LAPACK wants them
         if not bad:
             if attempt:
                 more = f"a singular Hessian: damping {damp * 2**attempt:g} instead of {damp:g}"
                 warnings.warn(more, MoreDamping, stacklevel=3)
-            upper: torch.Tensor = lower.flip(0, 1).float()
-            return upper
+            return _reversed(lower, torch.float32)
     raise WeightError("the Hessian is singular whatever the damping", hint="calibrate with more text")
 
 
@@ -202,6 +203,16 @@ def no_zeros() -> FormatError:
     """The error for pruned weights that come back as something else."""
     hint = "integers, fp8, nf4 and bf16 can; trellis and lattice codes cannot"
     return FormatError("pruned weights cannot be stored: the format has no zero there", hint=hint)
+
+
+def _reversed(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows and columns in reverse order, in a new matrix; without another one in between."""
+    k = len(matrix)
+    out = torch.empty(k, k, dtype=dtype)
+    for at in range(0, k, _ROWS):
+        stop = min(at + _ROWS, k)
+        out[at:stop] = matrix[k - stop : k - at].flip(0, 1)
+    return out
 
 
 def _best_scale(w: torch.Tensor, q: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:

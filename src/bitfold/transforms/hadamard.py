@@ -18,7 +18,9 @@ from typing import Any
 import torch
 
 from bitfold.tensorinfo import TensorInfo
+from bitfold.transforms.rotation import rotate, rotates
 
+_ROWS = 512  # of a Hessian rotated at a time
 _LARGEST_PALEY = 2048  # order of the one factor that is not; a checkpoint must not make us build a huge one
 _LARGEST = 64  # order of a factor made of powers of two: one small product each
 
@@ -37,6 +39,8 @@ class Hadamard:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., k) -> x R, same dtype; float32 or wider inside."""
+        if rotates(x):
+            return rotate(x, self.size, self.seed, inverse=False)
         wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
         return _kronecker(wide * signs(self.size, self.seed).to(wide.dtype), factors(self.size)).to(x.dtype)
 
@@ -46,13 +50,20 @@ class Hadamard:
 
     def inverse(self, x: torch.Tensor) -> torch.Tensor:
         """x R -> x, W R -> W: the transposed factors, then the signs."""
+        if rotates(x):
+            return rotate(x, self.size, self.seed, inverse=True)
         transposed = tuple(h.T.contiguous() for h in factors(self.size))
         wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
         return (_kronecker(wide, transposed) * signs(self.size, self.seed).to(wide.dtype)).to(x.dtype)
 
     def hessian(self, h: torch.Tensor) -> torch.Tensor:
         """Second moment of the inputs (k, k) -> that of the rotated ones, R^T H R."""
-        return self(self(h).T).T
+        out = torch.empty_like(h)
+        for at in range(0, len(h), _ROWS):
+            out[at : at + _ROWS] = self(h[at : at + _ROWS])
+        for at in range(0, len(h), _ROWS):
+            out[:, at : at + _ROWS] = self(out[:, at : at + _ROWS].T).T
+        return out
 
     def describe(self) -> dict[str, Any]:
         """JSON-able."""
