@@ -21,7 +21,7 @@ from bitfold.models.skeleton import tied_names
 from bitfold.models.swap import Entry, decide, is_plain, transform_of
 from bitfold.recipe import Recipe, Rule
 from bitfold.report import QuantizeReport, TensorReport
-from bitfold.solvers import is_calibrated
+from bitfold.solvers import misfit
 from bitfold.tensorinfo import TensorInfo
 from bitfold.transforms import read_wish
 
@@ -236,9 +236,8 @@ def _check(decision: Decision) -> None:
     if decision.rule is None or decision.site is None:
         return
     format = get_format(decision.rule.format)
-    if is_calibrated(decision.rule.solver) and not hasattr(format, "coder"):
-        hint = "use --method rtn, or another format"
-        raise FormatError(f"{format.name} cannot be coded column by column", where=decision.tensor, hint=hint)
+    if wrong := misfit(decision.rule.solver, format):
+        raise FormatError(wrong, where=decision.tensor, hint="use --method rtn, or another format")
     try:
         check_block(decision.site.qshape, format)
         format.layout(decision.site.qshape)

@@ -13,7 +13,7 @@ from bitfold.fits import CALIBRATED_FITS, get_fit
 from bitfold.formats import get_format
 from bitfold.qtensor import QTensor
 from bitfold.recipe import Rule
-from bitfold.solvers import get_solver, is_calibrated
+from bitfold.solvers import get_solver, is_feedback
 from bitfold.solvers.ldlq import MoreDamping, no_zeros
 from bitfold.solvers.pruning import Fixed, SparseGPT, read_sparsity, wanda_mask
 
@@ -63,6 +63,6 @@ def _pruned(
     if sparsity.kind == "sparsegpt" and hessian is not None:
         return w, None, {"pruner": SparseGPT(sparsity)}
     kept = wanda_mask(w, None if hessian is None else hessian.diagonal(), sparsity)
-    if hessian is None or not is_calibrated(rule.solver):
+    if hessian is None or not is_feedback(rule.solver):
         return w * kept, kept, {}
     return w, kept, {"pruner": Fixed(kept)}

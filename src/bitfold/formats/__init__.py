@@ -1,7 +1,7 @@
 """The registry of number formats: data, not classes.
 
 `FORMATS` lists one entry for each format people ask for by name; `get_format` also reads names with other group sizes
-and scopes: `int4-asym-g64`, `int3-row`, `fp8-e4m3-tensor`, `nf4-g32-dq`.
+and scopes, and other codebooks: `int4-asym-g64`, `int3-row`, `fp8-e4m3-tensor`, `nf4-g32-dq`, `aqlm-2x6`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from bitfold.errors import FormatError
+from bitfold.formats.aqlm import ADDITIVE, parse_additive, read_additive
 from bitfold.formats.base import Fit, Format, Params, Scale, Store
 from bitfold.formats.cast import Cast
 from bitfold.formats.e8p import E8P, read_e8p
@@ -119,6 +120,8 @@ def _entries() -> list[AnyFormat]:
         *TRELLIS.values(),
         # Lattice codes: eight weights at a time; also for rotated rows.
         *E8P.values(),
+        # Additive codebooks, learned for each tensor.
+        *ADDITIVE.values(),
     ]
 
 
@@ -144,7 +147,7 @@ def get_format(format: str | AnyFormat) -> AnyFormat:
     if not isinstance(format, str):
         return format
     name = _ALIASES.get(format.lower(), format.lower())
-    found = FORMATS.get(name) or _parse(name)
+    found = FORMATS.get(name) or _parse(name) or parse_additive(name)
     if found is None:
         from difflib import get_close_matches
 
@@ -168,6 +171,8 @@ def read_description(name: str, description: Mapping[str, Any]) -> AnyFormat:
         return read_trellis(name, description)
     if description.get("family") == "e8p":
         return read_e8p(name, description)
+    if description.get("family") == "additive":
+        return read_additive(name, description)
     raise FormatError(f"the checkpoint's format {name!r} is not known here", hint="a newer bitfold may read it")
 
 

@@ -11,10 +11,23 @@ import torch
 from bitfold.errors import UsageError
 from bitfold.formats import AnyFormat, Fit
 from bitfold.qtensor import QTensor
+from bitfold.solvers.aqlm import aqlm
 from bitfold.solvers.ldlq import gptq, ldlq
 from bitfold.solvers.rtn import rtn
 
-__all__ = ["CALIBRATED", "SOLVERS", "Solver", "get_solver", "gptq", "is_calibrated", "is_feedback", "ldlq", "rtn"]
+__all__ = [
+    "CALIBRATED",
+    "SOLVERS",
+    "Solver",
+    "aqlm",
+    "get_solver",
+    "gptq",
+    "is_calibrated",
+    "is_feedback",
+    "ldlq",
+    "misfit",
+    "rtn",
+]
 
 
 class Solver(Protocol):
@@ -26,8 +39,11 @@ class Solver(Protocol):
 
 
 # Solvers that want a Hessian, and so calibration text.
-CALIBRATED = ("ldlq", "gptq")
-SOLVERS: dict[str, Solver] = {"rtn": rtn, "ldlq": ldlq, "gptq": gptq}
+CALIBRATED = ("ldlq", "gptq", "aqlm")
+SOLVERS: dict[str, Solver] = {"rtn": rtn, "ldlq": ldlq, "gptq": gptq, "aqlm": aqlm}
+# What a solver asks of a format: an attribute, and what is said when it is not there.
+_COLUMNS = ("coder", "cannot be coded column by column")
+_NEEDS = {"ldlq": _COLUMNS, "gptq": _COLUMNS, "aqlm": ("books", "has no codebooks")}
 _DAMPED = ("ldlq", "gptq")
 
 
@@ -48,6 +64,12 @@ def is_calibrated(name: str) -> bool:
 def is_feedback(name: str) -> bool:
     """Whether the solver of that name feeds errors forward column by column, and so can prune on the way."""
     return name.partition(":")[0] in _DAMPED
+
+
+def misfit(name: str, format: AnyFormat) -> str | None:
+    """Why the solver of that name cannot make codes of that format, in words; None if it can."""
+    attribute, words = _NEEDS.get(name.partition(":")[0], ("name", ""))
+    return None if hasattr(format, attribute) else f"{format.name} {words}"
 
 
 def _damping(text: str) -> float:
