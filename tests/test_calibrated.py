@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -279,3 +280,25 @@ def test_the_choice_of_activations() -> None:
     assert ActReport(0.1, 0.1049, 10).choice == "int8"
     assert ActReport(0.1, 0.1051, 10).choice == "float"
     assert ActReport(float("nan"), float("nan"), 10).choice == "float"
+
+
+def test_activations_left_to_measurement(source: Path, tmp_path: Path) -> None:
+    """The choice is stored with every layer, is what the report says, and either kind of activations still runs."""
+    settings = Calibration(str(source / "text.txt"), **SHORT, fisher=False)
+    options: dict[str, Any] = {"format": "trellis-3", "solver": "ldlq", "transform": "hadamard"}
+    report = bitfold.quantize(source, tmp_path / "out", **options, act="auto", calibration=settings)
+    assert report.acts is not None
+    assert report.acts["tokens"] == 2 * 48
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert {t.get("act", "float") for t in config["tensors"].values()} == {report.acts["choice"]}
+    assert config["activations"] == report.acts
+    ids = torch.arange(40)[None]
+    logits = []
+    for act in ("float", "int8"):
+        bitfold.quantize(source, tmp_path / act, **options, act=act, calibration=settings)
+        with torch.no_grad():
+            logits.append(bitfold.load(tmp_path / act)(ids).logits)
+    assert not torch.equal(*logits)
+    with torch.no_grad():
+        chosen = bitfold.load(tmp_path / "out")(ids).logits
+    assert torch.equal(chosen, logits[report.acts["choice"] == "int8"])

@@ -23,7 +23,7 @@ from bitfold.tensorinfo import TensorInfo
 
 THRESHOLD = 6.0
 ACT_SCALE = "act_scale"
-AUTO = "auto"
+MEASURED = "auto"
 KNOWN = "float, int8, int8-static, int8-mixed:6.0 or auto"
 
 
@@ -55,7 +55,7 @@ def read_act(text: str) -> Act:
     kind, _, number = text.partition(":")
     if text in ("float", "int8"):
         return Act(text)
-    if text == AUTO:
+    if text == MEASURED:
         return Act("float")
     if text == "int8-static":
         return Act("float", static=True)

@@ -22,7 +22,6 @@ from bitfold.memory import peak
 from bitfold.workspace import Workspace
 
 _INPUTS, _IDS = "inputs.safetensors", "ids"
-STREAMS = ("original", "quantized")
 
 
 class Bookmarks:
@@ -54,20 +53,22 @@ class Bookmarks:
         if self._last is None:
             return 0
         following = int(self._last["index"]) + 1
-        streams = [Stream.opened(self.folder / f"{n}-{following}.bin", self._last["streams"][n]) for n in STREAMS]
-        if any(stream is None for stream in streams):
+        facts = self._last["streams"]
+        opened = {name: Stream.opened(self.folder / f"{name}-{following}.bin", facts[name]) for name in walk.streams}
+        streams = {name: stream for name, stream in opened.items() if stream is not None}
+        if len(streams) < len(opened):
             return 0
-        walk.enter(following, [stream for stream in streams if stream is not None])
+        walk.enter(streams)
         return following
 
     def turn(self, index: int, tensors: list[str], walk: BlockWalk) -> None:
         """A block is finished and its tensors are written."""
         self._sync()
-        streams = dict(zip(STREAMS, (stream.seal() for stream in walk.streams), strict=True))
+        streams = {name: stream.seal() for name, stream in walk.streams.items()}
         self._work.journal.append({"kind": "block", "index": index, "tensors": tensors, "streams": streams})
         self._work.journal.sync()
         self._events.write("block", index=index, tensors=tensors, peak_memory=peak())
-        for name in STREAMS:
+        for name in streams:
             (self.folder / f"{name}-{index}.bin").unlink(missing_ok=True)
 
     def inputs(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]] | None:

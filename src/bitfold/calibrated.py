@@ -11,15 +11,19 @@ import torch
 from torch import nn
 
 from bitfold import progress
+from bitfold.acts import MEASURED
 from bitfold.bookmarks import Bookmarks
 from bitfold.calibration import BlockWalk, calibration_tokens, token_weights
+from bitfold.calibration.probe import ActReport, Rounding
 from bitfold.calibration.text import BUNDLED, SELF, own_text
-from bitfold.catalog import find_method
+from bitfold.catalog import AUTO, find_method
 from bitfold.checkpoints import Source
 from bitfold.errors import ModelError, UsageError, WeightError
 from bitfold.groups import Folded, Group, Solved, solve_group
+from bitfold.kernels.activations import quantize_tokens
 from bitfold.models import skeleton
 from bitfold.models.sites import EMBEDDING, EXPERTS
+from bitfold.models.swap import transform_of
 from bitfold.plan import Decision, Plan
 
 LONGEST = 2048  # tokens of a window, where nobody says otherwise
@@ -53,12 +57,20 @@ class Calibration:
 
 
 def settings(
-    method: str | None, text: str | None, nsamples: int, seqlen: int | None, drift: float, fisher: bool | None
+    method: str | None,
+    text: str | None = None,
+    nsamples: int = 32,
+    seqlen: int | None = None,
+    drift: float | None = None,
+    fisher: bool | None = None,
 ) -> Calibration | None:
-    """The calibration that options mean: None where no text is named and the method needs none."""
-    if text is None and (method is None or not find_method(method).needs_text):
+    """The calibration that options mean: None where no text is named and the method is known to need none."""
+    found = None if method is None or method == AUTO else find_method(method)
+    if text is None and found is not None and not found.needs_text:
         return None
-    return Calibration(text or BUNDLED, nsamples, seqlen, drift, fisher)
+    corrects = found is None or found.corrects
+    strength = (0.5 if corrects else 0.0) if drift is None else drift
+    return Calibration(text or BUNDLED, nsamples, seqlen, strength, fisher if corrects or fisher is not None else False)
 
 
 def solve_blocks(
@@ -69,10 +81,11 @@ def solve_blocks(
     seed: int,
     tokenizer: Path,
     bookmarks: Bookmarks | None = None,
-) -> Iterator[Solved | Folded]:
+) -> Iterator[Solved | Folded | ActReport]:
     """Quantize every layer and stack of experts whose rule asks for calibration, block by block.
 
-    Layers outside the blocks and layers that never ran are not yielded: they are left to the data-free path.
+    Layers outside the blocks and layers that never ran are not yielded: they are left to the data-free path. What 8-bit
+    activations cost comes last, if a rule leaves the choice to measurement.
 
     Args:
         source: the open checkpoint.
@@ -107,6 +120,9 @@ def solve_blocks(
         bookmarks.keep_inputs(ids, weights)
     walk = BlockWalk(model, reader, ids, weights, None if bookmarks is None else bookmarks.spill)
     walk.start()
+    undecided = {d.site.module: d for d in wanted.values() if d.site is not None and _undecided(d)}
+    if undecided:
+        walk.watch(lambda layer: _rounding(undecided.get(layer), seed))
     first = 0 if bookmarks is None else bookmarks.enter(walk)
     with progress.bar("calibrate", len(walk)) as bar:
         bar.advance(first)
@@ -123,6 +139,28 @@ def solve_blocks(
             if bookmarks is not None:
                 bookmarks.turn(index, solved, walk)
             bar.advance(1, prefix.rstrip("."))
+    if undecided:
+        yield walk.acts()
+
+
+def _undecided(decision: Decision) -> bool:
+    """Whether measurement says how its activations come."""
+    return decision.rule is not None and decision.rule.act == MEASURED
+
+
+def _rounding(decision: Decision | None, seed: int) -> Rounding:
+    """What int8 kernels do to the inputs of a layer, in the basis of its transform and back."""
+    if decision is None or decision.rule is None or decision.site is None:
+        return lambda x: x
+    transform = transform_of(decision.rule, decision.site, seed)
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        turned = (x if transform is None else transform(x)).reshape(-1, x.shape[-1])
+        codes, scale = quantize_tokens(turned)
+        back = (codes * scale).to(x.dtype).view(x.shape)
+        return back if transform is None else transform.inverse(back)
+
+    return rounded
 
 
 def _inside(prefix: str, wanted: dict[str, Decision]) -> tuple[list[str], list[str]]:

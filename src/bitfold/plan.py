@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from bitfold.acts import AUTO
+from bitfold.acts import MEASURED
 from bitfold.checkpoints import Source
 from bitfold.errors import BitfoldError, FormatError, ModelError
 from bitfold.formats import get_format
@@ -56,7 +56,7 @@ class Decision:
             return None
         rule, site = self.rule, self.site
         format, transform = get_format(rule.format), transform_of(rule, site, seed) if self.fold is None else None
-        act = auto if rule.act == AUTO else rule.act
+        act = auto if rule.act == MEASURED else rule.act
         return Entry(format, site.qshape, act, site.transposed, transform)
 
     def stored(self) -> dict[str, TensorInfo]:

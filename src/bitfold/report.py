@@ -74,6 +74,8 @@ class QuantizeReport:
     account: dict[str, Any] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
     ceiling: int | None = None
+    method: str = ""
+    acts: dict[str, Any] | None = None
 
     def add(self, tensor: TensorReport) -> None:
         """Append a tensor that was written."""
@@ -139,6 +141,7 @@ class QuantizeReport:
             "peak_memory": self.peak_memory,
             "max_memory": self.ceiling,
             "url": self.url,
+            "method": self.method,
             "recipe": self.recipe,
             "account": self.account,
             "unread": self.unread,

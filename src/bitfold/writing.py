@@ -18,6 +18,7 @@ from bitfold.accounting import Account, check_written
 from bitfold.acts import ACT_SCALE, read_act
 from bitfold.bookmarks import Bookmarks
 from bitfold.calibrated import Calibration, solve_blocks
+from bitfold.calibration.probe import ActReport
 from bitfold.card import write_card
 from bitfold.checkpoints import Source
 from bitfold.checkpoints.native import QUANT_METHOD, VERSION
@@ -32,6 +33,7 @@ from bitfold.manifest import write_manifest
 from bitfold.memory import Ceiling
 from bitfold.models import skeleton
 from bitfold.models.swap import in_basis, is_plain, quantize_site_tensor, transform_of
+from bitfold.pieces import in_pieces, quantize_pieces, read_pieces
 from bitfold.plan import Decision, Item, Plan
 from bitfold.qtensor import QTensor
 from bitfold.recipe import Recipe
@@ -89,6 +91,7 @@ class Writing:
         self._writer = PlannedWriter(work.result, plan_shards(run.plan.stored(), run.job.max_shard_bytes))
         self.done = Finished()
         self.ceiling = Ceiling(None)
+        self.acts: ActReport | None = None
 
     def tensors(self) -> None:
         """Write every tensor: first what needs calibration, block by block, then the rest in the source's order."""
@@ -116,7 +119,9 @@ class Writing:
     def _remaining(self) -> Iterator[TensorReport]:
         if self.run.job.calibration is not None:
             for solved in self._calibrated(self.run.job.calibration):
-                if isinstance(solved, Folded):
+                if isinstance(solved, ActReport):
+                    self._measured(solved)
+                elif isinstance(solved, Folded):
                     yield self._finish(solved.decision, {solved.decision.tensor: solved.value})
                 else:
                     yield self._write_solved(solved)
@@ -124,7 +129,7 @@ class Writing:
             if any(d.alias_of is None and name not in self.done.reports for name, d in item.decisions.items()):
                 yield from self._write_item(item)
 
-    def _calibrated(self, calibration: Calibration) -> Iterator[Solved | Folded]:
+    def _calibrated(self, calibration: Calibration) -> Iterator[Solved | Folded | ActReport]:
         run, tokenizer = self.run, self.run.source.path
         if not tokenizer.is_dir():  # a GGUF file carries its tokenizer inside
             tokenizer = self.work.state / "tokenizer"
@@ -134,6 +139,13 @@ class Writing:
         marks = Bookmarks(self.work, self.done.reports, self._writer.sync, self._events)
         yield from solve_blocks(run.source, run.model, run.plan, calibration, run.job.seed, tokenizer, marks)
 
+    def _measured(self, acts: ActReport) -> None:
+        """Activations that were left to measurement are decided."""
+        self.acts = acts
+        costs = f"KL {acts.kl_int8:.4f} with int8 activations, {acts.kl_float:.4f} with float ones"
+        progress.say(f"activations: {acts.choice} ({costs}, over {acts.tokens} tokens of the calibration text)")
+        self._events.write("activations", choice=acts.choice, **asdict(acts))
+
     def _write_solved(self, solved: Solved) -> TensorReport:
         decision, q = solved.decision, solved.qtensor
         error = relative_error(solved.weight, q)
@@ -142,6 +154,10 @@ class Writing:
         return self._finish(decision, fields, error=error, output_error=solved.output_error, flags=flags)
 
     def _write_item(self, item: Item) -> Iterator[TensorReport]:
+        only = next(iter(item.decisions.values()))
+        if in_pieces(self.run.source, item, only):
+            yield self._write_pieces(item, only)
+            return
         tensors = item.target.read(self.run.source.read, self.run.model)
         for name in list(tensors):
             w, decision = tensors.pop(name), item.decisions[name]
@@ -153,6 +169,21 @@ class Writing:
             else:
                 yield self._write_quantized(decision, w)
 
+    def _write_pieces(self, item: Item, decision: Decision) -> TensorReport:
+        """A tensor that is too large to be in memory at once without need."""
+        if decision.rule is not None and decision.site is not None:
+            q, error, odd = quantize_pieces(self.run.source, item, decision, self.run.job.seed)
+            return self._finish_quantized(decision, q, error, odd)
+        found: list[str] = []
+
+        def rows() -> Iterator[torch.Tensor]:
+            for w in read_pieces(self.run.source, item, decision):
+                found.extend(kept_flags(w))
+                yield w.to(decision.info.dtype)
+
+        hashes = {decision.tensor: self._writer.write(decision.tensor, rows())}
+        return self._note(decision, hashes, decision.info.nbytes, {"flags": tuple(found[:1])})
+
     def _write_quantized(self, decision: Decision, w: torch.Tensor) -> TensorReport:
         rule, site, seed = decision.rule, decision.site, self.run.job.seed
         assert rule is not None
@@ -160,9 +191,12 @@ class Writing:
         q = quantize_site_tensor(w, site, rule, seed)
         transform = transform_of(rule, site, seed)
         original = in_basis(w, site, transform)
-        error = relative_error(original, q)
-        flags = (*weight_flags(original), *_error_flags(decision, error))
-        entry = decision.entry(seed)
+        return self._finish_quantized(decision, q, relative_error(original, q), weight_flags(original))
+
+    def _finish_quantized(self, decision: Decision, q: QTensor, error: float, odd: list[str]) -> TensorReport:
+        rule, entry = decision.rule, decision.entry(self.run.job.seed)
+        assert rule is not None
+        flags = (*odd, *_error_flags(decision, error))
         sides = {} if entry is None or entry.transform is None else entry.transform.fields()
         if read_act(rule.act).static:
             sides = {**sides, ACT_SCALE: torch.zeros(1)}  # no data: each token by itself
@@ -181,7 +215,11 @@ class Writing:
         """Write the fields, note it in the journal, tell of it."""
         hashes = {name: self._writer.write(name, [value]) for name, value in fields.items()}
         nbytes = sum(value.numel() * value.element_size() for value in fields.values())
-        report = decision.report(nbytes, error=error, output_error=output_error, flags=flags)
+        return self._note(decision, hashes, nbytes, {"error": error, "output_error": output_error, "flags": flags})
+
+    def _note(self, decision: Decision, hashes: dict[str, str], nbytes: int, facts: dict[str, Any]) -> TensorReport:
+        """In the journal, and to whom it may concern."""
+        report = decision.report(nbytes, **facts)
         self.work.journal.append(
             {"kind": "tensor", "tensor": decision.tensor, "hashes": hashes, "report": asdict(report)}
         )
@@ -199,6 +237,7 @@ class Writing:
         run = self.run
         report.tensors = [self.done.reports[d.tensor] for d in run.plan.decisions if d.tensor in self.done.reports]
         report.files = self._writer.plan.files
+        report.acts = None if self.acts is None else {"choice": self.acts.choice, **asdict(self.acts)}
         try:
             self._complete(report)
         except OSError as error:
@@ -251,7 +290,7 @@ def _stored_bytes(folder: Path, files: list[str]) -> dict[str, int]:
 
 
 def _config(run: Run, report: QuantizeReport) -> dict[str, Any]:
-    entries = run.plan.entries(run.job.seed)
+    entries = run.plan.entries(run.job.seed, auto="float" if report.acts is None else report.acts["choice"])
     return {
         "quant_method": QUANT_METHOD,
         "version": VERSION,
@@ -261,4 +300,5 @@ def _config(run: Run, report: QuantizeReport) -> dict[str, Any]:
         "kept": {t.tensor: t.reason for t in report.tensors if t.format is None},
         "unused": run.plan.unused(),
         "recipe": report.recipe,
+        **({} if report.acts is None else {"activations": report.acts}),
     }

@@ -18,7 +18,7 @@ from torch import nn
 from bitfold.calibration.embedded import Filled
 from bitfold.calibration.experts import Listener, one_at_a_time
 from bitfold.calibration.finished import Finished
-from bitfold.calibration.probe import SAMPLES, ActReport, Probe, Rounding
+from bitfold.calibration.probe import ActReport, Probe, Rounding
 from bitfold.calibration.spill import Keyed, Spill, Stream
 from bitfold.calibration.statistics import Statistics, Sums
 from bitfold.errors import ModelError
@@ -98,24 +98,26 @@ class BlockWalk:
             raise ModelError("its blocks are not called one after the other", where=type(self.model).__name__)
 
     @property
-    def streams(self) -> tuple[Stream, Stream]:
-        """What enters the next block, in the original and in the quantized model."""
-        return self._original, self._quantized
+    def streams(self) -> dict[str, Stream]:
+        """What enters the next block, in the original model, the quantized one and, if watched, with rounded inputs."""
+        found = {"original": self._original, "quantized": self._quantized}
+        return found if self._probe is None else {**found, "rounded": self._probe.hidden}
 
-    def enter(self, _index: int, streams: Sequence[Stream]) -> None:
-        """Go on with a later block, after `start`: the activations that enter it are these."""
-        self._original, self._quantized = streams
+    def enter(self, streams: Mapping[str, Stream]) -> None:
+        """Go on with a later block, after `start` and `watch`: the activations that enter it are these."""
+        self._original, self._quantized = streams["original"], streams["quantized"]
+        if self._probe is not None:
+            self._probe.hidden = streams["rounded"]
 
     def watch(self, rounding: Callable[[str], Rounding]) -> None:
         """Measure 8-bit activations on the way, after `start`: `rounding` says what a layer's input goes through."""
-        self._probe, self._rounding = Probe(self._quantized.first(SAMPLES)), rounding
+        self._probe, self._rounding = Probe(self._quantized, self._spill.stream("rounded-0")), rounding
 
     def acts(self) -> ActReport:
         """What they cost, after the last block; `watch` must have been called."""
         assert self._probe is not None
         self._fill("", skip=f"{self.path}.")
-        original, quantized = self._original.first(SAMPLES), self._quantized.first(SAMPLES)
-        return self._probe.measure(original, quantized, self._tail)
+        return self._probe.measure(self._original, self._quantized, self._tail)
 
     @torch.no_grad()
     def _tail(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -214,7 +216,8 @@ class BlockWalk:
         finished.close()
         if self._probe is not None:
             rounding = {layer: self._rounding(f"{name}.{layer}") for layer in inside}
-            self._probe.advance(block, rounding, lambda i, x: _run(block, calls[i], x))
+            into = self._spill.stream(f"rounded-{index + 1}")
+            self._probe.advance(block, rounding, lambda i, x: _run(block, calls[i], x), into)
         for store in kept:
             store.drop()
         self._original, self._quantized = outputs, quantized

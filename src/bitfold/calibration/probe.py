@@ -7,12 +7,14 @@ original model, into distributions: KL with float activations and KL with int8 o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from bitfold.calibration.spill import Stream
 
 SAMPLES = 2  # that run beside the others
 _TOLERATED = 1.05  # times the KL with float activations: int8 is several times as fast on a CPU
@@ -40,15 +42,22 @@ class Probe:
     """The second stream.
 
     Args:
-        hidden: inputs of the first block for some samples, each (1, tokens, width).
+        inputs: of the first block, each (1, tokens, width); the first SAMPLES of them run with rounded activations.
+        into: where they wait for the next block.
     """
 
-    def __init__(self, hidden: Sequence[torch.Tensor]) -> None:
-        self.hidden = list(hidden)
+    def __init__(self, inputs: Stream, into: Stream) -> None:
+        self.hidden = into
+        for x in inputs.first(SAMPLES):
+            into.append(x)
 
     @torch.no_grad()
     def advance(
-        self, block: nn.Module, rounding: Mapping[str, Rounding], run: Callable[[int, torch.Tensor], torch.Tensor]
+        self,
+        block: nn.Module,
+        rounding: Mapping[str, Rounding],
+        run: Callable[[int, torch.Tensor], torch.Tensor],
+        into: Stream,
     ) -> None:
         """Through one quantized block.
 
@@ -56,16 +65,19 @@ class Probe:
             block: with its final weights.
             rounding: what each layer's input goes through, by the layer's name in the block.
             run: (number of a sample, its input) -> its output.
+            into: takes the outputs.
         """
         handles = [block.get_submodule(name).register_forward_pre_hook(_before(f)) for name, f in rounding.items()]
         try:
-            self.hidden = [run(i, x) for i, x in enumerate(self.hidden)]
+            for i, x in enumerate(self.hidden):
+                into.append(run(i, x))
+            self.hidden = into
         finally:
             for handle in handles:
                 handle.remove()
 
     @torch.no_grad()
-    def measure(self, original: Sequence[torch.Tensor], quantized: Sequence[torch.Tensor], tail: Tail) -> ActReport:
+    def measure(self, original: Iterable[torch.Tensor], quantized: Iterable[torch.Tensor], tail: Tail) -> ActReport:
         """Both KLs, from the last block's outputs in the three streams.
 
         Args:
@@ -73,7 +85,7 @@ class Probe:
             tail: (1, tokens, width) -> logits (tokens, vocabulary).
         """
         sums, tokens = [0.0, 0.0], 0
-        for truth, plain, rounded in zip(original, quantized, self.hidden, strict=False):
+        for rounded, truth, plain in zip(self.hidden, original, quantized, strict=False):
             for piece in range(0, truth.shape[1], _PIECE):
                 part = slice(piece, piece + _PIECE)
                 target = tail(truth[:, part]).float().log_softmax(-1)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bitfold import progress
-from bitfold.acts import AUTO, read_act
+from bitfold.acts import MEASURED, read_act
 from bitfold.errors import BitfoldError, ModelError, UsageError
 from bitfold.formats import AnyFormat, get_format, read_description
 from bitfold.methods import quantize_tensor
@@ -205,7 +205,8 @@ def _quantize_site(model: nn.Module, site: Site, recipe: Recipe, seed: int) -> O
     if rule.needs_text:
         raise UsageError("the rule needs calibration text", where=site.tensor, hint="use bitfold.quantize")
     qtensor = quantize_site_tensor(weight.detach(), site, rule, seed)
-    swap(model, site, qtensor, act="float" if rule.act == AUTO else rule.act, transform=transform_of(rule, site, seed))
+    act = "float" if rule.act == MEASURED else rule.act
+    swap(model, site, qtensor, act=act, transform=transform_of(rule, site, seed))
     return Outcome(site.tensor, qtensor.format.name, reason)
 
 
