@@ -100,18 +100,6 @@ METHODS: dict[str, Method] = {
         {b: f"trellis-{b}" for b in range(1, 5)},
         "Tseng et al. 2024, arXiv 2406.11235",
     ),
-    "wanda": Method(
-        "zeros where weight times input is small: a share, or N of M (--prune wanda:2:4)",
-        {"prune": "wanda:0.5"},
-        paper="Sun et al. 2023, arXiv 2306.11695",
-        corrects=False,
-    ),
-    "sparsegpt": Method(
-        "zeros chosen and made up for as errors are fed forward: a share, or N of M (--prune sparsegpt:2:4)",
-        {"solver": "gptq", "prune": "sparsegpt:0.5"},
-        paper="Frantar and Alistarh 2023, arXiv 2301.00774",
-        corrects=False,
-    ),
     "aqlm": Method(
         "sums of entries of learned codebooks, refined under the Hessian",
         {"solver": "aqlm"},
