@@ -86,6 +86,16 @@ NB_MODULE(_native, m) {
       "packed"_a, "rows"_a, "length"_a, "bits"_a, "out"_a, "threads"_a, "Unpack rows of codes to uint8.");
   bind_viterbi(m);
   m.def(
+      "rotate",
+      [](uintptr_t x, size_t rows, size_t size, size_t width, size_t order, uintptr_t matrix, uintptr_t signs,
+         float scale, bool inverse, uintptr_t out, int threads) {
+        nb::gil_scoped_release released;
+        const bitfold::Rotation r{size, width, order, at<const float>(matrix), at<const float>(signs), scale, inverse};
+        bitfold::rotate(r, at<const float>(x), rows, at<float>(out), threads);
+      },
+      "x"_a, "rows"_a, "size"_a, "width"_a, "order"_a, "matrix"_a, "signs"_a, "scale"_a, "inverse"_a, "out"_a,
+      "threads"_a, "Hadamard rotation of rows of float32, or its inverse.");
+  m.def(
       "spin_dots",
       [](size_t rounds) {
         nb::gil_scoped_release released;

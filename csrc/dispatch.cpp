@@ -13,10 +13,15 @@
 #if defined(__linux__) && defined(__aarch64__)
 #include <sys/auxv.h>
 #endif
+#if defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace bitfold {
 
 extern const Table table_scalar, table_avx2, table_avx512, table_neon;
+void use_amx(Table& t);
 
 namespace {
 
@@ -54,8 +59,18 @@ bool has(uint32_t reg, std::initializer_list<int> bits) {
   return true;
 }
 
+// Linux saves the tile registers of those processes only that have asked for it.
+bool may_use_tiles() {
+#if defined(__linux__) && defined(__x86_64__)
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 struct Cpu {
-  bool avx2 = false, avx512 = false;
+  bool avx2 = false, avx512 = false, amx = false;
   Cpu() {
     const Registers one = cpuid(1, 0), seven = cpuid(7, 0);
     if (!has(one.c, {27, 28, 12, 29})) return;  // osxsave, avx, fma, f16c
@@ -63,6 +78,7 @@ struct Cpu {
     avx2 = (saved & 0x6) == 0x6 && has(seven.b, {5, 8});  // avx2, bmi2
     // f, dq, bw, vl; vbmi, gfni, vnni
     avx512 = avx2 && (saved & 0xe6) == 0xe6 && has(seven.b, {16, 17, 30, 31}) && has(seven.c, {1, 8, 11});
+    amx = avx512 && (saved & 0x60000) == 0x60000 && has(seven.d, {24, 25}) && may_use_tiles();  // amx-tile, amx-int8
   }
 };
 #endif
@@ -76,6 +92,14 @@ std::vector<const Table*> available() {
 #endif
 #if BITFOLD_WITH_AVX512
   if (cpu.avx512) all.push_back(&table_avx512);
+#if BITFOLD_WITH_AMX
+  static const Table table_amx = [] {
+    Table t = table_avx512;
+    use_amx(t);
+    return t;
+  }();
+  if (cpu.amx) all.push_back(&table_amx);
+#endif
 #endif
 #endif
 #if BITFOLD_WITH_NEON
@@ -103,6 +127,8 @@ std::vector<std::string> isas() {
   for (const Table* t : available()) names.emplace_back(t->name);
   return names;
 }
+
+void set_table(const Table* t) { current.store(t, std::memory_order_relaxed); }
 
 bool set_isa(const std::string& name) {
   for (const Table* t : available())

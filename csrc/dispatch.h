@@ -16,4 +16,7 @@ std::vector<std::string> isas();
 // Makes `name` the one in use ("" = the best); false if this build or this CPU lacks it.
 bool set_isa(const std::string& name);
 
+// For tests: makes a table of the caller's the one in use.
+void set_table(const Table* t);
+
 }  // namespace bitfold

@@ -171,6 +171,14 @@ void dequantize(const Weight& w, size_t begin, size_t end, float* out, int threa
   });
 }
 
+void rotate(const Rotation& r, const float* x, size_t rows, float* out, int threads) {
+  const Table& t = table();
+  parallel_for(rows, 1 + (1 << 14) / (r.size + 1), threads, [&](size_t begin, size_t end) {
+    float* scratch = float_memory.get<float>(r.size);
+    for (size_t i = begin; i < end; ++i) t.rotate(r, x + i * r.size, out + i * r.size, scratch);
+  });
+}
+
 size_t spin_dots(size_t rounds) { return table().dots(rounds); }
 
 }  // namespace bitfold

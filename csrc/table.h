@@ -39,6 +39,8 @@ struct Table {
   // One row of the weight out of its unpacked codes; rows [begin, end) out of trellis tiles.
   void (*decode)(const Weight& w, size_t row, const uint8_t* codes, float* out);
   void (*decode_tiles)(const Weight& w, size_t begin, size_t end, float* out);
+  // One row of activations rotated; scratch: r.size floats.
+  void (*rotate)(const Rotation& r, const float* x, float* out, float* scratch);
   // spin_dots of linear.h.
   size_t (*dots)(size_t rounds);
 };

@@ -6,6 +6,7 @@
 #include "loops/dequant.h"
 #include "loops/gemm.h"
 #include "loops/gemv.h"
+#include "loops/hadamard.h"
 #include "loops/trellis.h"
 
 namespace bitfold {

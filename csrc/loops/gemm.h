@@ -139,42 +139,47 @@ struct FloatProducts {
   }
 };
 
-// One block of activations times one tile, added to c (R x 2L).
+// One block of activations times one tile, added to c (R x 2L); accumulators in registers.
 template <class S, int R, class P>
-void gemm_block(const Weight& w, const Plan& g, const P& products, size_t depth, const typename P::X* x,
-                const int32_t* start, const float* sums, const uint8_t* tile, const float* scales, float* c,
-                Fetch& fetch) {
-  using F = typename S::F;
-  for (size_t done = 0; done < depth; done += g.chunk) {
-    typename P::Acc acc[R][2];
-    repeat<R>([&](auto r) BITFOLD_INLINE { acc[r.value][0] = acc[r.value][1] = P::start(start + r.value); });
-    for (size_t i = smaller(g.chunk, depth - done) / 4; i > 0; --i, tile += 8 * S::L, x += 4 * R) {
-      products.template step<R>(tile, x, acc);
-      fetch.some<S>();
-    }
-    const F s0 = S::loadf(scales), s1 = S::loadf(scales + S::L);
-    repeat<R>([&](auto r) BITFOLD_INLINE {
-      float* to = c + r.value * 2 * S::L;
-      F f0 = S::fma(P::total(acc[r.value][0]), s0, S::loadf(to));
-      F f1 = S::fma(P::total(acc[r.value][1]), s1, S::loadf(to + S::L));
-      if (w.zero) {
-        const F sum = S::set(-sums[r.value]);
-        f0 = S::fma(sum, S::loadf(scales + 2 * S::L), f0);
-        f1 = S::fma(sum, S::loadf(scales + 3 * S::L), f1);
+struct RegisterBlock {
+  using X = typename P::X;
+  P products;
+  RegisterBlock(const Weight& w, const Plan&) : products(w) {}
+
+  void operator()(const Weight& w, const Plan& g, size_t depth, const X* x, const int32_t* start, const float* sums,
+                  const uint8_t* tile, const float* scales, float* c, Fetch& fetch) const {
+    using F = typename S::F;
+    for (size_t done = 0; done < depth; done += g.chunk) {
+      typename P::Acc acc[R][2];
+      repeat<R>([&](auto r) BITFOLD_INLINE { acc[r.value][0] = acc[r.value][1] = P::start(start + r.value); });
+      for (size_t i = smaller(g.chunk, depth - done) / 4; i > 0; --i, tile += 8 * S::L, x += 4 * R) {
+        products.template step<R>(tile, x, acc);
+        fetch.some<S>();
       }
-      S::storef(to, f0);
-      S::storef(to + S::L, f1);
-    });
-    start += start ? R : 0;
-    sums += w.zero ? R : 0;
-    scales += 4 * S::L;
+      const F s0 = S::loadf(scales), s1 = S::loadf(scales + S::L);
+      repeat<R>([&](auto r) BITFOLD_INLINE {
+        float* to = c + r.value * 2 * S::L;
+        F f0 = S::fma(P::total(acc[r.value][0]), s0, S::loadf(to));
+        F f1 = S::fma(P::total(acc[r.value][1]), s1, S::loadf(to + S::L));
+        if (w.zero) {
+          const F sum = S::set(-sums[r.value]);
+          f0 = S::fma(sum, S::loadf(scales + 2 * S::L), f0);
+          f1 = S::fma(sum, S::loadf(scales + 3 * S::L), f1);
+        }
+        S::storef(to, f0);
+        S::storef(to + S::L, f1);
+      });
+      start += start ? R : 0;
+      sums += w.zero ? R : 0;
+      scales += 4 * S::L;
+    }
   }
-}
+};
 
 // Bytes of scratch memory of one thread.
-template <class S>
+template <class S, size_t (*Rows)(size_t)>
 size_t gemm_scratch(const Weight& w, size_t m, size_t padded) {
-  const size_t R = block_rows<S>(m);
+  const size_t R = Rows(m);
   const Plan g = Plan::of<S>(w, m, padded, R);
   return g.tiles * (g.stride + 2 * S::L * sizeof(float) * (2 * g.depth / g.chunk + g.blocks * R));
 }
@@ -193,11 +198,11 @@ void write_panel(const Weight& w, const Plan& g, size_t m, size_t R, const float
     }
 }
 
-template <class S, int R, class P, class Act>
+template <class S, int R, class Block, class Act>
 void gemm(const Weight& w, const Act& a, size_t begin, size_t end, float* y, uint8_t* panel, const Decoder& decoder) {
   constexpr size_t N = 2 * S::L;
   const Plan g = Plan::of<S>(w, a.m, a.padded, R);
-  const P products(w);
+  const Block block(w, g);
   const size_t chunks = g.depth / g.chunk;  // of a panel
   float* scales = reinterpret_cast<float*>(panel + g.tiles * g.stride);
   float* c = scales + g.tiles * 2 * N * chunks;
@@ -215,9 +220,9 @@ void gemm(const Weight& w, const Act& a, size_t begin, size_t end, float* y, uin
       for (size_t t = 0; t < tiles; ++t)
         for (size_t b = 0; b < g.blocks; ++b) {
           const size_t at = (b * g.chunks + first) * R;
-          gemm_block<S, R>(w, g, products, depth, a.x + (b * a.padded + k) * R, a.start ? a.start + at : nullptr,
-                           w.zero ? a.sums + at : nullptr, panel + t * g.stride, scales + t * chunks * 2 * N,
-                           c + (b * g.tiles + t) * R * N, fetch);
+          block(w, g, depth, a.x + (b * a.padded + k) * R, a.start ? a.start + at : nullptr,
+                w.zero ? a.sums + at : nullptr, panel + t * g.stride, scales + t * chunks * 2 * N,
+                c + (b * g.tiles + t) * R * N, fetch);
         }
     }
     write_panel<S>(w, g, a.m, R, a.scale, row, tiles, c, y);
@@ -230,11 +235,12 @@ void gemm_with(const Weight& w, const Act& a, size_t begin, size_t end, float* y
                const Decoder& decoder) {
   uint8_t* panel = static_cast<uint8_t*>(scratch);
   const size_t rows = block_rows<S>(a.m);
-  if (rows == 4) return gemm<S, 4, P>(w, a, begin, end, y, panel, decoder);
+  if (rows == 4) return gemm<S, 4, RegisterBlock<S, 4, P>>(w, a, begin, end, y, panel, decoder);
   if constexpr (S::kGemmRows > 8) {
-    if (rows == S::kGemmRows) return gemm<S, S::kGemmRows, P>(w, a, begin, end, y, panel, decoder);
+    if (rows == S::kGemmRows)
+      return gemm<S, S::kGemmRows, RegisterBlock<S, S::kGemmRows, P>>(w, a, begin, end, y, panel, decoder);
   }
-  if constexpr (S::kGemmRows >= 8) gemm<S, 8, P>(w, a, begin, end, y, panel, decoder);
+  if constexpr (S::kGemmRows >= 8) gemm<S, 8, RegisterBlock<S, 8, P>>(w, a, begin, end, y, panel, decoder);
 }
 
 }  // namespace BITFOLD_NS

@@ -151,5 +151,16 @@ inline auto with_trellis_bits(int bits, const A&... a) {
   }
 }
 
+template <class S>
+Decoder decoder(const Weight& w) {
+  Decoder d;
+  if (w.trellis) {
+    with_trellis_bits<TrellisDecoder<S>>(w.trellis->bits, w, &d);
+  } else {
+    with_bits<DenseDecoder<S>>(w.bits, w, &d);
+  }
+  return d;
+}
+
 }  // namespace BITFOLD_NS
 }  // namespace bitfold

@@ -118,6 +118,7 @@ struct Simd {
   static void storef(float* p, F x) { _mm256_storeu_ps(p, x); }
   static F to_float(I x) { return _mm256_cvtepi32_ps(x); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static float sum(F x) {
@@ -149,6 +150,14 @@ struct Simd {
       return _mm256_permutevar8x32_ps(_mm256_castsi256_ps(_mm256_castsi128_si256(x)), floats);
     }
   };
+
+  // Lane i: x[i] + x[i ^ h], or x[i ^ h] - x[i] where i has bit h, for h = 1, 2, 4.
+  static F butterflies(F x) {
+    const F m = _mm256_set1_ps(-0.0f), z = _mm256_setzero_ps();
+    x = _mm256_add_ps(_mm256_permute_ps(x, 0xb1), _mm256_xor_ps(x, _mm256_blend_ps(z, m, 0xaa)));
+    x = _mm256_add_ps(_mm256_permute_ps(x, 0x4e), _mm256_xor_ps(x, _mm256_blend_ps(z, m, 0xcc)));
+    return _mm256_add_ps(_mm256_permute2f128_ps(x, x, 1), _mm256_xor_ps(x, _mm256_blend_ps(z, m, 0xf0)));
+  }
 
   template <int J>
   static F plane(I x) {

@@ -83,6 +83,7 @@ struct Simd {
   static void storef(float* p, F x) { _mm512_storeu_ps(p, x); }
   static F to_float(I x) { return _mm512_cvtepi32_ps(x); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static float sum(F x) { return _mm512_reduce_add_ps(x); }
@@ -106,6 +107,18 @@ struct Simd {
     }
     F f32(const float* p) const { return _mm512_permutexvar_ps(floats, _mm512_castps128_ps512(_mm_loadu_ps(p))); }
   };
+
+  // Lane i: x[i] + x[i ^ h], or x[i ^ h] - x[i] where i has bit h, for h = 1, 2, 4, 8.
+  static F butterflies(F x) {
+    const auto stage = [&x](F swapped, __mmask16 minus) {
+      x = _mm512_add_ps(swapped, _mm512_mask_sub_ps(x, minus, _mm512_set1_ps(-0.0f), x));
+    };
+    stage(_mm512_permute_ps(x, 0xb1), 0xaaaa);
+    stage(_mm512_permute_ps(x, 0x4e), 0xcccc);
+    stage(_mm512_shuffle_f32x4(x, x, 0xb1), 0xf0f0);
+    stage(_mm512_shuffle_f32x4(x, x, 0x4e), 0xff00);
+    return x;
+  }
 
   // Byte J of each lane, as a signed number.
   template <int J>

@@ -92,6 +92,7 @@ struct Simd {
   static void storef(float* p, F x) { vst1q_f32(p, x); }
   static F to_float(I x) { return vcvtq_f32_s32(words(x)); }
   static F add(F a, F b) { return vaddq_f32(a, b); }
+  static F sub(F a, F b) { return vsubq_f32(a, b); }
   static F mul(F a, F b) { return vmulq_f32(a, b); }
   static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
   static float sum(F x) { return vaddvq_f32(x); }
@@ -107,6 +108,17 @@ struct Simd {
     }
     F f32(const float* p) const { return set(*p); }
   };
+
+  // Lane i: x[i] + x[i ^ h], or x[i ^ h] - x[i] where i has bit h, for h = 1, 2.
+  static F butterflies(F x) {
+    const uint32x4_t odd = vreinterpretq_u32_u64(vdupq_n_u64(0x8000000000000000u));
+    const uint32x4_t upper = vcombine_u32(vdup_n_u32(0), vdup_n_u32(0x80000000u));
+    const auto flip = [](F v, uint32x4_t sign) {
+      return vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(v), sign));
+    };
+    x = vaddq_f32(vrev64q_f32(x), flip(x, odd));
+    return vaddq_f32(vextq_f32(x, x, 2), flip(x, upper));
+  }
 
   template <int J>
   static F plane(I x) {

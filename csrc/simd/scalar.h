@@ -71,6 +71,10 @@ struct Simd {
     for (int i = 0; i < 4; ++i) a.v[i] += b.v[i];
     return a;
   }
+  static F sub(F a, F b) {
+    for (int i = 0; i < 4; ++i) a.v[i] -= b.v[i];
+    return a;
+  }
   static F mul(F a, F b) {
     for (int i = 0; i < 4; ++i) a.v[i] *= b.v[i];
     return a;
@@ -96,6 +100,15 @@ struct Simd {
     }
     F f32(const float* p) const { return set(*p); }
   };
+
+  // Lane i: x[i] + x[i ^ h], or x[i ^ h] - x[i] where i has bit h, for h = 1, 2.
+  static F butterflies(F x) {
+    for (int h = 1; h < 4; h *= 2) {
+      const F y = x;
+      for (int i = 0; i < 4; ++i) x.v[i] = y.v[i ^ h] + (i & h ? -y.v[i] : y.v[i]);
+    }
+    return x;
+  }
 
   template <int J>
   static F plane(I x) {

@@ -6,6 +6,21 @@
 #include "check.h"
 #include "dispatch.h"
 
+#if BITFOLD_WITH_AVX512
+namespace bitfold {
+void use_emulated_amx(Table& t);
+}
+
+static void test_emulated_amx() {
+  static bitfold::Table t = bitfold::table();
+  bitfold::use_emulated_amx(t);
+  bitfold::set_table(&t);
+  test_linear(t.name);
+  test_trellis(t.name);
+  bitfold::set_isa("avx512");
+}
+#endif
+
 int main(int argc, char** argv) {
   std::vector<std::string> names(argv + 1, argv + argc);
   if (names.empty()) names = bitfold::isas();
@@ -18,6 +33,9 @@ int main(int argc, char** argv) {
     test_linear(name.c_str());
     test_viterbi(name.c_str());
     test_trellis(name.c_str());
+#if BITFOLD_WITH_AVX512
+    if (name == "avx512") test_emulated_amx();
+#endif
     std::printf("%s: done\n", name.c_str());
   }
   if (bitfold::set_isa("no such thing")) return 1;

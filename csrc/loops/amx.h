@@ -1,0 +1,121 @@
+// Several rows of activations on the tile registers of AMX. A panel (panel.h) is a row of B tiles already; the loops
+// around are those of gemm.h.
+//
+// T names the tile instructions: real ones in isa/amx.cpp, emulated ones in tests/amx_emulated.cpp. Registers 0..3 hold
+// sums, 4 and 5 activations (signed), 6 and 7 weights (unsigned).
+#pragma once
+#include "loops/gemm.h"
+#include "loops/trellis.h"
+
+namespace bitfold {
+namespace BITFOLD_NS {
+
+// Columns of one tile product: a chunk may be shorter than the 64 that a tile register holds.
+inline size_t tile_depth(const Plan& g) { return g.chunk < 64 ? g.chunk : 64; }
+
+inline size_t amx_rows(size_t m) { return m <= 16 ? 16 : 32; }
+
+// x (m, padded) -> out: blocks x padded/depth x rows x depth; start, sums: blocks x chunks x rows.
+template <class S>
+void amx_arrange(const Weight& w, const int8_t* x, size_t m, size_t padded, int8_t* out, int32_t* start, float* sums) {
+  const size_t R = amx_rows(m);
+  const Plan g = Plan::of<S>(w, m, padded, R);
+  const size_t depth = tile_depth(g);
+  for (size_t row = 0; row < g.blocks * R; ++row) {
+    const int8_t* from = x + row * padded;
+    int8_t* to = out + row / R * padded * R + row % R * depth;
+    for (size_t c = 0; c < padded; c += depth) {
+      if (row < m) {
+        memcpy(to + c * R, from + c, depth);
+      } else {
+        memset(to + c * R, 0, depth);
+      }
+    }
+    for (size_t i = 0; i < g.chunks; ++i) {
+      int32_t sum = 0;
+      for (size_t c = i * g.chunk; row < m && c < smaller(padded, (i + 1) * g.chunk); ++c) sum += from[c];
+      const size_t at = (row / R * g.chunks + i) * R + row % R;
+      start[at] = -w.offset * sum;
+      if (w.zero) sums[at] = static_cast<float>(sum);
+    }
+  }
+}
+
+template <class S, class T, int R>
+struct AmxBlock {
+  static constexpr int kPanelStride = 2 * 64;  // bytes from 4 columns to the next 4 in a panel
+
+  AmxBlock(const Weight&, const Plan& g) { T::configure(tile_depth(g)); }
+  ~AmxBlock() { T::release(); }
+
+  void operator()(const Weight& w, const Plan& g, size_t depth, const int8_t* x, const int32_t* start,
+                  const float* sums, const uint8_t* tile, const float* scales, float* c, Fetch& fetch) const {
+    const size_t step = tile_depth(g);
+    alignas(64) int32_t products[R * 32];
+    for (size_t done = 0; done < depth; done += g.chunk) {
+      clear();
+      for (size_t i = smaller(g.chunk, depth - done) / step; i > 0;
+           --i, tile += step / 4 * kPanelStride, x += R * step) {
+        multiply(tile, x, step);
+        for (size_t j = 0; j < step / 4; ++j) fetch.some<S>();
+      }
+      keep(products);
+      for (int r = 0; r < R; ++r)
+        add_row(w, products + r * 32, start[r], w.zero ? sums + r : nullptr, scales, c + r * 32);
+      start += R;
+      sums += w.zero ? R : 0;
+      scales += 64;
+    }
+  }
+
+ private:
+  static void clear() {
+    T::template zero<0>();
+    T::template zero<1>();
+    if (R > 16) T::template zero<2>();
+    if (R > 16) T::template zero<3>();
+  }
+
+  static void multiply(const uint8_t* tile, const int8_t* x, size_t step) {
+    T::template load<4>(x, step);
+    T::template load<6>(tile, kPanelStride);
+    T::template load<7>(tile + 64, kPanelStride);
+    T::template dot<0, 4, 6>();
+    T::template dot<1, 4, 7>();
+    if (R == 16) return;
+    T::template load<5>(x + 16 * step, step);
+    T::template dot<2, 5, 6>();
+    T::template dot<3, 5, 7>();
+  }
+
+  static void keep(int32_t* products) {
+    T::template store<0>(products, 128);
+    T::template store<1>(products + 16, 128);
+    if (R == 16) return;
+    T::template store<2>(products + 16 * 32, 128);
+    T::template store<3>(products + 16 * 32 + 16, 128);
+  }
+
+  // c += (products + start) * scale - sum * scale * zero, as RegisterBlock has it.
+  static void add_row(const Weight& w, const int32_t* products, int32_t start, const float* sum, const float* scales,
+                      float* c) {
+    for (int h = 0; h < 2; ++h) {
+      int32_t moved[16];
+      for (int i = 0; i < 16; ++i) moved[i] = products[16 * h + i] + start;
+      typename S::F f = S::fma(S::to_float(S::load(moved)), S::loadf(scales + 16 * h), S::loadf(c + 16 * h));
+      if (w.zero) f = S::fma(S::set(-*sum), S::loadf(scales + 32 + 16 * h), f);
+      S::storef(c + 16 * h, f);
+    }
+  }
+};
+
+template <class S, class T>
+void amx_gemm8(const Weight& w, const Act8& a, size_t begin, size_t end, float* y, void* scratch) {
+  uint8_t* panel = static_cast<uint8_t*>(scratch);
+  const Decoder d = decoder<S>(w);
+  if (amx_rows(a.m) == 16) return gemm<S, 16, AmxBlock<S, T, 16>>(w, a, begin, end, y, panel, d);
+  gemm<S, 32, AmxBlock<S, T, 32>>(w, a, begin, end, y, panel, d);
+}
+
+}  // namespace BITFOLD_NS
+}  // namespace bitfold
