@@ -23,6 +23,7 @@ from bitfold.reporting.charts import heat_map
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+PATIENCE = 180_000  # milliseconds: a busy machine takes half a minute to draw the page
 EVIL = "</script><img src=x onerror=alert(1)>"
 OPTIONS = {"context": 64, "max_tokens": 256}
 
@@ -131,8 +132,8 @@ def test_heat_map_cells() -> None:
     cells = {"model.layers.10.mlp.up.weight": 0.5, "model.layers.2.mlp.up.weight": 0.0, "lm_head.weight": 1.0}
     chart = heat_map({**cells, "model.layers.2.attn.q.weight": 0.25}, "x", log=True)
     assert chart is not None
-    assert (chart.rows, chart.columns) == (("2", "10"), ("mlp.up", "attn.q"))
-    assert chart.values == ((None, 0.25), (0.5, None))
+    assert (chart.rows, chart.columns) == (("2", "10"), ("attn.q", "mlp.up"))
+    assert chart.values == ((0.25, None), (None, 0.5))
     assert heat_map({"lm_head.weight": 1.0}, "x", log=False) is None
 
 
@@ -172,16 +173,17 @@ def browser() -> Iterator[Any]:
         pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS, timeout=PATIENCE)
         yield browser
         browser.close()
 
 
-@pytest.fixture(params=[(1440, "light"), (390, "dark")], ids=["desktop light", "phone dark"])
+@pytest.fixture(scope="module", params=[(1440, "light"), (390, "dark")], ids=["desktop light", "phone dark"])
 def page(request: pytest.FixtureRequest, browser: Any, report: Path) -> Iterator[Any]:
     width, scheme = request.param
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
     page = context.new_page()
+    page.set_default_timeout(PATIENCE)
     page.troubles = []
     page.on("console", lambda message: page.troubles.append(message.text))
     page.on("pageerror", lambda error: page.troubles.append(str(error)))
@@ -189,8 +191,8 @@ def page(request: pytest.FixtureRequest, browser: Any, report: Path) -> Iterator
     page.goto(report.as_uri())
     page.wait_for_selector("#plot-pareto .main-svg")
     yield page
-    assert page.troubles == []
     context.close()
+    assert page.troubles == []
 
 
 def test_nothing_overflows_and_nothing_is_fetched(page: Any) -> None:
@@ -232,7 +234,7 @@ def test_views_and_theme(page: Any) -> None:
     shown = "document.getElementById('plot-layers').data[0].customdata.flat().filter(v => v !== null)[0]"
     select = page.locator("select[data-plot=layers]")
     first = page.evaluate(shown)
-    select.select_option("q2: weight error")
+    select.select_option("weight error: q2")
     assert page.evaluate(shown) != first
     background = "getComputedStyle(document.body).backgroundColor"
     before = page.evaluate(background), page.evaluate("document.getElementById('plot-pareto').layout.paper_bgcolor")

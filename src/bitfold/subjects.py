@@ -23,6 +23,8 @@ DTYPES: dict[str, torch.dtype | None] = {
     "auto": None,
 }
 
+_STREAMED = ("AutoModelForCausalLM", "AutoModelForMaskedLM")
+_QUANTIZED = "quantization_config"
 _NOT_CAUSAL = "masked language models: bitfold eval --metric masked; other encoders: --metric embedding"
 
 
@@ -187,6 +189,8 @@ def _load_plain(path: Path, auto_class: str, dtype: torch.dtype | None) -> nn.Mo
     from bitfold.checkpoints import open_source
 
     open_source(path).close()  # names truncated and missing files, and refuses pickles
+    if dtype is not None and auto_class in _STREAMED and (streamed := _stream(path, dtype)) is not None:
+        return streamed
     wanted: torch.dtype | str = "auto" if dtype is None else dtype
     auto = getattr(transformers, auto_class)
     try:
@@ -202,6 +206,51 @@ def _load_plain(path: Path, auto_class: str, dtype: torch.dtype | None) -> nn.Mo
         )
     module: nn.Module = model
     return module.eval()
+
+
+def _stream(path: Path, dtype: torch.dtype) -> nn.Module | None:
+    """The model, converted tensor by tensor: transformers would keep the whole file mapped beside the converted copy.
+
+    None where the class that the config names is not known, or not that of a plain language model.
+    """
+    from bitfold.checkpoints import open_source
+    from bitfold.models import skeleton
+    from bitfold.models.mapping import map_names
+
+    source = open_source(path)
+    try:
+        names = source.config.get("architectures") or [""]
+        model: Any = None
+        if names[0].endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM")) and not source.config.get(_QUANTIZED):
+            model = skeleton.of_config(source.config, str(path), dtype=dtype)
+        if model is None:
+            return None
+        for target in map_names(source.names(), model):
+            if target.used:
+                for name, w in target.read(source.read, model).items():
+                    _place(model, name, w.to(dtype, copy=True) if w.is_floating_point() else w.clone())
+        skeleton.retie(model)
+    finally:
+        source.close()
+    if left := [name for name, p in model.named_parameters() if p.is_meta]:
+        raise ModelError(
+            f"{len(left)} tensors of {type(model).__name__} are missing, among them {left[0]}", where=str(path)
+        )
+    if (path / "generation_config.json").is_file() and hasattr(model, "generation_config"):
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(str(path))
+    module: nn.Module = model.eval()
+    return module
+
+
+def _place(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if attribute in module._buffers:
+        module._buffers[attribute] = value
+    else:
+        module._parameters[attribute] = nn.Parameter(value, requires_grad=False)
 
 
 @contextmanager

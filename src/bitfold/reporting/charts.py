@@ -38,13 +38,17 @@ class Scatter:
 
 @dataclass(frozen=True)
 class Heatmap:
-    """Rows of layers, columns of projections; the colour is logarithmic where `log`. None: nothing there."""
+    """Rows of layers, columns of projections; None: nothing there.
+
+    The colour is logarithmic where `log`, and spans `limits`: the same for all runs, so that they can be compared.
+    """
 
     rows: tuple[str, ...]
     columns: tuple[str, ...]
     values: Cells
     unit: str
     log: bool
+    limits: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def plots(data: ReportData) -> list[Plot]:
     found = [_sizes(data.runs)]
     if data.comparison is not None:
         found.insert(0, pareto_plot(data.comparison))
-    if views := {name: chart for run in data.runs for name, chart in _heat_maps(run)}:
+    if views := dict(_heat_maps(data.runs)):
         caption = "Each cell is a tensor: the row is its layer, the column its place in the layer."
         found.append(Plot("layers", "Where the bits are, and where the damage sits", caption, views))
     found += _outlier_plots(data)
@@ -133,29 +137,37 @@ def _sizes(runs: Sequence[RunData]) -> Plot:
     return Plot("sizes", "Size before and after", caption, {"sizes": Bars(tuple(names), parts, "MB")})
 
 
-def _heat_maps(run: RunData) -> Iterator[tuple[str, Heatmap]]:
-    """A view for each number that is known of the run's tensors."""
+def _heat_maps(runs: Sequence[RunData]) -> Iterator[tuple[str, Heatmap]]:
+    """A view for each run and each number that is known of its quantized tensors."""
     for key, title, unit in (
-        ("bpw", "bits per weight", "bits per weight"),
-        ("weight_error", "weight error", "relative square error"),
         ("output_error", "output error", "relative square error"),
+        ("weight_error", "weight error", "relative square error"),
         ("swap_kl", "sensitivity: KL when only this tensor is swapped", "nats a token"),
+        ("bpw", "bits per weight", "bits per weight"),
     ):
-        cells = {t.tensor: value for t in run.tensors if (value := getattr(t, key)) is not None}
-        if chart := heat_map(cells, unit, log=key != "bpw"):
-            yield f"{run.name}: {title}", chart
+        found = [
+            (run.name, {t.tensor: v for t in run.tensors if t.quantized and (v := getattr(t, key)) is not None})
+            for run in runs
+        ]
+        shown = [v for _, cells in found for v in cells.values() if _shown(v, key != "bpw") is not None]
+        for name, cells in found:
+            limits = (min(shown, default=0.0), max(shown, default=1.0))
+            if chart := heat_map(cells, unit, log=key != "bpw", limits=limits):
+                yield f"{title}: {name}", chart
 
 
-def heat_map(cells: Mapping[str, float], unit: str, *, log: bool) -> Heatmap | None:
-    """Numbers by tensor name as layers x projections; None when no name has a layer number."""
+def heat_map(
+    cells: Mapping[str, float], unit: str, *, log: bool, limits: tuple[float, float] = (1e-6, 1.0)
+) -> Heatmap | None:
+    """Numbers by tensor name as layers x projections, attention first; None when no name has a layer number."""
     at: dict[tuple[int, str], float] = {}
     for name, value in cells.items():
         if match := _LAYER.match(name):
             at.setdefault((int(match[2]), match[3].removesuffix(".weight")), value)
     rows = sorted({row for row, _ in at})
-    columns = list(dict.fromkeys(column for _, column in at))
+    columns = sorted(dict.fromkeys(column for _, column in at), key=lambda column: "att" not in column)
     values = tuple(tuple(_shown(at.get((row, column)), log) for column in columns) for row in rows)
-    return Heatmap(tuple(map(str, rows)), tuple(columns), values, unit, log) if at else None
+    return Heatmap(tuple(map(str, rows)), tuple(columns), values, unit, log, limits) if at else None
 
 
 def _shown(value: float | None, log: bool) -> float | None:

@@ -77,10 +77,10 @@ def _scatter(chart: Scatter) -> tuple[list[dict[str, Any]], dict[str, Any], int]
 
 def _heat_map(chart: Heatmap) -> tuple[list[dict[str, Any]], dict[str, Any], int]:
     z = [[_colour_value(v, chart.log) for v in row] for row in chart.values]
-    known = [v for row in z for v in row if v is not None]
+    low, high = (_colour_value(limit, chart.log) or 0.0 for limit in chart.limits)
     bar: dict[str, Any] = {"title": {"text": chart.unit, "side": "right"}, "thickness": 12, "outlinewidth": 0}
     if chart.log:
-        ticks = range(math.floor(min(known)), math.ceil(max(known)) + 1)
+        ticks = range(math.floor(low), math.ceil(high) + 1)
         bar |= {"tickvals": list(ticks), "ticktext": [f"1e{t}" for t in ticks]}
     data = {
         "type": "heatmap",
@@ -88,6 +88,8 @@ def _heat_map(chart: Heatmap) -> tuple[list[dict[str, Any]], dict[str, Any], int
         "y": list(chart.rows),
         "z": z,
         "customdata": [list(row) for row in chart.values],
+        "zmin": low,
+        "zmax": high if high > low else low + 1,
         "colorscale": "Cividis",
         "colorbar": bar,
         "hoverongaps": False,

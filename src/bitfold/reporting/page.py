@@ -195,16 +195,23 @@ def _recipe(run: RunData) -> str:
 
 
 def _environment(data: ReportData) -> str:
-    rows = []
+    facts: dict[str, dict[str, str]] = {}
     for run in data.runs:
-        made = run.record.get("quantize", {})
-        facts = {**run.record.get("environment", {})}
-        for key in ("source", "seed", "seconds", "calibration"):
-            if made.get(key) is not None:
-                facts[key] = made[key]
-        if made.get("peak_memory"):
-            facts["peak memory"] = size_text(made["peak_memory"])
-        rows += [[run.name, key, value] for key, value in facts.items()]
-    if not rows:
+        for key, value in _made(run).items():
+            facts.setdefault(key, {})[run.name] = value
+    if not facts:
         return "<p>Nothing was written down when these folders were made.</p>"
-    return _table("environment", "How the runs were made", ("run", "fact", "value"), rows, filtered=False)
+    names = [run.name for run in data.runs]
+    rows = [[key, *(values.get(name, "") for name in names)] for key, values in facts.items()]
+    return _table("environment", "How the runs were made", ("", *names), rows, filtered=False)
+
+
+def _made(run: RunData) -> dict[str, str]:
+    """What is known of how a folder came to be."""
+    made = run.record.get("quantize", {})
+    facts = {key: str(made[key]) for key in ("source", "seed", "seconds") if made.get(key) is not None}
+    if made.get("peak_memory"):
+        facts["peak memory"] = size_text(made["peak_memory"])
+    if calibration := made.get("calibration"):
+        facts["calibration"] = ", ".join(f"{key} {value}" for key, value in calibration.items())
+    return {**facts, **run.record.get("environment", {})}

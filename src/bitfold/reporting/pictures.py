@@ -110,8 +110,10 @@ def _heat_map(figure: Any, axes: Any, chart: Heatmap) -> None:
     from matplotlib.colors import LogNorm, Normalize
 
     figure.set_size_inches(2.2 + 0.62 * len(chart.columns), max(3.2, 1.6 + 0.13 * len(chart.rows)))
+    low, high = chart.limits
+    norm = LogNorm(low, high) if chart.log and low < high else Normalize(low, high if high > low else low + 1)
     values = [[math.nan if v is None else v for v in row] for row in chart.values]
-    image = axes.imshow(values, aspect="auto", cmap="cividis", norm=LogNorm() if chart.log else Normalize())
+    image = axes.imshow(values, aspect="auto", cmap="cividis", norm=norm)
     axes.set_xticks(range(len(chart.columns)), chart.columns, rotation=45, ha="right")
     step = -(-len(chart.rows) // 16)
     axes.set_yticks(range(0, len(chart.rows), step), chart.rows[::step])

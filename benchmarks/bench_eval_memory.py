@@ -1,0 +1,95 @@
+"""Peak memory of judging a model against a reference of the same size, beside the memory of one of them.
+
+    python benchmarks/bench_eval_memory.py [--layers 16] [--tokens 1024] [--context 512]
+
+Makes two bfloat16 checkpoints of random weights in the shape of Llama-3.2-1B (1.24 billion parameters, tied output
+head, vocabulary 128256), evaluates one against the other in a process of its own, and prints the peak resident memory
+over that of an interpreter that has only imported the libraries, divided by the bytes of one model in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from bitfold.checkpoints.safetensors import ShardWriter, write_json
+
+HIDDEN, INTERMEDIATE, VOCABULARY, HEADS, KEYS = 2048, 8192, 128256, 32, 8
+
+STEP = """
+import json, sys, torch, transformers
+import bitfold.evaluation.fidelity as fidelity, bitfold.generate
+from transformers import LlamaForCausalLM
+from bitfold.report import peak_memory
+ids = torch.randint(0, 128256, (int(sys.argv[3]),), generator=torch.Generator().manual_seed(0))
+class Tokenizer:
+    def __call__(self, *args, **kwargs):
+        return {"input_ids": ids.tolist()}
+before = peak_memory()
+result = fidelity.evaluate(sys.argv[1], sys.argv[2], "random ids" * 200, context=int(sys.argv[4]), max_tokens=None,
+                           tokenizer=Tokenizer())
+print(json.dumps([before, peak_memory(), result.kl_mean, result.seconds]))
+"""
+
+
+def make(folder: Path, layers: int, seed: int) -> int:
+    """Write a checkpoint; returns the number of its weights."""
+    generator = torch.Generator().manual_seed(seed)
+    folder.mkdir(parents=True)
+    writer, count = ShardWriter(folder, 1 << 30), 0
+
+    def add(name: str, *shape: int) -> None:
+        nonlocal count
+        w = (torch.randn(*shape, generator=generator) * 0.02).bfloat16()
+        writer.add(name, w)
+        count += w.numel()
+
+    add("model.embed_tokens.weight", VOCABULARY, HIDDEN)
+    narrow = HIDDEN // HEADS * KEYS
+    for i in range(layers):
+        at = f"model.layers.{i}"
+        for name, n in (("q", HIDDEN), ("k", narrow), ("v", narrow), ("o", HIDDEN)):
+            add(f"{at}.self_attn.{name}_proj.weight", n, HIDDEN)
+        for name, n, k in (
+            ("gate", INTERMEDIATE, HIDDEN),
+            ("up", INTERMEDIATE, HIDDEN),
+            ("down", HIDDEN, INTERMEDIATE),
+        ):
+            add(f"{at}.mlp.{name}_proj.weight", n, k)
+        add(f"{at}.input_layernorm.weight", HIDDEN)
+        add(f"{at}.post_attention_layernorm.weight", HIDDEN)
+    add("model.norm.weight", HIDDEN)
+    writer.close()
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": HIDDEN, "dtype": "bfloat16"}
+    config |= {"intermediate_size": INTERMEDIATE, "num_hidden_layers": layers, "vocab_size": VOCABULARY}
+    config |= {"num_attention_heads": HEADS, "num_key_value_heads": KEYS, "tie_word_embeddings": True}
+    write_json(folder / "config.json", config)
+    return count
+
+
+def main() -> None:
+    """Make, evaluate, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--context", type=int, default=512)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = [Path(temporary) / name for name in ("model", "reference")]
+        weights = max(make(folder, options.layers, seed) for seed, folder in enumerate(folders))
+        arguments = [*map(str, folders), str(options.tokens), str(options.context)]
+        done = subprocess.run([sys.executable, "-c", STEP, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    before, after, kl, seconds = json.loads(done.stdout.splitlines()[-1])
+    print(f"one model: {weights / 1e9:.2f} billion weights, {4 * weights / 1e6:.0f} MB in float32")
+    print(f"evaluating it: peak {after / 1e6:.0f} MB, {before / 1e6:.0f} MB of it the interpreter and its libraries")
+    print(f"the rest is {(after - before) / (4 * weights):.2f} times one model (KL {kl:.4f}, {seconds:.0f} s)")
+
+
+if __name__ == "__main__":
+    main()
