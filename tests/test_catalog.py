@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+import bitfold
+import tiny_lm
+from bitfold.auto import estimate
 from bitfold.calibrated import Calibration, settings
-from bitfold.catalog import METHODS, Method, find_method
-from bitfold.errors import UsageError
-from bitfold.options import choose_recipe
+from bitfold.catalog import METHODS, Method, find_method, to_rows
+from bitfold.errors import BitfoldError, UsageError
+from bitfold.options import choose_recipe, leaves_the_choice
 from bitfold.recipe import Rule
 
 entries = pytest.mark.parametrize(("name", "method"), METHODS.items(), ids=METHODS.keys())
@@ -28,6 +33,7 @@ def test_paper_and_text(name: str, method: Method) -> None:
     assert method.what
     assert method.paper or name == "rtn"
     assert method.needs_text == (settings(name, None, 4, None, 0.5, None) is not None)
+    assert method.gradients in (("no",) if not method.needs_text else ("no", "optional", "yes"))
 
 
 def test_what_the_names_mean() -> None:
@@ -64,4 +70,70 @@ def test_calibration_options_reach_methods() -> None:
     """The number of samples is not lost when no text is named."""
     assert settings("quip", None, 4, 64, 0.25, False) == Calibration(nsamples=4, seqlen=64, drift=0.25, fisher=False)
     assert settings("hqq", None, 4, None, 0.5, None) is None
-    assert settings(None, None, 4, None, 0.5, None) is None
+    assert settings(None) == settings("auto") == Calibration()
+    assert settings("gptq") == Calibration(drift=0.0, fisher=False)
+    assert settings("gptq", drift=0.5, fisher=True) == Calibration(drift=0.5, fisher=True)
+
+
+def test_every_method_of_the_field_is_there() -> None:
+    """By the names people know them by; what they stand for, and dampings after a colon."""
+    names = "rtn hqq nf4 ldlq gptq awq smoothquant llm-int8 quip quip-sharp aqlm signround trellis wanda sparsegpt"
+    assert set(METHODS) == set(names.split())
+    assert choose_recipe(solver="gptq:0.05", bits=4).rules == (Rule("*", "int4-asym-g64", "gptq:0.05"),)
+    assert choose_recipe(solver="trellis:0.02", bits=2).rules[0].solver == "ldlq:0.02"
+    assert choose_recipe(solver="awq", bits=4).rules == (Rule("*", "int4-asym-g64", fit="clip", transform="awq"),)
+    smooth = Rule("*", "int8", fit="absmax", transform="smooth:0.5", act="int8")
+    assert choose_recipe(solver="smoothquant").rules == (smooth,)
+    assert choose_recipe(solver="wanda").rules == (Rule("*", "bf16", prune="wanda:0.5"),)
+    both = choose_recipe(solver="gptq", bits=4, prune="sparsegpt:2:4").rules
+    assert both == (Rule("*", "int4-asym-g64", "gptq", prune="sparsegpt:2:4"),)
+    for wrong in ("gptq:zero", "gptq:-1", "rtn:0.1", "ldlq:0"):
+        with pytest.raises(BitfoldError):
+            choose_recipe(solver=wrong, bits=4)
+
+
+def test_the_list_is_complete() -> None:
+    """What `bitfold methods` prints."""
+    rows = to_rows()
+    assert [row["name"] for row in rows] == list(METHODS)
+    keys = {"name", "what", "bits", "data", "gradients", "time", "paper", "choices"}
+    assert all(set(row) == keys for row in rows)
+    assert next(row for row in rows if row["name"] == "trellis")["bits"] == "1-4"
+
+
+@pytest.mark.parametrize("given", [None, "auto"])
+def test_when_the_choice_is_left_open(given: str | None) -> None:
+    """Bits and nothing else, or "auto"."""
+    assert leaves_the_choice(4, given, ())
+    assert leaves_the_choice(4, given, (None, "nf4")) == (given == "auto")
+    assert not leaves_the_choice(4, "rtn", ())
+
+
+def test_auto(tmp_path: Path) -> None:
+    """Calibrated trellis codes at few bits where the model runs on text; without a tokenizer or class, without."""
+    whole = tiny_lm.folder(tmp_path / "whole", tiny_lm.model())
+    bare = tmp_path / "bare"
+    tiny_lm.model().save_pretrained(bare)  # type: ignore[operator]
+    encoder = tiny_lm.folder(tmp_path / "encoder", tiny_lm.encoder())
+    for bits, folder, method, solver, why in [
+        (8, whole, "rtn", "rtn", "little"),
+        (4, whole, "trellis", "ldlq", "calibrated on 512 tokens"),
+        (2, bare, "trellis", "rtn", "no tokenizer"),
+        (3, encoder, "trellis", "rtn", "no causal language model"),
+    ]:
+        calibration = Calibration(nsamples=4, seqlen=128)
+        report = bitfold.quantize(folder, tmp_path / "out", bits=bits, calibration=calibration, dry_run=True)
+        assert report.method.startswith(f"{method}: ")
+        assert why in report.method
+        assert report.recipe[-1]["solver"] == solver
+        assert report.recipe[-1]["format"] == ("int8" if bits == 8 else f"trellis-{bits}")
+    with pytest.raises(UsageError, match="choose one of bits"):
+        bitfold.quantize(whole, tmp_path / "out", solver="auto", dry_run=True)
+
+
+def test_estimates_grow_with_the_work() -> None:
+    """Roughly: a model of a billion weights at 2 bits takes minutes to hours, not seconds or weeks."""
+    once = estimate(10**9, 2, 8192)
+    assert 60 < once < 86400
+    assert estimate(2 * 10**9, 2, 8192) == pytest.approx(2 * once)
+    assert estimate(10**9, 2, 65536) > once

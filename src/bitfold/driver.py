@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from bitfold.accounting import account_for
-from bitfold.calibrated import Calibration
+from bitfold.auto import choose
+from bitfold.calibrated import LONGEST, Calibration, settings
+from bitfold.calibration.text import BUNDLED
 from bitfold.checkpoints import Source, open_source
 from bitfold.checkpoints.native import QUANT_METHOD
 from bitfold.checkpoints.safetensors import digest_of
@@ -24,7 +27,7 @@ from bitfold.errors import CheckpointError, UsageError
 from bitfold.events import Events
 from bitfold.memory import Ceiling
 from bitfold.models import skeleton
-from bitfold.options import choose_recipe
+from bitfold.options import choose_recipe, leaves_the_choice
 from bitfold.plan import blank_report, make_plan
 from bitfold.recipe import Recipe
 from bitfold.records import write_record
@@ -44,6 +47,7 @@ def quantize(
     solver: str | None = None,
     transform: str | None = None,
     act: str | None = None,
+    prune: str | None = None,
     ignore: Iterable[str] = (),
     recipe: Recipe | str | Path | None = None,
     calibration: Calibration | str | None = None,
@@ -64,7 +68,8 @@ def quantize(
     Args:
         src: a local Hugging Face folder, a GGUF file, or a Hub id.
         out: the folder to make; must not exist, or be empty.
-        bits, format, group_size, fit, solver, transform, act, ignore, recipe: see `choose_recipe`.
+        bits, format, group_size, fit, solver, transform, act, prune, ignore, recipe: see `choose_recipe`; "auto" as
+            solver, or bits and nothing else of them, leaves the choice of the method to bitfold (see auto.py).
         calibration: text for solvers that need it (see `Calibration`, or just its `text`); default: the text that comes
             with bitfold.
         dry_run: plan and report only; write nothing.
@@ -82,21 +87,23 @@ def quantize(
         BitfoldError: what is wrong, where, and what to do. Nothing that looks whole is left behind; finished work stays
             beside `out`, and the same call goes on with it.
     """
-    rules = choose_recipe(
-        bits=bits,
-        format=format,
-        group_size=group_size,
-        fit=fit,
-        solver=solver,
-        transform=transform,
-        act=act,
-        ignore=ignore,
-        recipe=recipe,
-    )
-    job = Job(str(src), Path(out), rules, seed, _calibration(rules, calibration), max_shard_bytes)
+    parts = {"format": format, "fit": fit, "transform": transform, "act": act, "prune": prune}
+    options: dict[str, Any] = {
+        "bits": bits,
+        "group_size": group_size,
+        **parts,
+        "ignore": tuple(ignore),
+        "recipe": recipe,
+    }
+    auto = leaves_the_choice(bits, solver, (group_size, recipe, *parts.values()))
+    rules = choose_recipe(solver="rtn" if auto else solver, **options)
+    known = None if auto else _calibration(rules, calibration, solver)
+    job = Job(str(src), Path(out), rules, seed, known, max_shard_bytes)
     manner = _Manner(
         revision, token, upload_repo, restart, strict, None if events is None else Path(events), max_memory
     )
+    if auto:
+        manner = replace(manner, choose=partial(_chosen, job, options, calibration))
     return _quantize(job, manner, shorten=bits is not None and group_size is None, dry_run=dry_run, on_tensor=on_tensor)
 
 
@@ -111,6 +118,7 @@ class _Manner:
     strict: bool
     events: Path | None
     max_memory: int | None
+    choose: Callable[[Source, nn.Module | None], tuple[Job, str]] | None = None
 
 
 def _quantize(job: Job, manner: _Manner, *, shorten: bool, dry_run: bool, on_tensor: OnTensor | None) -> QuantizeReport:
@@ -125,10 +133,11 @@ def _quantize(job: Job, manner: _Manner, *, shorten: bool, dry_run: bool, on_ten
     source = open_source(resolve(job.source, revision=manner.revision, token=manner.token))
     try:
         model = _open_model(source)
+        job, why = (job, "") if manner.choose is None else manner.choose(source, model)
         plan = make_plan(source, model, job.rules, shorten_groups=shorten)
         run = Run(source, model, plan, job, account_for(source, plan))
         report = blank_report(plan, job.source, None if dry_run else str(job.out), job.rules)
-        report.ceiling = manner.max_memory
+        report.ceiling, report.method = manner.max_memory, why
         report.account, report.unread = run.account.totals(), source.unread()
         if not dry_run:
             _write(run, report, manner, on_tensor)
@@ -142,13 +151,25 @@ def _quantize(job: Job, manner: _Manner, *, shorten: bool, dry_run: bool, on_ten
     return report
 
 
-def _calibration(rules: Recipe, given: Calibration | str | None) -> Calibration | None:
+def _chosen(
+    job: Job, options: dict[str, Any], calibration: Calibration | str | None, source: Source, model: nn.Module | None
+) -> tuple[Job, str]:
+    """The job with the method that fits this checkpoint, and why it is that one."""
+    wanted = Calibration(calibration or BUNDLED) if not isinstance(calibration, Calibration) else calibration
+    choice = choose(options["bits"], source, model, tokens=wanted.nsamples * (wanted.seqlen or LONGEST))
+    asked = {key: value for key, value in options.items() if value is not None}
+    rules = choose_recipe(**{**choice.options, **asked, "bits": choice.options.get("bits", options["bits"])})
+    needed = any(rule.needs_text for rule in rules.rules)
+    return replace(job, rules=rules, calibration=wanted if needed else None), f"{choice.method}: {choice.why}"
+
+
+def _calibration(rules: Recipe, given: Calibration | str | None, method: str | None) -> Calibration | None:
     """The calibration of a run; None when no rule needs one."""
     if not any(rule.needs_text for rule in rules.rules):
-        if given is not None:
-            raise UsageError("no rule uses the calibration text", hint="--solver ldlq does")
+        if given is not None and (isinstance(given, str) or given.text != BUNDLED):
+            raise UsageError("no rule uses the calibration text", hint="--method gptq does, and others")
         return None
-    return given if isinstance(given, Calibration) else Calibration(given) if given is not None else Calibration()
+    return given if isinstance(given, Calibration) else settings(method, given or BUNDLED)
 
 
 def _open_model(source: Source) -> nn.Module | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from bitfold.catalog import find_method
+from bitfold.catalog import AUTO, find_method
 from bitfold.errors import FormatError, UsageError
 from bitfold.formats import get_format
 from bitfold.recipe import Recipe
@@ -22,6 +22,7 @@ def choose_recipe(
     solver: str | None = None,
     transform: str | None = None,
     act: str | None = None,
+    prune: str | None = None,
     ignore: Iterable[str] = (),
     recipe: Recipe | str | Path | None = None,
 ) -> Recipe:
@@ -34,8 +35,9 @@ def choose_recipe(
         group_size: weights that share a scale; -1 or 0 = one scale a row.
         fit: see FITS; default: the method's, mostly "mse".
         solver: the name of a method (see METHODS) or of a solver (see SOLVERS); default "rtn".
-        transform: "none" or "hadamard"; default: the method's.
+        transform: "none", "hadamard", "smooth:0.5" or "awq"; default: the method's.
         act: "float", "int8" or "int8-mixed:6.0"; default: the method's, mostly "float".
+        prune: "wanda:0.5", "sparsegpt:2:4" and the like; default: the method's, mostly "none".
         ignore: patterns of tensors to keep.
         recipe: a Recipe or a TOML file instead of all but `ignore`.
 
@@ -50,7 +52,7 @@ def choose_recipe(
             "--fit": fit,
             "--transform": transform,
         }
-        options |= {"--solver": solver, "--act": act}
+        options |= {"--solver": solver, "--act": act, "--prune": prune}
         if given := [name for name, value in options.items() if value is not None]:
             raise UsageError(f"the recipe already says what {', '.join(given)} would say", hint="drop one of them")
         loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
@@ -64,9 +66,14 @@ def choose_recipe(
     name = own or format or _format_for_bits(bits)
     if group_size is not None:
         name = _with_group(name, group_size)
-    asked = {"fit": fit, "transform": transform, "act": act}
+    asked = {"fit": fit, "transform": transform, "act": act, "prune": prune}
     choices = {**method.choices, **{key: value for key, value in asked.items() if value is not None}}
     return Recipe.of(name, **choices).ignoring(ignore)
+
+
+def leaves_the_choice(bits: int | None, solver: str | None, others: Iterable[object]) -> bool:
+    """Whether a set of options says how many bits and leaves the method to bitfold."""
+    return solver == AUTO or (solver is None and bits is not None and all(option is None for option in others))
 
 
 def _format_for_bits(bits: int | None) -> str:

@@ -139,10 +139,17 @@ class Recipe:
 
     @classmethod
     def of(
-        cls, format: str, *, fit: str = "mse", solver: str = "rtn", transform: str = "none", act: str = "float"
+        cls,
+        format: str,
+        *,
+        fit: str = "mse",
+        solver: str = "rtn",
+        transform: str = "none",
+        act: str = "float",
+        prune: str = "none",
     ) -> Recipe:
         """One format for everything that is quantized by default."""
-        return cls((Rule("*", format, solver, fit, transform, act),))
+        return cls((Rule("*", format, solver, fit, transform, act, prune),))
 
     @classmethod
     def loads(cls, text: str, *, where: str | None = None) -> Recipe:

@@ -29,22 +29,25 @@ MethodOption = Annotated[
     typer.Option(
         "--method",
         "--solver",
-        help="rtn (nearest, default), hqq, nf4, llm-int8; calibrated: ldlq, quip, quip-sharp, trellis.",
+        help="How: auto (default), rtn, hqq, gptq, awq, trellis ..., see `bitfold methods`.",
     ),
 ]
-TransformOption = Annotated[str | None, typer.Option(help="Basis of the inputs: none, or hadamard (default for ldlq).")]
+TransformOption = Annotated[str | None, typer.Option(help="Basis of the inputs: none, hadamard, smooth:0.5, awq.")]
 CalibrationOption = Annotated[
-    str | None, typer.Option(help="For ldlq: a .txt or .jsonl file, a Hub data set, self, or default.")
+    str | None, typer.Option(help="For calibrated methods: a .txt or .jsonl file, a Hub data set, self, or default.")
 ]
 NsamplesOption = Annotated[int, typer.Option(help="Samples of calibration text.")]
 SeqlenOption = Annotated[int | None, typer.Option(help="Tokens of a sample (default: 2048, or what fits).")]
-DriftOption = Annotated[float, typer.Option(help="Correction for the loss of earlier layers, 0 to 1.")]
+DriftOption = Annotated[float | None, typer.Option(help="Correction for the loss of earlier layers, 0 to 1.")]
 FisherOption = Annotated[
     bool | None,
     typer.Option("--fisher/--no-fisher", help="Weigh tokens by gradients (default: if the model is small)."),
 ]
 ActOption = Annotated[
     str | None, typer.Option(help="Activations at run time: float (default), or int8 (quantized per token).")
+]
+PruneOption = Annotated[
+    str | None, typer.Option(help="Weights that become zero: wanda:0.5, sparsegpt:2:4 and the like.")
 ]
 IgnoreOption = Annotated[
     list[str] | None, typer.Option(help="Tensors to keep as they are: a name, a glob or re:PATTERN. Repeatable.")
@@ -82,9 +85,10 @@ def quantize(
     calibration: CalibrationOption = None,
     nsamples: NsamplesOption = 32,
     seqlen: SeqlenOption = None,
-    drift: DriftOption = 0.5,
+    drift: DriftOption = None,
     fisher: FisherOption = None,
     act: ActOption = None,
+    prune: PruneOption = None,
     ignore: IgnoreOption = None,
     recipe: RecipeOption = None,
     max_memory: MaxMemoryOption = None,
@@ -117,6 +121,7 @@ def quantize(
         transform=transform,
         calibration=settings(method, calibration, nsamples, seqlen, drift, fisher),
         act=act,
+        prune=prune,
         ignore=ignore or (),
         recipe=recipe,
         dry_run=dry_run,

@@ -87,6 +87,7 @@ def _quantize_facts(report: QuantizeReport) -> Facts:
     change = report.bytes_before / max(1, report.bytes_after)
     yield "size", f"{size_text(report.bytes_before)} -> {size_text(report.bytes_after)} ({change:.2f}x smaller)"
     yield "bits per weight", f"{report.bpw_quantized:.3f} quantized tensors, {report.bpw_whole:.3f} whole model"
+    yield "method", report.method or None
     yield "relative error", None if report.error is None else f"{report.error:.3e} of the squared weights"
     yield "time", duration(report.seconds)
     yield "peak memory", None if report.peak_memory is None else size_text(report.peak_memory) + report.under()

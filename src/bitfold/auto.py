@@ -1,0 +1,105 @@
+"""Which method, where nobody says: by bits, by whether the model can be calibrated, by memory and time.
+
+Eight to five bits lose little whatever is done, so they are rounded to nearest. From four bits down the method decides,
+and trellis codes on rotated inputs lose least of all that is here (docs/methods.md); calibrated where that can be done.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bitfold.checkpoints import Source
+from bitfold.errors import UsageError
+from bitfold.memory import available
+from bitfold.progress import duration
+
+_EASY = 5  # bits from which on rounding to nearest is enough
+_ENCODER = {1: 0.4e-6, 2: 0.6e-6, 3: 0.7e-6, 4: 0.8e-6}  # seconds a weight of one core for the trellis
+_FLOPS = 4e10  # of one core, float32 matrix products
+_PASSES = 8  # passes of the calibration text over the weights: forward, backward, statistics, replays
+_FEEDBACK = 4000  # operations a weight in factorizations and feedback
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_COPIES = 4  # of a block in float32: its weights, their targets, errors, and what is solved
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen.
+
+    Args:
+        method: its name.
+        options: of the recipe: this method, or what of it can be done.
+        why: in a sentence.
+    """
+
+    method: str
+    options: dict[str, str | None]
+    why: str
+
+
+def choose(bits: int | None, source: Source, model: nn.Module | None, *, tokens: int) -> Choice:
+    """The method for so many bits of this checkpoint.
+
+    Args:
+        bits: 1 to 8.
+        source: the open checkpoint.
+        model: its skeleton; None = transformers does not have the class.
+        tokens: of calibration text that a calibrated method would use.
+
+    Raises:
+        UsageError: no number of bits to go by.
+    """
+    if bits is None:
+        raise UsageError("which method is best depends on the bits", where="--method auto", hint="say --bits 4")
+    if bits >= _EASY:
+        return Choice("rtn", {"solver": "rtn"}, f"{bits} bits lose little without calibration")
+    obstacle = why_not_calibrated(source, model)
+    if obstacle is not None or model is None:
+        options = {"solver": "rtn", "bits": None, "format": f"trellis-{bits}", "transform": "hadamard"}
+        return Choice("trellis", options, f"trellis codes on rotated inputs, without calibration: {obstacle}")
+    seconds = estimate(sum(p.numel() for p in model.parameters()), bits, tokens)
+    return Choice(
+        "trellis",
+        {"solver": "trellis"},
+        f"least loss at {bits} bits; calibrated on {tokens} tokens, roughly {duration(seconds)} on {_cores()} cores",
+    )
+
+
+def why_not_calibrated(source: Source, model: nn.Module | None) -> str | None:
+    """What stands in the way of running the model on text, in words; None if nothing does."""
+    if model is None:
+        return "transformers does not have the model's class"
+    if not causal(model):
+        return f"{type(model).__name__} is no causal language model"
+    path = Path(source.path)
+    if path.is_dir() and not any((path / name).is_file() for name in _TOKENIZERS):
+        return "there is no tokenizer beside the weights"
+    free, needed = available(), _COPIES * 4 * _largest_block(model)
+    if free is not None and needed > free:
+        return f"a block of the model takes {needed >> 20} MiB to calibrate, {free >> 20} MiB are free"
+    return None
+
+
+def causal(model: nn.Module) -> bool:
+    """Whether a model of transformers predicts the next token."""
+    return "CausalLM" in type(model).__name__ or "LMHead" in type(model).__name__
+
+
+def _largest_block(model: nn.Module) -> int:
+    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList))
+    return max((sum(p.numel() for p in block.parameters()) for blocks in lists for block in blocks), default=0)
+
+
+def estimate(weights: int, bits: int, tokens: int) -> float:
+    """Rough seconds for the calibrated trellis: encoder, feedback, and the passes of the text."""
+    work = weights * (_PASSES * 2 * tokens + _FEEDBACK) / _FLOPS
+    return (weights * _ENCODER[min(4, max(1, bits))] + work) / _cores()
+
+
+def _cores() -> int:
+    return max(1, min(os.cpu_count() or 1, torch.get_num_threads()))
