@@ -1,7 +1,9 @@
 """Kernels against what the machine can do: reading weights (M = 1, 8) and multiplying (M = 512).
 
-Weights lie in DRAM: each call takes the next of several copies, more than the caches hold. `share` is the bytes of the
-weight (codes, scales, zero points) over the time, as a fraction of the read bandwidth measured in the same run.
+Weights lie in DRAM: each call takes the next of several copies, more than the caches hold. `read` is the bytes of the
+weight (codes, scales, zero points) over the time, as a fraction of the read bandwidth; `peak` the products over the
+time, as a fraction of the int8 dot products that the vector units make out of registers. Both limits are measured
+again before every format, so that a neighbour on the same machine slows the limit, too.
 
     python benchmarks/bench_kernels.py [--threads 2] [--formats int8 int4-g64 ...] [--rows 1 8 512] [--json]
 """
@@ -9,6 +11,7 @@ weight (codes, scales, zero points) over the time, as a fraction of the read ban
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import json
 import statistics
 import time
@@ -22,6 +25,7 @@ from bitfold.formats import get_format
 from bitfold.qtensor import QTensor
 
 FORMATS = ["int8", "int4", "int4-g64", "int4-asym-g64", "int3-g64", "int2-g64", "nf4", "mxfp4"]
+FORMATS += [f"trellis-{bits}" for bits in (1, 2, 3, 4)]
 SHAPES = [(4096, 4096), (14336, 4096)]
 WORKING_SET = 320 << 20  # bytes; several times the last-level cache
 
@@ -30,8 +34,18 @@ def read_bandwidth(threads: int) -> float:
     """Bytes a second, the median of several passes over WORKING_SET."""
     core = native.core()
     assert core is not None, "the benchmark needs the native core"
-    data = torch.zeros(WORKING_SET, dtype=torch.uint8).fill_(1)
-    return WORKING_SET / statistics.median(times(lambda: core.read_memory(data.data_ptr(), WORKING_SET, threads), 9))
+    data = torch.ones(WORKING_SET, dtype=torch.uint8)
+    return WORKING_SET / statistics.median(times(lambda: core.read_memory(data.data_ptr(), WORKING_SET, threads), 5))
+
+
+def dot_peak(threads: int) -> float:
+    """int8 operations a second (a product and a sum are two) of all threads at once, out of registers."""
+    core, rounds = native.core(), 1 << 20
+    assert core is not None
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        made = sum(pool.map(core.spin_dots, [1] * threads)) * rounds
+        found = times(lambda: list(pool.map(core.spin_dots, [rounds] * threads)), 5)
+    return 8 * made / statistics.median(found)
 
 
 def times(f: Callable[[], Any], count: int) -> list[float]:
@@ -105,33 +119,38 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object for each line")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    core, bandwidth = native.core(), read_bandwidth(args.threads)
+    core = native.core()
     assert core is not None
     if not args.json:
-        print(f"{core.isa()}, {args.threads} threads, read bandwidth {bandwidth / 1e9:.1f} GB/s")
+        print(f"{core.isa()}, {args.threads} threads")
         print(
-            f"{'format':<16}{'act':<7}{'shape':<12}{'M':>4}{'us':>10}{'best':>10}{'GB/s':>7}{'share':>7}{'Gw/s':>7}{'GOPS':>7}"
+            f"{'format':<16}{'act':<7}{'shape':<12}{'M':>4}{'us':>10}{'best':>10}{'GB/s':>7}{'read':>7}{'Gw/s':>7}",
+            end="",
         )
+        print(f"{'GOPS':>7}{'peak':>7}")
     for text in args.shapes:
         n, k = (int(v) for v in text.split("x"))
         for name in args.formats:
+            limits = read_bandwidth(args.threads), dot_peak(args.threads)
             for act in args.acts:
                 for row in bench(name, (n, k), act, args.rows):
-                    report(row, bandwidth, as_json=args.json)
+                    report(row, limits, as_json=args.json)
 
 
-def report(row: dict[str, Any], bandwidth: float, *, as_json: bool) -> None:
+def report(row: dict[str, Any], limits: tuple[float, float], *, as_json: bool) -> None:
     seconds = row["us"] / 1e6
-    rate = row["nbytes"] / seconds
-    weights = row["n"] * row["k"]
-    row |= {"bandwidth_share": rate / bandwidth, "gops": 2 * weights * row["m"] / seconds / 1e9}
+    rate, weights = row["nbytes"] / seconds, row["n"] * row["k"]
+    gops = 2 * weights * row["m"] / seconds / 1e9
+    row |= {"read_limit": limits[0] / 1e9, "peak_gops": limits[1] / 1e9}
+    row |= {"read_share": rate / limits[0], "gops": gops, "peak_share": gops / limits[1] * 1e9}
+    row["gweights"] = weights / seconds / 1e9
     if as_json:
         print(json.dumps(row), flush=True)
         return
     shape = f"{row['n']}x{row['k']}"
     print(
         f"{row['format']:<16}{row['act']:<7}{shape:<12}{row['m']:>4}{row['us']:>10.0f}{row['best_us']:>10.0f}"
-        f"{rate / 1e9:>7.1f}{row['bandwidth_share']:>7.0%}{weights / seconds / 1e9:>7.1f}{row['gops']:>7.0f}",
+        f"{rate / 1e9:>7.1f}{row['read_share']:>7.0%}{row['gweights']:>7.1f}{gops:>7.0f}{row['peak_share']:>7.0%}",
         flush=True,
     )
 

@@ -23,6 +23,7 @@ from bitfold.qtensor import QTensor
 EPS = 2.0**-24
 CORE = native.core()
 ISAS = CORE.isas() if CORE else []
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
 @pytest.fixture(params=ISAS)
@@ -121,7 +122,7 @@ def test_groups_of_any_size(isa, group, act):
             check(q, activations(m, 333), act)
 
 
-@pytest.mark.parametrize("name", ["int8", "int4-g64", "nf4", "fp32"])
+@pytest.mark.parametrize("name", ["int8", "int4-g64", "nf4", "trellis-3", "fp32"])
 @pytest.mark.parametrize("act", kernels.ACTS)
 def test_empty_and_not_contiguous(name, act):
     q = sample(name, 7, 64)
@@ -137,13 +138,14 @@ def test_empty_and_not_contiguous(name, act):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("act", kernels.ACTS)
 @pytest.mark.parametrize("m", [2, 40])
-def test_nan_and_infinity_stay_in_their_row(value, act, m):
-    q = sample("int8", 6, 100)
+@pytest.mark.parametrize("name", ["int8", "trellis-2"])
+def test_nan_and_infinity_stay_in_their_row(name, value, act, m):
+    q = sample(name, 6, 100)
     x = activations(m, 100)
     clean = x.clone()
     x[1, 7] = value
-    for name in kernels.KERNELS:
-        kernel = kernels.select(q, act, name=name)
+    for which in kernels.KERNELS:
+        kernel = kernels.select(q, act, name=which)
         y = kernel.matmul(x, kernel.prepack(q, act))
         assert not torch.isfinite(y[1]).any()
         rest = [i for i in range(m) if i != 1]
@@ -169,7 +171,7 @@ def _unit_scale(n: int):
 
 
 @pytest.mark.parametrize("act", kernels.ACTS)
-@pytest.mark.parametrize("name", ["int4-asym-g64", "nf4", "int8", "bf16"])
+@pytest.mark.parametrize("name", ["int4-asym-g64", "nf4", "int8", "trellis-2", "bf16"])
 def test_gradients_of_the_activations(name, act):
     q = sample(name, 12, 70)
     for m in (3, 40):
@@ -181,22 +183,23 @@ def test_gradients_of_the_activations(name, act):
         torch.testing.assert_close(x.grad, seed @ q.dequantize(), rtol=1e-5, atol=1e-5)
 
 
-def test_the_operator_is_sound():
+@pytest.mark.parametrize("name", ["int4-asym-g64", "trellis-2"])
+def test_the_operator_is_sound(name):
     if CORE is None:
         pytest.skip("no native core in this installation")
-    q = sample("int4-asym-g64", 12, 130)
-    w = read_layout(q)
+    w = read_layout(sample(name, 12, 130))
     p = w.points
     x = activations(3, 130).requires_grad_()
     rest = (list(p.points), list(p.lut), p.offset, p.unit, p.integers, list(w.columns), list(w.table))
     args = (x, w.codes, w.scale, w.zero, w.k, w.bits, w.group, *rest, False)
-    torch.library.opcheck(torch.ops.bitfold.linear.default, args)
+    torch.library.opcheck(torch.ops.bitfold.linear.default, args, test_utils=OPCHECKS)
 
 
-def test_torch_compile_sees_one_operator():
+@pytest.mark.parametrize("name", ["int4-g64", "trellis-2"])
+def test_torch_compile_sees_one_operator(name):
     if CORE is None:
         pytest.skip("no native core in this installation")
-    q = sample("int4-g64", 12, 128)
+    q = sample(name, 12, 128)
     kernel = kernels.select(q, "float", name="cpu")
     state = kernel.prepack(q, "float")
     x = activations(3, 128)
@@ -207,7 +210,7 @@ def test_torch_compile_sees_one_operator():
 def test_threads_do_not_change_a_bit():
     before = torch.get_num_threads()
     try:
-        for name in ("int4-g64", "nf4"):
+        for name in ("int4-g64", "nf4", "trellis-2"):
             q = sample(name, 300, 256)
             for act in kernels.ACTS:
                 for m in (1, 4, 50):
@@ -231,3 +234,38 @@ def test_select_refuses_nonsense():
         kernels.select(q, name="gpu")
     with pytest.raises(UsageError, match="does not do"):
         kernels.select(q, name="cpu")
+
+
+def with_fields(q: QTensor, **fields: torch.Tensor) -> QTensor:
+    return QTensor(q.format, q.shape, {**q.fields, **fields})
+
+
+@pytest.mark.parametrize("act", kernels.ACTS)
+@pytest.mark.parametrize("name", ["trellis-1", "trellis-2", "trellis-3", "trellis-4", "int3-g64"])
+def test_damaged_bytes_are_other_weights(isa, name, act):
+    """Every code and every tile is valid: damage changes values within the range of the format, and nothing else."""
+    q = sample(name, 37, 136)
+    field = "tiles" if "tiles" in q.fields else "codes"
+    noise = torch.randint(0, 256, q.fields[field].shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    damaged = with_fields(q, **{field: q.fields[field] ^ noise})
+    assert not torch.equal(damaged.dequantize(), q.dequantize())
+    for m in (1, 2, 9):
+        check(damaged, activations(m, 136), act, "cpu" if CORE else None)
+
+
+def test_the_core_refuses_trellis_codes_it_cannot_decode():
+    if CORE is None:
+        pytest.skip("no native core in this installation")
+    w = read_layout(sample("trellis-2", 4, 8))
+    args = (w.codes.data_ptr(), w.n, w.k)
+    rest = w.scale.data_ptr()
+    CORE.Weight(*args, 2, rest, w.columns, w.table)
+    for bits, columns, table in [
+        (5, w.columns, w.table),
+        (2, w.columns * 2, w.table),
+        (2, w.columns, w.table[:-1]),
+        (2, w.columns, w.table * 2),
+        (2, w.columns, (1,) * 64),
+    ]:
+        with pytest.raises(ValueError, match="not a trellis code"):
+            CORE.Weight(*args, bits, rest, columns, table)

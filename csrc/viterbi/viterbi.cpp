@@ -35,7 +35,7 @@ bool odd(const TrellisCode& c) {
   return true;
 }
 
-bool wide_registers() {
+[[maybe_unused]] bool wide_registers() {
   const char* isa = table().name;
   return !std::strcmp(isa, "avx512") || !std::strcmp(isa, "amx");
 }

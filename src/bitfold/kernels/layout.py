@@ -83,18 +83,11 @@ def read_points(points: Sequence[float], bits: int, *, zero: bool) -> Points | N
 def read_layout(q: QTensor) -> Layout | None:
     """The layout of a weight, or None if the native loops cannot multiply by it."""
     form: Any = q.format
-    if len(q.shape) != 2 or 0 in q.shape or not _is_whole(q):
+    if len(q.shape) != 2 or 0 in q.shape:
         return None
     if hasattr(form, "code"):
         return _trellis_layout(q)
     return _grid_layout(q) if hasattr(form, "grid") and hasattr(form, "load_params") else None
-
-
-def _is_whole(q: QTensor) -> bool:
-    """Whether every field is as long as the shape says: the loops trust it. Other kernels say what is wrong."""
-    wanted = q.format.layout(q.shape)
-    fields = ((q.fields.get(name), info) for name, info in wanted.items())
-    return all(f is not None and f.dtype == info.dtype and tuple(f.shape) == tuple(info.shape) for f, info in fields)
 
 
 def _trellis_layout(q: QTensor) -> Layout:
