@@ -61,6 +61,7 @@ RANK = {
     "factors": 9,
     "solving": 9,
     "groups": 10,
+    "signround": 10,
     "calibrated": 11,
     "evaluation": 10,
     "generate": 10,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 from bitfold import progress
 from bitfold.acts import MEASURED
 from bitfold.bookmarks import Bookmarks
-from bitfold.calibration import BlockWalk, calibration_tokens, token_weights
+from bitfold.calibration import BlockWalk, Whole, calibration_tokens, token_weights
 from bitfold.calibration.probe import ActReport, Rounding
 from bitfold.calibration.text import BUNDLED, SELF, own_text
 from bitfold.catalog import AUTO, find_method
@@ -25,9 +26,10 @@ from bitfold.models import skeleton
 from bitfold.models.sites import EMBEDDING, EXPERTS
 from bitfold.models.swap import transform_of
 from bitfold.plan import Decision, Plan
+from bitfold.signround import is_signround, tune
 
 LONGEST = 2048  # tokens of a window, where nobody says otherwise
-_GRADIENTS_UP_TO = 500_000_000  # parameters; gradients need the whole model and its activations in memory
+GRADIENTS_UP_TO = 500_000_000  # parameters; gradients need the whole model and its activations in memory
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def settings(
         return None
     corrects = found is None or found.corrects
     strength = (0.5 if corrects else 0.0) if drift is None else drift
+    seqlen = seqlen or (found.seqlen if found is not None else None)
     return Calibration(text or BUNDLED, nsamples, seqlen, strength, fisher if corrects or fisher is not None else False)
 
 
@@ -129,18 +132,34 @@ def solve_blocks(
         for index in range(first, len(walk)):
             prefix, solved = f"{walk.path}.{index}.", []
             layers, stacks = _inside(prefix, wanted)
-            for group, statistics in walk.block(index, layers, stacks):
+            tuned = {name: d for name, d in _tuned(prefix, wanted).items() if name in layers}
+            learned: list[Solved] = []
+            tuner = partial(_learn, tuned, learned, seed) if tuned else None
+            for group, statistics in walk.block(index, [n for n in layers if n not in tuned], stacks, tuner):
                 decisions = [wanted.get(f"{name}.weight") or wanted[name] for name in group]
                 norm = _norm_before(decisions, plan)
                 together = Group(model, decisions, statistics, norm)
                 for one in solve_group(together, drift=calibration.drift, seed=seed):
                     solved.append(one.decision.tensor)
                     yield one
+            solved += [one.decision.tensor for one in learned]
+            yield from learned
             if bookmarks is not None:
                 bookmarks.turn(index, solved, walk)
             bar.advance(1, prefix.rstrip("."))
     if undecided:
         yield walk.acts()
+
+
+def _tuned(prefix: str, wanted: dict[str, Decision]) -> dict[str, Decision]:
+    """Layers of a block that are tuned together, by module."""
+    inside = (d for d in wanted.values() if d.site is not None and d.tensor.startswith(prefix))
+    return {d.site.module: d for d in inside if d.site is not None and is_signround(d)}
+
+
+def _learn(tuned: dict[str, Decision], learned: list[Solved], seed: int, path: str, whole: Whole) -> None:
+    inside = {name.removeprefix(f"{path}."): decision for name, decision in tuned.items()}
+    learned += [Solved(decision, q, w, None) for decision, q, w in tune(whole, inside, seed=seed)]
 
 
 def _undecided(decision: Decision) -> bool:
@@ -188,7 +207,9 @@ def _fitting(calibration: Calibration, model: Any) -> Calibration:
 
 def _calibrated(decision: Decision) -> bool:
     rule, site = decision.rule, decision.site
-    return rule is not None and rule.needs_text and site is not None and site.kind != EMBEDDING
+    if rule is None or site is None or not rule.needs_text or site.kind == EMBEDDING:
+        return False
+    return site.kind != EXPERTS or not is_signround(decision)  # experts are not tuned, only rounded
 
 
 class _Reader:
@@ -223,7 +244,7 @@ def _inputs(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Token ids, and token weights where they can be afforded."""
     size = sum(d.info.numel for d in wanted.values())
-    fisher = size <= _GRADIENTS_UP_TO if calibration.fisher is None else calibration.fisher
+    fisher = size <= GRADIENTS_UP_TO if calibration.fisher is None else calibration.fisher
     own = calibration.text == SELF
     whole = _whole(source, reader) if fisher or own else None
     if own and whole is not None:

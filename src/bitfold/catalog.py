@@ -1,7 +1,8 @@
 """Methods by the names of the field: which solver, fit, transform and formats each name stands for.
 
 A method is a few choices that multiply, so an entry is a line, and any of its choices can be replaced by an option:
-`--method quip --format nf4` is QuIP on NF4. Methods with a damping take it after a colon: `gptq:0.05`.
+`--method quip --format nf4` is QuIP on NF4. Methods with a damping take it after a colon: `gptq:0.05`; `signround:200`
+takes its steps.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class Method:
         corrects: whether the corrections of `Calibration` (drift, token weights) are on where nobody says; without, the
             method is what its paper says.
         time: for a billion weights on a laptop, in a word.
+        seqlen: tokens of a calibration window where nobody says.
     """
 
     what: str
@@ -35,6 +37,7 @@ class Method:
     paper: str = ""
     corrects: bool = True
     time: str = "minutes"
+    seqlen: int | None = None
 
     @property
     def solver(self) -> str:
@@ -49,7 +52,7 @@ class Method:
     @property
     def gradients(self) -> str:
         """Whether gradients are taken: "no", "optional" (token weights) or "yes"."""
-        if self.solver == "signround":
+        if self.solver.startswith("signround"):
             return "yes"
         return "optional" if self.needs_text and self.corrects else "no"
 
@@ -142,6 +145,14 @@ METHODS: dict[str, Method] = {
         {b: f"trellis-{b}" for b in range(1, 5)},
         "Tseng et al. 2024, arXiv 2406.11235",
     ),
+    "signround": Method(
+        "rounding and ranges learned by signs of gradients, block by block (AutoRound)",
+        {"solver": "signround"},
+        paper="Cheng et al. 2023, arXiv 2309.05516",
+        corrects=False,
+        time="hours",
+        seqlen=512,
+    ),
     "wanda": Method(
         "zeros where weight times input is small: a share, or N of M (--prune wanda:2:4)",
         {"prune": "wanda:0.5"},
@@ -170,7 +181,8 @@ def find_method(name: str) -> Method:
         UsageError: neither.
     """
     kind, _, damping = name.partition(":")
-    if damping and is_feedback(METHODS[kind].solver if kind in METHODS else kind):
+    solver = METHODS[kind].solver if kind in METHODS else kind
+    if damping and (is_feedback(solver) or solver == "signround"):
         method = find_method(kind)
         return replace(method, choices={**method.choices, "solver": f"{method.solver}:{damping}"})
     if name in METHODS:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -20,10 +21,11 @@ from bitfold.calibration.experts import Listener, one_at_a_time
 from bitfold.calibration.finished import Finished
 from bitfold.calibration.probe import ActReport, Probe, Rounding
 from bitfold.calibration.spill import Keyed, Spill, Stream
-from bitfold.calibration.statistics import Statistics, Sums
+from bitfold.calibration.statistics import Statistics, Sums, Whole
 from bitfold.errors import ModelError
 
 _HESSIANS = 2 << 30  # bytes of the Hessians of experts in memory at a time
+Tuner = Callable[[str, Whole], None]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 # What a model raises when its blocks answer with a tensor where it unpacks a tuple, or the other way round.
 _MISFITS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
@@ -180,7 +182,7 @@ class BlockWalk:
 
     @torch.no_grad()
     def block(
-        self, index: int, layers: list[str], stacks: Sequence[str] = ()
+        self, index: int, layers: list[str], stacks: Sequence[str] = (), tuner: Tuner | None = None
     ) -> Iterator[tuple[list[str], list[Statistics]]]:
         """Load a block and yield its groups of layers with their statistics, in the order of their execution.
 
@@ -192,6 +194,7 @@ class BlockWalk:
             layers: names of the linear layers of interest.
             stacks: names of tensors (experts, ..) of interest; each is a group of its own, with one statistics for each
                 expert instead of one for all.
+            tuner: called with the block after the last group, to tune other layers of it together.
         """
         block, name = self._blocks[index], f"{self.path}.{index}"
         self._fill(f"{name}.")
@@ -209,6 +212,10 @@ class BlockWalk:
             weights = [self._weights[layer] for layer in full if layer in self._weights]
             weight = torch.stack(weights).mean(0) if weights else None
             yield full, [self._measure(block, group[0], kept[number], weight, calls)]
+        if tuner is not None:
+            finished.close()
+            run = partial(_run_of, block, calls)
+            tuner(name, Whole(block, run, self._quantized, outputs))
         finished.replay(len(groups))
         quantized = self._spill.stream(f"quantized-{index + 1}")
         for call, x in zip(calls, self._quantized, strict=True):
@@ -309,6 +316,10 @@ class BlockWalk:
                     _run(block, call, x)
             found += [s.statistics() for s in sums.values()]
         return found
+
+
+def _run_of(block: nn.Module, calls: list[Call], window: int, x: torch.Tensor) -> torch.Tensor:
+    return _run(block, calls[window], x)
 
 
 def _shared(args: tuple[Any, ...], kwargs: dict[str, Any], calls: list[Call]) -> Call:

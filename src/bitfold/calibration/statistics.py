@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+from torch import nn
 
 _COLUMNS = 512  # of the correction worked out at a time
 
@@ -56,6 +58,30 @@ class Statistics:
             lost = torch.linalg.solve_triangular(triangle, lost, upper=triangle is not lower)
         moved: torch.Tensor = w + strength * lost.T.float()
         return moved
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A block whose layers are to be tuned together.
+
+    Args:
+        block: its module, the weights of these layers in it as they were.
+        run: the output for an input of the window of that number.
+        inputs: of the quantized model, by window.
+        targets: outputs of the original model, by window.
+    """
+
+    block: nn.Module
+    run: Callable[[int, torch.Tensor], torch.Tensor]
+    inputs: Windows
+    targets: Windows
+
+
+class Windows(Protocol):
+    """Activations by window."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> torch.Tensor: ...
 
 
 class Sums:

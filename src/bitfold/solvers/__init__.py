@@ -30,6 +30,11 @@ __all__ = [
 ]
 
 
+def signround(w: torch.Tensor, hessian: torch.Tensor | None, format: AnyFormat, fit: Fit, *, seed: int = 0) -> QTensor:
+    """What SignRound starts from, rounding to nearest: it tunes the layers of a block together, see signround.py."""
+    return rtn(w, hessian, format, fit, seed=seed)
+
+
 class Solver(Protocol):
     """A weight (n, k), the Hessian of its inputs (k, k) or None, a format and a fit -> the quantized weight."""
 
@@ -39,18 +44,21 @@ class Solver(Protocol):
 
 
 # Solvers that want a Hessian, and so calibration text.
-CALIBRATED = ("ldlq", "gptq", "aqlm")
-SOLVERS: dict[str, Solver] = {"rtn": rtn, "ldlq": ldlq, "gptq": gptq, "aqlm": aqlm}
+CALIBRATED = ("ldlq", "gptq", "aqlm", "signround")
+SOLVERS: dict[str, Solver] = {"rtn": rtn, "ldlq": ldlq, "gptq": gptq, "aqlm": aqlm, "signround": signround}
 # What a solver asks of a format: an attribute, and what is said when it is not there.
 _COLUMNS = ("coder", "cannot be coded column by column")
 _NEEDS = {"ldlq": _COLUMNS, "gptq": _COLUMNS, "aqlm": ("books", "has no codebooks")}
+_NEEDS["signround"] = ("grid", "has no evenly spaced levels")
 _DAMPED = ("ldlq", "gptq")
 
 
 def get_solver(name: str) -> Solver:
-    """The solver of that name, `ldlq`, or `ldlq:0.05` with a damping; UsageError if there is none."""
+    """The solver of that name; `ldlq:0.05` has a damping, `signround:200` a number of steps. UsageError if none."""
     kind, _, number = name.partition(":")
-    if kind not in SOLVERS or (number and kind not in _DAMPED):
+    if kind == "signround" and number.isdecimal() and int(number) > 0:
+        return signround
+    if kind not in SOLVERS or (":" in name and kind not in _DAMPED):
         raise UsageError(f"unknown solver {name!r}", hint=f"known solvers: {', '.join(SOLVERS)}")
     solver: Callable[..., QTensor] = SOLVERS[kind]
     return partial(solver, damp=_damping(number)) if ":" in name else SOLVERS[kind]

@@ -3,7 +3,8 @@
     wanda:0.5, wanda:2:4          the smallest |w| sqrt(H_jj) of each row, or of each four in a row, chosen beforehand
                                   (Sun et al. 2023, arXiv 2306.11695)
     sparsegpt:0.5, sparsegpt:2:4  the least (w R_jj)^2, w already corrected for what was pruned and rounded before,
-                                  block by block of columns; the solver feeds their errors forward like those of rounding
+                                  block by block of columns; the solver feeds their errors forward like those of
+                                  rounding
                                   (Frantar and Alistarh 2023, arXiv 2301.00774)
 
 H is the second moment of the inputs and R its triangular factor (see ldlq.py): (w R_jj)^2 is what zeroing w costs once
