@@ -307,7 +307,7 @@ def test_quantize_options_reach_the_driver(bitfold: Bitfold, monkeypatch: pytest
         "max_memory": None, "restart": False, "strict": False, "events": None,
         "args": ("org/m", Path("o")), "bits": None, "format": "nf4", "group_size": 32, "fit": "hqq", "solver": "rtn",
         "act": "int8", "ignore": ["a", "b"], "recipe": None, "dry_run": False, "seed": 7, "revision": "v1",
-        "upload_repo": "me/q", "max_shard_bytes": 2 << 30, "transform": "none", "calibration": None,
+        "upload_repo": "me/q", "max_shard_bytes": 2 << 30, "transform": "none", "calibration": None, "prune": None,
     }  # fmt: skip
     bitfold(
         "quantize", "org/m", "-o", "o", "--bits", 3, "--method", "ldlq", "--calibration", "a.txt", "--nsamples", 4,
@@ -356,6 +356,7 @@ def test_eval_embeddings(bitfold: Bitfold, tmp_path: Path) -> None:
     no_perplexity = bitfold("eval", encoder, "--text", sentences)
     assert no_perplexity.code == 4
     assert "--metric embedding" in no_perplexity.err
+    assert bitfold(*args, "--max-kl", 1).code == 2
 
 
 def test_layers(bitfold: Bitfold, model: Path, text: Path, tmp_path: Path) -> None:
