@@ -97,7 +97,10 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure perplexity, and what was lost against a reference."""
+    limits = {"max_kl": max_kl, "max_perplexity": max_perplexity, "min_top1": min_top1}
     if metric is Metric.embedding:
+        if tasks or save or update_card or any(limit is not None for limit in limits.values()):
+            raise UsageError("embeddings have no limits, no tasks and no record", where="--metric embedding")
         _embedding(model, reference, text, batch, json=json)
         return
     options = {
@@ -112,7 +115,6 @@ def evaluate(
         "tasks": [name for group in tasks or () for name in group.split(",")],
         "limit": limit,
     }
-    limits = {"max_kl": max_kl, "max_perplexity": max_perplexity, "min_top1": min_top1}
     _language(model, reference, text, options, _After(save, update_card, limits), json=json)
 
 

@@ -162,6 +162,8 @@ def evaluate(
     start = time.monotonic()
     if metric not in _AUTO:
         raise UsageError(f"unknown metric {metric!r}", hint=" or ".join(_AUTO))
+    if tasks and metric != CAUSAL:
+        raise UsageError("tasks of lm-eval are for causal language models", where="tasks")
     judged = Subject.of(model, revision=revision)
     against = None if reference is None else Subject.of(reference)
     for subject in (judged, against):
