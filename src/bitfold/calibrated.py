@@ -102,18 +102,7 @@ def solve_blocks(
     Raises:
         ModelError: no model class, so nothing can be run.
     """
-    if model is None:
-        raise ModelError(
-            "transformers does not have this model's class, so it cannot be calibrated",
-            where=str(source.path),
-            hint="use a data-free method (--method rtn)",
-        )
-    if "CausalLM" not in type(model).__name__ and "LMHead" not in type(model).__name__:
-        raise ModelError(
-            f"{type(model).__name__} is no causal language model, and only those can be calibrated so far",
-            where=str(source.path),
-            hint="use a data-free method (--method rtn)",
-        )
+    model = _can_run(model, source)
     calibration = _fitting(calibration, model)
     wanted = {d.tensor: d for d in plan.decisions if _calibrated(d)}
     reader = _Reader(source, model, plan)
@@ -160,6 +149,23 @@ def _tuned(prefix: str, wanted: dict[str, Decision]) -> dict[str, Decision]:
 def _learn(tuned: dict[str, Decision], learned: list[Solved], seed: int, path: str, whole: Whole) -> None:
     inside = {name.removeprefix(f"{path}."): decision for name, decision in tuned.items()}
     learned += [Solved(decision, q, w, None) for decision, q, w in tune(whole, inside, seed=seed)]
+
+
+def _can_run(model: nn.Module | None, source: Source) -> nn.Module:
+    """The skeleton, if its forward pass can be run; ModelError if not."""
+    if model is None:
+        raise ModelError(
+            "transformers does not have this model's class, so it cannot be calibrated",
+            where=str(source.path),
+            hint="use a data-free method (--method rtn)",
+        )
+    if "CausalLM" not in type(model).__name__ and "LMHead" not in type(model).__name__:
+        raise ModelError(
+            f"{type(model).__name__} is no causal language model, and only those can be calibrated so far",
+            where=str(source.path),
+            hint="use a data-free method (--method rtn)",
+        )
+    return model
 
 
 def _undecided(decision: Decision) -> bool:
