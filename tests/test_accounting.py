@@ -79,7 +79,7 @@ def test_nothing_is_skipped_silently(tmp_path: Path) -> None:
     header = int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little")
     size = (folder / "model.safetensors").stat().st_size
     assert account.totals()["all"] == {"tensors": len(fates), "bytes": size - 8 - header}
-    report = bitfold.quantize(folder, tmp_path / "out", bits=8)
+    report = bitfold.quantize(folder, tmp_path / "out", format="int8")
     assert report.account == account.totals()
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(stored["stray"], torch.arange(7))
@@ -118,7 +118,7 @@ def test_tensors_that_no_index_names_are_counted(source: Path, tmp_path: Path) -
     save_file({"x": torch.ones(1)}, folder / "consolidated.safetensors")
     named = {name: "a.safetensors" for name in weights if name != "stray"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": named}))
-    report = bitfold.quantize(folder, tmp_path / "out", bits=4)
+    report = bitfold.quantize(folder, tmp_path / "out", format="int4-asym-g32")
     assert "stray" in [t.tensor for t in report.tensors]
     assert report.unread == ["consolidated.safetensors"]
 
@@ -188,8 +188,8 @@ def test_events(source: Path, tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="goes on"):
-        bitfold.quantize(source, tmp_path / "out", bits=4, events=events, on_tensor=stop)
-    report = bitfold.quantize(source, tmp_path / "out", bits=4, events=events)
+        bitfold.quantize(source, tmp_path / "out", format="int4-asym-g32", events=events, on_tensor=stop)
+    report = bitfold.quantize(source, tmp_path / "out", format="int4-asym-g32", events=events)
     lines = [json.loads(line) for line in events.read_text().splitlines()]
     kinds = [line["event"] for line in lines]
     assert kinds == ["begin", *["tensor"] * 6, "error", "begin", "resume", *["tensor"] * (len(kinds) - 11), "end"]
@@ -209,7 +209,7 @@ DAMAGE = {
 def test_verify(source: Path, tmp_path: Path, damage: str) -> None:
     """Any byte that changes is found; a card that was edited is not damage."""
     out = tmp_path / "out"
-    bitfold.quantize(source, out, bits=4)
+    bitfold.quantize(source, out, format="int4-asym-g32")
     (out / "README.md").write_text("mine")
     found = verify(out)
     assert (found.problems, found.tensors) == ([], len(load_file(out / "model.safetensors")))
@@ -234,7 +234,7 @@ def test_verify_needs_a_manifest(source: Path, tmp_path: Path) -> None:
     """Other folders, and damaged manifests, are told apart from damaged folders."""
     with pytest.raises(CheckpointError, match="nothing to check against"):
         verify(source)
-    bitfold.quantize(source, tmp_path / "out", bits=4)
+    bitfold.quantize(source, tmp_path / "out", format="int4-asym-g32")
     for text in ("{", "[]", '{"version": 1}', '{"version": 2, "files": {}}', '{"version": 1, "files": {"a": 1}}'):
         (tmp_path / "out" / FILE).write_text(text)
         with pytest.raises(CheckpointError):

@@ -35,7 +35,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_lm.folder(tmp_path_factory.mktemp("resume") / "source", tiny_lm.model())
 
 
-OPTIONS: dict[str, Any] = {"bits": 4, "max_shard_bytes": 100_000}
+OPTIONS: dict[str, Any] = {"format": "int4-asym-g32", "max_shard_bytes": 100_000}
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,12 @@ def test_stopped_between_the_rename_and_the_end(source: Path, undisturbed: Path,
     assert not partial_of(out).exists()
 
 
-CHANGES = {"source": "weights", "recipe": {"bits": 3}, "seed": {"seed": 1}, "shard size": {"max_shard_bytes": 90_000}}
+CHANGES = {
+    "source": "weights",
+    "recipe": {"format": "int3-asym-g32"},
+    "seed": {"seed": 1},
+    "shard size": {"max_shard_bytes": 90_000},
+}
 
 
 @pytest.mark.parametrize("what", CHANGES)

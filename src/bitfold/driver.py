@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from bitfold import progress
 from bitfold.accounting import account_for
 from bitfold.auto import choose
 from bitfold.calibrated import LONGEST, Calibration, settings
@@ -29,10 +30,11 @@ from bitfold.memory import Ceiling
 from bitfold.models import skeleton
 from bitfold.options import choose_recipe, leaves_the_choice
 from bitfold.plan import blank_report, make_plan
+from bitfold.preflight import preflight, refuse_impossible
 from bitfold.recipe import Recipe
 from bitfold.records import write_record
 from bitfold.report import QuantizeReport, TensorReport, peak_memory
-from bitfold.workspace import Workspace, partial_of, refuse_existing, software
+from bitfold.workspace import Workspace, partial_of, refuse_existing, size_of, software
 from bitfold.writing import Job, OnTensor, Run, Writing
 
 
@@ -138,8 +140,12 @@ def _quantize(job: Job, manner: _Manner, *, shorten: bool, dry_run: bool, on_ten
         run = Run(source, model, plan, job, account_for(source, plan))
         report = blank_report(plan, job.source, None if dry_run else str(job.out), job.rules)
         report.ceiling, report.method = manner.max_memory, why
+        ahead = preflight(source, model, plan, job.calibration, (job.seed, job.max_shard_bytes, dry_run))
+        report.preflight = ahead.to_dict()
         report.account, report.unread = run.account.totals(), source.unread()
         if not dry_run:
+            refuse_impossible(ahead, job.out, manner.max_memory, has=size_of(partial_of(job.out)))
+            progress.say(ahead.summary())
             _write(run, report, manner, on_tensor)
     finally:
         source.close()

@@ -20,15 +20,39 @@ def weight_flags(w: torch.Tensor) -> list[str]:
 
     A row of zeros is an output that never speaks, a column of zeros an input that nobody hears.
     """
-    matrices = w.reshape(-1, *w.shape[-2:])
-    rows = columns = 0
-    for matrix in matrices:
-        step = max(1, _PIECE // max(1, matrix.shape[1]))
-        parts = parallel_map(_alive, [matrix[i : i + step] for i in range(0, len(matrix), step)])
-        rows += sum(int((~alive).sum()) for alive, _ in parts)
-        columns += int((~torch.stack([heard for _, heard in parts]).any(0)).sum())
-    found = [f"{rows} rows of zeros"] if rows else []
-    return found + ([f"{columns} columns of zeros"] if columns else [])
+    zeros = Zeros()
+    for matrix in w.reshape(-1, *w.shape[-2:]):
+        zeros.add(matrix)
+        zeros.close()
+    return zeros.flags()
+
+
+class Zeros:
+    """Counts the rows and columns of zeros of matrices that come in pieces of their rows."""
+
+    def __init__(self) -> None:
+        self._rows = self._columns = 0
+        self._heard: torch.Tensor | None = None
+
+    def add(self, part: torch.Tensor) -> None:
+        """Some rows (n, k) of the matrix at hand."""
+        step = max(1, _PIECE // max(1, part.shape[1]))
+        found = parallel_map(_alive, [part[i : i + step] for i in range(0, len(part), step)])
+        self._rows += sum(int((~alive).sum()) for alive, _ in found)
+        heard = torch.stack([heard for _, heard in found]).any(0)
+        self._heard = heard if self._heard is None else self._heard | heard
+
+    def close(self) -> None:
+        """The matrix is complete."""
+        if self._heard is not None:
+            self._columns += int((~self._heard).sum())
+        self._heard = None
+
+    def flags(self) -> list[str]:
+        """In words."""
+        self.close()
+        found = [f"{self._rows} rows of zeros"] if self._rows else []
+        return found + ([f"{self._columns} columns of zeros"] if self._columns else [])
 
 
 def _alive(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -74,6 +74,7 @@ class QuantizeReport:
     account: dict[str, Any] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
     ceiling: int | None = None
+    preflight: dict[str, Any] = field(default_factory=dict)
     method: str = ""
     acts: dict[str, Any] | None = None
 
@@ -143,6 +144,7 @@ class QuantizeReport:
             "url": self.url,
             "method": self.method,
             "recipe": self.recipe,
+            "preflight": self.preflight,
             "account": self.account,
             "unread": self.unread,
             "tensors": [t.to_dict() for t in self.tensors],

@@ -102,6 +102,14 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def size_of(folder: Path) -> int:
+    """Bytes on the disk of the files in a folder and below; 0 where there is none."""
+    if not folder.is_dir():
+        return 0
+    stats = [file.stat() for file in folder.rglob("*") if file.is_file()]
+    return sum(min(s.st_size, getattr(s, "st_blocks", s.st_size) * 512) for s in stats)
+
+
 def free_bytes(folder: Path) -> int:
     """Room on the disk on which a folder is, or will be."""
     while not folder.exists():

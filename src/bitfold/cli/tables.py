@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -91,6 +91,8 @@ def _quantize_facts(report: QuantizeReport) -> Facts:
     yield "relative error", None if report.error is None else f"{report.error:.3e} of the squared weights"
     yield "time", duration(report.seconds)
     yield "peak memory", None if report.peak_memory is None else size_text(report.peak_memory) + report.under()
+    if report.output is None:
+        yield from _preflight_facts(report.preflight)
     yield "accounted for", totals_text(report.account) if report.account else None
     for tensor in report.flagged:
         yield "flagged", f"{tensor.tensor}: {', '.join(tensor.flags)}"
@@ -98,6 +100,19 @@ def _quantize_facts(report: QuantizeReport) -> Facts:
         yield "not read", f"{name}: a file of weights that is not part of this checkpoint"
     yield "written to", report.output or "nothing, this was a dry run"
     yield "uploaded to", report.url
+
+
+def _preflight_facts(found: Mapping[str, Any]) -> Facts:
+    """What a run would need, and who would load the result."""
+    yield "needs memory", f"{size_text(found['peak_memory'])}, most of it for {found['memory_for']}"
+    yield "needs disk", size_text(found["disk_bytes"])
+    yield "needs time", None if found["seconds"] is None else f"about {duration(found['seconds'])}"
+    yield "would write", f"{size_text(found['output_bytes'])} of weights"
+    for reason, part in found["kept"].items():
+        yield "would keep", f"{part['tensors']} tensors ({size_text(part['bytes'])}): {reason}"
+    if ragged := found["ragged"]:
+        yield "ragged groups", f"{len(ragged)} tensors, such as {ragged[0]}: the last group of a row is shorter"
+    yield from found["engines"].items()
 
 
 def show_evaluation(result: Evaluation) -> None:
