@@ -119,25 +119,30 @@ def solve_blocks(
     with progress.bar("calibrate", len(walk)) as bar:
         bar.advance(first)
         for index in range(first, len(walk)):
-            prefix, solved = f"{walk.path}.{index}.", []
-            layers, stacks = _inside(prefix, wanted)
-            tuned = {name: d for name, d in _tuned(prefix, wanted).items() if name in layers}
-            learned: list[Solved] = []
-            tuner = partial(_learn, tuned, learned, seed) if tuned else None
-            for group, statistics in walk.block(index, [n for n in layers if n not in tuned], stacks, tuner):
-                decisions = [wanted.get(f"{name}.weight") or wanted[name] for name in group]
-                norm = _norm_before(decisions, plan)
-                together = Group(model, decisions, statistics, norm)
-                for one in solve_group(together, drift=calibration.drift, seed=seed):
-                    solved.append(one.decision.tensor)
-                    yield one
-            solved += [one.decision.tensor for one in learned]
-            yield from learned
+            solved = []
+            for one in _solve_block(walk, index, wanted, plan, calibration.drift, seed):
+                solved.append(one.decision.tensor)
+                yield one
             if bookmarks is not None:
                 bookmarks.turn(index, solved, walk)
-            bar.advance(1, prefix.rstrip("."))
+            bar.advance(1, f"{walk.path}.{index}")
     if undecided:
         yield walk.acts()
+
+
+def _solve_block(
+    walk: BlockWalk, index: int, wanted: dict[str, Decision], plan: Plan, drift: float, seed: int
+) -> Iterator[Solved | Folded]:
+    """Group by group; what is tuned together comes last."""
+    prefix, learned = f"{walk.path}.{index}.", list[Solved]()
+    layers, stacks = _inside(prefix, wanted)
+    tuned = {name: d for name, d in _tuned(prefix, wanted).items() if name in layers}
+    tuner = partial(_learn, tuned, learned, seed) if tuned else None
+    for group, statistics in walk.block(index, [n for n in layers if n not in tuned], stacks, tuner):
+        decisions = [wanted.get(f"{name}.weight") or wanted[name] for name in group]
+        together = Group(walk.model, decisions, statistics, _norm_before(decisions, plan))
+        yield from solve_group(together, drift=drift, seed=seed)
+    yield from learned
 
 
 def _tuned(prefix: str, wanted: dict[str, Decision]) -> dict[str, Decision]:
