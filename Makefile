@@ -15,7 +15,7 @@ CSRC   := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
 
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format bench bench-peers demo docs fuzz sanitize neon clean
+.PHONY: help setup test lint format bench bench-methods bench-peers demo docs fuzz sanitize neon clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -56,6 +56,10 @@ bench: setup ## speed of the native core on this machine
 
 bench-peers: setup ## the same beside llama.cpp, PyTorch, ONNX Runtime, OpenVINO (each in its own environment)
 	TORCH='$(TORCH)' $(PY) benchmarks/bench_peers.py
+
+bench-methods: setup ## table of all methods and bits on the demo's model, with peers (about an hour; resumable)
+	test -d demo/original || $(PY) examples/demo.py
+	$(PY) benchmarks/bench_methods.py $(ARGS)
 
 demo: setup ## the main job on a real model, from download to generated text
 	$(PY) examples/demo.py

@@ -1,0 +1,94 @@
+"""What the peers' scripts share. Runs in their environments: torch and transformers only."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+GROUP = 64
+
+
+@dataclass
+class Run:
+    """One quantization by a peer.
+
+    Args:
+        options: model, out, method, bits, calibration, nsamples, seqlen.
+        started: when the work began, loading not counted.
+        bits: stored bits of all quantized weights, and their number.
+    """
+
+    options: argparse.Namespace
+    started: float = 0.0
+    bits: list[tuple[float, int]] = field(default_factory=list)
+
+    @classmethod
+    def begin(cls) -> Run:
+        """Read the command line."""
+        parser = argparse.ArgumentParser()
+        for name in ("model", "out", "method"):
+            parser.add_argument(name)
+        parser.add_argument("bits", type=int)
+        parser.add_argument("--calibration")
+        parser.add_argument("--nsamples", type=int)
+        parser.add_argument("--seqlen", type=int)
+        torch.manual_seed(0)
+        return cls(parser.parse_args())
+
+    def load(self) -> Any:
+        """The model in float32; the clock starts."""
+        model = AutoModelForCausalLM.from_pretrained(self.options.model, dtype=torch.float32).eval()
+        self.started = time.perf_counter()
+        return model
+
+    def tokens(self) -> list[torch.Tensor]:
+        """Calibration windows (1, seqlen), the first of the text, as bitfold takes them."""
+        text = Path(self.options.calibration).read_text(encoding="utf-8")
+        ids = AutoTokenizer.from_pretrained(self.options.model)(text)["input_ids"]
+        n = self.options.seqlen
+        return [torch.tensor(ids[i * n : (i + 1) * n])[None] for i in range(min(self.options.nsamples, len(ids) // n))]
+
+    def stored(self, tensors: list[Any], weights: int) -> None:
+        """Note what one quantized weight would take on disk."""
+        found = [t for t in tensors if isinstance(t, torch.Tensor)]
+        self.bits.append((8.0 * sum(t.numel() * t.element_size() for t in found), weights))
+
+    def nominal(self, bits: float, model: nn.Module) -> None:
+        """Where the packed tensors cannot be had: bits per weight by the peer's own settings."""
+        self.bits = [(bits * layer.weight.numel(), layer.weight.numel()) for _, layer in linears(model)]
+
+    def finish(self, weights: dict[str, torch.Tensor]) -> None:
+        """Write the original model with these weights in their places (float32), and say what it took."""
+        seconds = time.perf_counter() - self.started
+        model = AutoModelForCausalLM.from_pretrained(self.options.model, dtype=torch.float32)
+        with torch.no_grad():
+            for name, w in weights.items():
+                model.get_submodule(name).weight.copy_(w)
+        model.save_pretrained(self.options.out)
+        AutoTokenizer.from_pretrained(self.options.model).save_pretrained(self.options.out)
+        bpw = sum(b for b, _ in self.bits) / sum(n for _, n in self.bits)
+        print(json.dumps({"seconds": seconds, "peak_memory": peak(), "bpw": bpw}), flush=True)
+
+
+def linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The linear layers of the blocks; the output layer stays as it is, as bitfold leaves it."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and ".layers." in name:
+            yield name, module
+
+
+def peak() -> int:
+    """Largest resident memory of this process; taken before the result is written would be the same."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
