@@ -178,7 +178,7 @@ def test_texts(source: Path, tmp_path: Path) -> None:
 def test_refusals(source: Path, tmp_path: Path) -> None:
     """Calibration without a solver that uses it, nonsense numbers, formats that cannot be coded by columns."""
     with pytest.raises(UsageError, match="no rule uses"):
-        bitfold.quantize(source, tmp_path / "out", bits=4, calibration="default")
+        bitfold.quantize(source, tmp_path / "out", format="int4", calibration="default")
     with pytest.raises(UsageError, match="drift"):
         Calibration(drift=2.0)
     with pytest.raises(BitfoldError, match="column by column"):
@@ -218,7 +218,7 @@ def test_finished_parts_answer_from_memory(source: Path, monkeypatch: pytest.Mon
                 found.append(statistics[0].hessian)
                 for layer in group:
                     model.get_submodule(layer).weight.data.mul_(0.9)
-        return found, walk.streams[1][0], calls
+        return found, walk.streams["quantized"][0], calls
 
     with monkeypatch.context() as patch:
         patch.setattr("bitfold.calibration.finished.Finished.replay", lambda *_: None)
