@@ -266,10 +266,22 @@ def test_damaged_files_are_named(bitfold: Bitfold, model: Path, tmp_path: Path) 
 
 def test_quantize(bitfold: Bitfold, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    dry = bitfold("quantize", model, "--bits", 3, "-o", out, "--dry-run", "--json").json
+    dry = bitfold("quantize", model, "--bits", 3, "--method", "rtn", "-o", out, "--dry-run", "--json").json
     assert not out.exists()
     result = bitfold(
-        "quantize", model, "--bits", 3, "-o", out, "--ignore", "re:.*down_proj", "--ignore", "q_proj", "--json"
+        "quantize",
+        model,
+        "--bits",
+        3,
+        "--method",
+        "rtn",
+        "-o",
+        out,
+        "--ignore",
+        "re:.*down_proj",
+        "--ignore",
+        "q_proj",
+        "--json",
     )
     keys_are_documented("quantize", result.json)
     kept = {t["tensor"] for t in result.json["tensors"] if t["format"] is None}
@@ -493,7 +505,7 @@ def test_inspect_activations(bitfold: Bitfold, model: Path, quantized: Path, tex
 
 def test_compare_and_report(bitfold: Bitfold, model: Path, text: Path, tmp_path: Path) -> None:
     for bits in (2, 6):
-        driver.quantize(model, tmp_path / f"q{bits}", bits=bits)
+        driver.quantize(model, tmp_path / f"q{bits}", bits=bits, solver="rtn")
     runs = (tmp_path / "q6", tmp_path / "q2")
     unmeasured = bitfold("compare", *runs)
     assert unmeasured.code == 2

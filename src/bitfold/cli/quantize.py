@@ -29,7 +29,7 @@ MethodOption = Annotated[
     typer.Option(
         "--method",
         "--solver",
-        help="How: auto (default), rtn, hqq, gptq, awq, trellis ..., see `bitfold methods`.",
+        help="How: auto (default), rtn, hqq, gptq, awq, ldlq, aqlm, signround, trellis ..., see `bitfold methods`.",
     ),
 ]
 TransformOption = Annotated[str | None, typer.Option(help="Basis of the inputs: none, hadamard, smooth:0.5, awq.")]
