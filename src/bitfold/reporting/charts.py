@@ -40,7 +40,7 @@ class Scatter:
 class Heatmap:
     """Rows of layers, columns of projections; None: nothing there.
 
-    The colour is logarithmic where `log`, and spans `limits`: the same for all runs, so that they can be compared.
+    The colour is logarithmic where `log`, and spans `limits`, from the smallest to the largest value shown.
     """
 
     rows: tuple[str, ...]
@@ -145,20 +145,13 @@ def _heat_maps(runs: Sequence[RunData]) -> Iterator[tuple[str, Heatmap]]:
         ("swap_kl", "sensitivity: KL when only this tensor is swapped", "nats a token"),
         ("bpw", "bits per weight", "bits per weight"),
     ):
-        found = [
-            (run.name, {t.tensor: v for t in run.tensors if t.quantized and (v := getattr(t, key)) is not None})
-            for run in runs
-        ]
-        shown = [v for _, cells in found for v in cells.values() if _shown(v, key != "bpw") is not None]
-        for name, cells in found:
-            limits = (min(shown, default=0.0), max(shown, default=1.0))
-            if chart := heat_map(cells, unit, log=key != "bpw", limits=limits):
-                yield f"{title}: {name}", chart
+        for run in runs:
+            cells = {t.tensor: v for t in run.tensors if t.quantized and (v := getattr(t, key)) is not None}
+            if chart := heat_map(cells, unit, log=key != "bpw"):
+                yield f"{title}: {run.name}", chart
 
 
-def heat_map(
-    cells: Mapping[str, float], unit: str, *, log: bool, limits: tuple[float, float] = (1e-6, 1.0)
-) -> Heatmap | None:
+def heat_map(cells: Mapping[str, float], unit: str, *, log: bool) -> Heatmap | None:
     """Numbers by tensor name as layers x projections, attention first; None when no name has a layer number."""
     at: dict[tuple[int, str], float] = {}
     for name, value in cells.items():
@@ -167,6 +160,8 @@ def heat_map(
     rows = sorted({row for row, _ in at})
     columns = sorted(dict.fromkeys(column for _, column in at), key=lambda column: "att" not in column)
     values = tuple(tuple(_shown(at.get((row, column)), log) for column in columns) for row in rows)
+    shown = [v for row in values for v in row if v is not None]
+    limits = (min(shown), max(shown)) if shown else (1e-6, 1.0)
     return Heatmap(tuple(map(str, rows)), tuple(columns), values, unit, log, limits) if at else None
 
 
