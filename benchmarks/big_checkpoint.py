@@ -1,6 +1,7 @@
 """A synthetic checkpoint in the shapes of an 8B Llama, quantized with calibration under a ceiling of memory.
 
-    python benchmarks/big_checkpoint.py [--layers 32] [--max-memory 6GB] [--nsamples 4] [--seqlen 512] [--folder DIR]
+    python benchmarks/big_checkpoint.py [--layers 32] [--max-memory 6GB] [--nsamples 4] [--seqlen 512] [--divide 1]
+        [--folder DIR]
 
 Writes random bfloat16 shards (32 layers: 16 GB) with a small tokenizer, runs `bitfold quantize --method ldlq` under the
 ceiling in a process of its own, and prints what that process needed as the kernel counted it. Memory does not depend on
@@ -24,6 +25,7 @@ sys.path.append(str(Path(__file__).parent.parent / "tests"))
 import tiny_lm
 
 HIDDEN, INTERMEDIATE, VOCABULARY, HEADS, KV_HEADS = 4096, 14336, 128256, 32, 8
+_SIZES = ("HIDDEN", "INTERMEDIATE", "VOCABULARY", "HEADS", "KV_HEADS")
 
 
 def config(layers: int) -> dict[str, object]:
@@ -83,8 +85,10 @@ def main() -> int:
     parser.add_argument("--max-memory", default="6GB")
     parser.add_argument("--nsamples", type=int, default=4)
     parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--divide", type=int, default=1, help="all sizes by this, for slower machines")
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
+    globals().update({name: globals()[name] // options.divide for name in _SIZES})
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         source, out = Path(name) / "source", Path(name) / "out"
         size = make(source, options.layers)
@@ -99,6 +103,7 @@ def main() -> int:
             return done.returncode
         report = json.loads(done.stdout)
     facts = {key: report[key] for key in ("peak_memory", "max_memory", "bytes_before", "bytes_after", "bpw_quantized")}
+    facts["estimated"] = report["preflight"]["peak_memory"]
     print(json.dumps({"layers": options.layers, "seconds": round(seconds, 1), **facts}))
     return 0
 

@@ -86,6 +86,20 @@ def test_nothing_is_skipped_silently(tmp_path: Path) -> None:
     assert verify(tmp_path / "out").problems == []
 
 
+def test_ties_that_are_not_true(tmp_path: Path) -> None:
+    """The model uses one tensor for both; a checkpoint that holds two different ones is told about."""
+    folder = odd_model(tmp_path / "source")
+    assert not any(
+        "tied" in flag for t in bitfold.quantize(folder, tmp_path / "a", format="int8").flagged for flag in t.flags
+    )
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"][5, 5] += 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (flagged,) = bitfold.quantize(folder, tmp_path / "b", format="int8").flagged
+    assert flagged.tensor == "model.embed_tokens.weight"
+    assert "lm_head.weight is tied to it" in flagged.flags[0]
+
+
 @pytest.mark.parametrize("lie", ["forgotten", "twice", "invented", "bytes"])
 def test_what_does_not_add_up_stops_the_run(source: Path, monkeypatch: pytest.MonkeyPatch, lie: str) -> None:
     """Mistakes of our own code: a tensor that nobody plans for, or twice, or bytes that are not in the file."""
