@@ -114,11 +114,15 @@ def test_auto(tmp_path: Path) -> None:
     whole = tiny_lm.folder(tmp_path / "whole", tiny_lm.model())
     bare = tmp_path / "bare"
     tiny_lm.model().save_pretrained(bare)  # type: ignore[operator]
+    empty = tmp_path / "empty"
+    tiny_lm.model().save_pretrained(empty)  # type: ignore[operator]
+    (empty / "tokenizer_config.json").write_text("{}", encoding="utf-8")
     encoder = tiny_lm.folder(tmp_path / "encoder", tiny_lm.encoder())
     for bits, folder, method, solver, why in [
         (8, whole, "rtn", "rtn", "little"),
         (4, whole, "trellis", "ldlq", "calibrated on 512 tokens"),
         (2, bare, "trellis", "rtn", "no tokenizer"),
+        (2, empty, "trellis", "rtn", "no tokenizer"),
         (3, encoder, "trellis", "rtn", "no causal language model"),
     ]:
         calibration = Calibration(nsamples=4, seqlen=128)

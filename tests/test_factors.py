@@ -19,6 +19,7 @@ from bitfold.errors import RecipeError, UsageError
 from bitfold.factors import find_factors
 from bitfold.fits import minmax
 from bitfold.formats import get_format
+from bitfold.inspection import inspect
 from bitfold.models import skeleton
 from bitfold.models.folding import find_folds, folded_norm, scales_with_weight
 from bitfold.recipe import Recipe, Rule
@@ -181,6 +182,9 @@ def test_what_is_stored_and_how_it_loads(outlier: Path, tmp_path: Path) -> None:
     spread = float(original.std())
     assert float((back - original).std()) < 0.1 * spread
     assert float((logits - original).std()) < 0.2 * spread
+    report = inspect(folder)
+    stored = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    assert 0 <= stored - sum(t.nbytes for t in report.tensors) < 20_000  # the header
     bitfold.save(ours, tmp_path / "again")
     with torch.no_grad():
         assert torch.equal(bitfold.load(tmp_path / "again")(ids).logits, logits)

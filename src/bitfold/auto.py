@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from bitfold.calibration.text import load_tokenizer
 from bitfold.checkpoints import Source
-from bitfold.errors import UsageError
+from bitfold.errors import CheckpointError, UsageError
 from bitfold.memory import available
 from bitfold.progress import duration
 
@@ -23,7 +24,6 @@ _ENCODER = {1: 0.4e-6, 2: 0.6e-6, 3: 0.7e-6, 4: 0.8e-6}  # seconds a weight of o
 _FLOPS = 4e10  # of one core, float32 matrix products
 _PASSES = 8  # passes of the calibration text over the weights: forward, backward, statistics, replays
 _FEEDBACK = 4000  # operations a weight in factorizations and feedback
-_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _COPIES = 4  # of a block in float32: its weights, their targets, errors, and what is solved
 
 
@@ -76,13 +76,23 @@ def why_not_calibrated(source: Source, model: nn.Module | None) -> str | None:
         return "transformers does not have the model's class"
     if not causal(model):
         return f"{type(model).__name__} is no causal language model"
-    path = Path(source.path)
-    if path.is_dir() and not any((path / name).is_file() for name in _TOKENIZERS):
+    if not _has_tokenizer(Path(source.path)):
         return "there is no tokenizer beside the weights"
     free, needed = available(), _COPIES * 4 * _largest_block(model)
     if free is not None and needed > free:
         return f"a block of the model takes {needed >> 20} MiB to calibrate, {free >> 20} MiB are free"
     return None
+
+
+def _has_tokenizer(path: Path) -> bool:
+    """Whether there is one that can be read; a GGUF file carries its own."""
+    if path.is_file():
+        return True
+    try:
+        load_tokenizer(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def causal(model: nn.Module) -> bool:

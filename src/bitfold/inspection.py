@@ -182,7 +182,7 @@ def _bitfold_rows(source: Any, quantization: dict[str, Any], kept: dict[str, str
         if entry is None:
             yield _plain_row(name, source.info(name), kept.get(name, ""))
             continue
-        shape, fields = source.info(name).shape, entry.format.layout(entry.shape).values()
+        shape, fields = source.info(name).shape, entry.layout().values()
         note = "" if entry.act == "float" else f"{entry.act} activations"
         nbytes = sum(field.nbytes for field in fields)
         yield TensorRow(name, entry.format.name, shape, prod(shape), nbytes, True, note)

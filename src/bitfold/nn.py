@@ -74,6 +74,12 @@ class QWeight(nn.Module):
         return QTensor(self.format, self.qshape, {name: getattr(self, name) for name in self._field_names})
 
     @property
+    def nbytes(self) -> int:
+        """Stored bytes, with what stands beside the weight."""
+        sides: list[torch.Tensor] = [getattr(self, name) for name in self._side_names]
+        return self.qtensor.nbytes + sum(side.numel() * side.element_size() for side in sides)
+
+    @property
     def shape(self) -> torch.Size:
         """Shape of the tensor that this weight stands for."""
         *lead, n, k = self.qshape

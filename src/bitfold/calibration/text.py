@@ -31,7 +31,7 @@ def calibration_tokens(folder: Path, spec: str, *, nsamples: int, seqlen: int) -
         UsageError: too little text for a single window.
         CheckpointError: the file or the tokenizer cannot be read.
     """
-    tokenizer = _tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     ids: list[int] = []
     for text in _documents(spec):
         ids += tokenizer(text)["input_ids"]
@@ -46,7 +46,8 @@ def calibration_tokens(folder: Path, spec: str, *, nsamples: int, seqlen: int) -
     return torch.tensor(ids[: count * seqlen]).view(count, seqlen)
 
 
-def _tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder; CheckpointError when there is none that transformers can read."""
     from transformers import AutoTokenizer
 
     try:

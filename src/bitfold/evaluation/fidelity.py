@@ -282,6 +282,6 @@ def stored_bpw(model: nn.Module) -> float | None:
     """Stored bits per weight over all quantized weights of a model, shared ones once; None when there are none."""
     from bitfold.nn import QWeight
 
-    weights = {id(m): m.qtensor for m in model.modules() if isinstance(m, QWeight)}.values()
-    count = sum(math.prod(q.shape) for q in weights)
-    return 8 * sum(q.nbytes for q in weights) / count if count else None
+    weights = {id(m): m for m in model.modules() if isinstance(m, QWeight)}.values()
+    count = sum(math.prod(w.qshape) for w in weights)
+    return 8 * sum(w.nbytes for w in weights) / count if count else None
