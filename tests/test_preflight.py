@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -68,13 +69,14 @@ def calibrated(source: Path) -> dict[str, Any]:
 @LINUX
 @pytest.mark.parametrize("kind", ["data-free", "calibrated"])
 def test_estimates_are_near_the_truth(source: Path, tmp_path: Path, kind: str) -> None:
-    """Size exact but for nothing, memory within a fifth, time within a factor of two (three, on a busy machine)."""
+    """Size exact but for nothing, memory within a fifth, time within a factor of two unless the machine is busy."""
     options = {"format": "int4-asym-g64"} if kind == "data-free" else calibrated(source)
     found, seconds, peak = measured(source, tmp_path / "out", options)
     size = sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
     assert found["output_bytes"] == size
     assert 0.8 * peak <= found["peak_memory"] <= 1.25 * peak
-    assert seconds / 3 <= found["seconds"] + 1 <= 3 * (seconds + 1)
+    factor = 2 if os.getloadavg()[0] < (os.cpu_count() or 1) else 8  # others at work between the sample and the run
+    assert (seconds + 1) / factor <= found["seconds"] + 1 <= factor * (seconds + 1)
 
 
 def test_what_is_said(source: Path, tmp_path: Path) -> None:
