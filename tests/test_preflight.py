@@ -96,7 +96,7 @@ def test_what_is_said(source: Path, tmp_path: Path) -> None:
 def test_a_ceiling_that_cannot_be_kept(source: Path, tmp_path: Path) -> None:
     """Refused before any work, with the smallest that can, which then does."""
     options = {**calibrated(source), "calibration": Calibration(**calibrated(source)["calibration"])}
-    with pytest.raises(ResourceError, match=r"are not enough: solving model\.layers\.0\.mlp .1536 inputs.") as caught:
+    with pytest.raises(ResourceError, match=r"are not enough: solving model\.layers\.0") as caught:
         bitfold.quantize(source, tmp_path / "out", **options, max_memory=100_000_000)
     assert "smallest ceiling that works is about" in (caught.value.hint or "")
     assert list(tmp_path.iterdir()) == []
