@@ -20,7 +20,8 @@ from torch import nn
 from bitfold.errors import ModelError, UsageError
 from bitfold.evaluation.text import Windows
 
-PIECE = 256  # rows at a time: temporaries stay small beside the model
+PIECE_BYTES = 1 << 25  # of float32 logits at a time: scoring makes some eight temporaries of this size
+LARGEST_PIECE = 256  # rows
 MASK_EVERY = 8
 
 
@@ -89,14 +90,14 @@ class CausalPassages:
     @torch.no_grad()
     def read(self, model: nn.Module, batch: int) -> Iterator[Piece]:
         """See `Passages`."""
-        windows, reader = self.windows, _HeadInPieces(model)
+        windows, reader, size = self.windows, _HeadInPieces(model), piece_rows(model)
         for first in range(0, len(windows), batch):
             ids = windows.ids[first : first + batch]
             with reader.run(ids) as rows:
                 for offset in range(len(ids)):
                     window = first + offset
-                    for start in range(windows.first(window), windows.context - 1, PIECE):
-                        stop = min(start + PIECE, windows.context - 1)
+                    for start in range(windows.first(window), windows.context - 1, size):
+                        stop = min(start + size, windows.context - 1)
                         targets = windows.ids[window, start + 1 : stop + 1]
                         yield Piece(rows(offset, start, stop), targets, window)
 
@@ -171,6 +172,13 @@ def masked_passages(ids: torch.Tensor, tokenizer: Any, context: int, max_tokens:
     sides = [torch.tensor(end, dtype=torch.int64).expand(len(windows), -1) for end in ends]
     whole = torch.cat([sides[0], windows, sides[1]], 1)
     return MaskedPassages(whole, (len(ends[0]), len(ends[1])), int(tokenizer.mask_token_id))
+
+
+def piece_rows(model: nn.Module) -> int:
+    """How many rows of logits to handle at once, by the size of the model's vocabulary."""
+    config: Any = getattr(model, "config", None)
+    vocabulary = getattr(getattr(config, "text_config", None) or config, "vocab_size", None)
+    return LARGEST_PIECE if not vocabulary else min(LARGEST_PIECE, max(1, PIECE_BYTES // (4 * int(vocabulary))))
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -129,7 +129,8 @@ class Beside:
     def take(self, rows: int) -> torch.Tensor:
         """See `Predictions`; the pieces of both models are the same."""
         piece = next(self._source)
-        assert len(piece.targets) == rows
+        if len(piece.targets) != rows:  # pieces are cut by the size of the vocabulary
+            raise UsageError("the reference and the model have vocabularies of different sizes", where="reference")
         p = torch.log_softmax(piece.logits, -1)
         self.nll -= p.gather(1, piece.targets[:, None]).double().sum().item()
         return p

@@ -203,7 +203,7 @@ def _environment(data: ReportData) -> str:
         return "<p>Nothing was written down when these folders were made.</p>"
     names = [run.name for run in data.runs]
     rows = [[key, *(values.get(name, "") for name in names)] for key, values in facts.items()]
-    return _table("environment", "How the runs were made", ("", *names), rows, filtered=False)
+    return _table("environment", "How the runs were made", ("fact", *names), rows, filtered=False)
 
 
 def _made(run: RunData) -> dict[str, str]:
