@@ -89,24 +89,32 @@ def quantize(
         BitfoldError: what is wrong, where, and what to do. Nothing that looks whole is left behind; finished work stays
             beside `out`, and the same call goes on with it.
     """
-    parts = {"format": format, "fit": fit, "transform": transform, "act": act, "prune": prune}
-    options: dict[str, Any] = {
-        "bits": bits,
-        "group_size": group_size,
-        **parts,
-        "ignore": tuple(ignore),
-        "recipe": recipe,
-    }
-    auto = leaves_the_choice(bits, solver, (group_size, recipe, *parts.values()))
-    rules = choose_recipe(solver="rtn" if auto else solver, **options)
-    known = None if auto else _calibration(rules, calibration, solver)
-    job = Job(str(src), Path(out), rules, seed, known, max_shard_bytes)
-    manner = _Manner(
-        revision, token, upload_repo, restart, strict, None if events is None else Path(events), max_memory
-    )
-    if auto:
-        manner = replace(manner, choose=partial(_chosen, job, options, calibration))
+    options: dict[str, Any] = {"format": format, "fit": fit, "transform": transform, "act": act, "prune": prune}
+    options |= {"bits": bits, "group_size": group_size, "recipe": recipe}
+    empty = Job(str(src), Path(out), Recipe(()), seed, None, max_shard_bytes)
+    job, choose = _begin(empty, solver, options, tuple(ignore), calibration)
+    log = None if events is None else Path(events)
+    manner = _Manner(revision, token, upload_repo, restart, strict, log, max_memory, choose)
     return _quantize(job, manner, shorten=bits is not None and group_size is None, dry_run=dry_run, on_tensor=on_tensor)
+
+
+Chooser = Callable[[Source, nn.Module | None], tuple[Job, str]]
+
+
+def _begin(
+    job: Job,
+    solver: str | None,
+    options: dict[str, Any],
+    ignore: tuple[str, ...],
+    calibration: Calibration | str | None,
+) -> tuple[Job, Chooser | None]:
+    """The job with its rules; and, where the method is left open, who chooses it once the checkpoint is known."""
+    others = (value for key, value in options.items() if key != "bits")
+    auto = leaves_the_choice(options["bits"], solver, others)
+    rules = choose_recipe(solver="rtn" if auto else solver, ignore=ignore, **options)
+    if auto:
+        return replace(job, rules=rules), partial(_chosen, job, {**options, "ignore": ignore}, calibration)
+    return replace(job, rules=rules, calibration=_calibration(rules, calibration, solver)), None
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,7 @@ class _Manner:
     strict: bool
     events: Path | None
     max_memory: int | None
-    choose: Callable[[Source, nn.Module | None], tuple[Job, str]] | None = None
+    choose: Chooser | None = None
 
 
 def _quantize(job: Job, manner: _Manner, *, shorten: bool, dry_run: bool, on_tensor: OnTensor | None) -> QuantizeReport:

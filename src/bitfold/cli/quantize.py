@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -110,26 +110,16 @@ def quantize(
     from bitfold.calibrated import settings
     from bitfold.driver import quantize as run
 
+    how: dict[str, Any] = {"bits": bits, "format": format, "group_size": group_size, "fit": fit, "solver": method}
+    how |= {"transform": transform, "act": act, "prune": prune, "ignore": ignore or (), "recipe": recipe}
+    manner: dict[str, Any] = {"dry_run": dry_run, "restart": restart, "strict": strict, "events": events, "seed": seed}
     report = run(
         model,
         output_dir or Path("unused"),
-        bits=bits,
-        format=format,
-        group_size=group_size,
-        fit=fit,
-        solver=method,
-        transform=transform,
+        **how,
+        **manner,
         calibration=settings(method, calibration, nsamples, seqlen, drift, fisher),
-        act=act,
-        prune=prune,
-        ignore=ignore or (),
-        recipe=recipe,
-        dry_run=dry_run,
         max_memory=None if max_memory is None else parse_size(max_memory, where="--max-memory"),
-        restart=restart,
-        strict=strict,
-        events=events,
-        seed=seed,
         revision=revision,
         upload_repo=upload_repo,
         max_shard_bytes=shard_bytes,
