@@ -1,6 +1,6 @@
 """QLoRA on a laptop: train the same adapters on a 16-bit base and on packed ones, and compare the losses.
 
-    python examples/qlora.py MODEL_FOLDER [--steps 30] [--text notes.txt] [--save adapter]
+    python examples/qlora.py MODEL_FOLDER [--steps 100] [--text notes.txt] [--save adapter]
 
 Needs `pip install bitfold[finetune]`. A model of 135M parameters takes a few minutes on two cores.
 """
@@ -66,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--text", default="default", help="a .txt file (default: the text that comes with bitfold)")
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=128, help="of a window")
     parser.add_argument("--save", type=Path, help="folder for the adapter trained on nf4-dq")
