@@ -66,7 +66,7 @@ class BlockWalk:
     ) -> None:
         self.model, self._source, self._ids, self._weights = model, source, ids, weights
         self._spill = spill or Spill()
-        self.path, self._blocks = _find_blocks(model)
+        self.path, self._blocks = find_blocks(model)
         self._calls: list[list[Call]] = []  # for each block, for each sample
         self._original = self._quantized = Stream()
         self._probe: Probe | None = None
@@ -367,7 +367,7 @@ def _run(block: nn.Module, call: Call, x: torch.Tensor) -> torch.Tensor:
     return first
 
 
-def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The longest list of modules of one class: the decoder (or encoder) blocks."""
     best: tuple[str, nn.ModuleList] | None = None
     for path, module in model.named_modules():

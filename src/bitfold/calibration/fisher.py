@@ -2,18 +2,22 @@
 
 The gradient of the cross entropy, with labels drawn from the model's own predictions, gives the diagonal of the Fisher
 information; its square, averaged over the outputs of a layer, weights the tokens in that layer's Hessian (GuidedQuant,
-Kim et al. 2025, with one group of rows). One forward and one backward pass over the calibration text.
+Kim et al. 2025, with one group of rows). One forward and one backward pass over the calibration text; a block's
+activations exist only while the backward pass is in it (they are computed again), so that memory holds those of one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from bitfold import progress
+from bitfold.calibration.blocks import find_blocks
 
 _LARGEST = 50.0  # times the mean: a single token must not be the whole Hessian
 _CHUNK = 128  # tokens whose logits exist at a time
@@ -44,7 +48,7 @@ def token_weights(
     try:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        with torch.enable_grad(), progress.bar("weigh tokens", len(ids)) as bar:
+        with torch.enable_grad(), _recomputed(model), progress.bar("weigh tokens", len(ids)) as bar:
             head = _head(model, ids[0])
             for sample in ids:
                 _backward(model, head, sample, generator)
@@ -53,6 +57,23 @@ def token_weights(
         for handle in handles:
             handle.remove()
     return {name: _normalised(parts, ids) for name, parts in sums.items() if parts}
+
+
+@contextlib.contextmanager
+def _recomputed(model: nn.Module) -> Iterator[None]:
+    """The backward pass runs each block forward once more instead of finding its activations in memory."""
+    _, blocks = find_blocks(model)
+
+    def again(forward: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    try:
+        for block in blocks:
+            block.__dict__["forward"] = again(block.forward)
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
 
 
 def _head(model: Any, sample: torch.Tensor) -> Any:
