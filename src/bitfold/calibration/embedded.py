@@ -32,7 +32,7 @@ class Filled:
 
     def __init__(self, model: nn.Module, source: Tensors, ids: torch.Tensor, *, skip: str) -> None:
         self._model, self._source, self._skip = model, source, skip
-        self._tokens = ids.unique()
+        self._tokens = torch.tensor(sorted(set(ids.flatten().tolist())))
         self._handles: list[Any] = []
         self._padded: list[tuple[Any, int | None]] = []
         self._emptied: list[tuple[nn.Module, str, nn.Parameter | torch.Tensor]] = []

@@ -164,11 +164,7 @@ def evaluate(
         raise UsageError(f"unknown metric {metric!r}", hint=" or ".join(_AUTO))
     if tasks and metric != CAUSAL:
         raise UsageError("tasks of lm-eval are for causal language models", where="tasks")
-    judged = Subject.of(model, revision=revision)
-    against = None if reference is None else Subject.of(reference)
-    for subject in (judged, against):
-        if subject is not None:
-            subject.require_kind(_AUTO[metric])
+    judged, against = _subjects(model, revision, reference, metric)
     content = texts.read_text(text, enough=None if max_tokens is None else _CHARACTERS * max_tokens)
     passages = _passages(judged, against, content, tokenizer, _Sizes(metric, context, stride, max_tokens))
     setting = Setting(passages, batch, read_dtype(dtype), _AUTO[metric])
@@ -181,6 +177,18 @@ def evaluate(
         facts["tasks"] = run_tasks(loaded, tokenizer or judged.tokenizer(), tasks, limit=limit, batch=batch)
     facts["seconds"] = time.monotonic() - start
     return _summary(scores, reference_nll, passages, facts)
+
+
+def _subjects(
+    model: Model, revision: str | None, reference: Model | None, metric: str
+) -> tuple[Subject, Subject | None]:
+    """What is judged and what it is compared with; ModelError where the metric does not suit them."""
+    judged = Subject.of(model, revision=revision)
+    against = None if reference is None else Subject.of(reference)
+    for subject in (judged, against):
+        if subject is not None:
+            subject.require_kind(_AUTO[metric])
+    return judged, against
 
 
 @dataclass(frozen=True)

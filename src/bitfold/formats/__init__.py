@@ -179,9 +179,12 @@ def read_description(name: str, description: Mapping[str, Any]) -> AnyFormat:
 def _read_scale(text: Mapping[str, Any] | None) -> Scale | None:
     if text is None:
         return None
-    rows, cols = (int(v) for v in text["block"])
+    rows, cols = text["block"]
+    if type(rows) is not int or type(cols) is not int or rows < 0 or cols < 0:
+        raise FormatError(f"a scale cannot have blocks of {text['block']}", hint="the checkpoint is damaged")
     store = _read_store(text["store"])
-    assert store is not None
+    if store is None:
+        raise FormatError("a scale without a store", hint="the checkpoint is damaged")
     return Scale((rows, cols), store, _read_store(text["offset"]), _read_scale(text["of"]))
 
 
