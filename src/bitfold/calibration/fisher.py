@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,13 +39,18 @@ def token_weights(
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, list[torch.Tensor]] = {name: [] for name in names}
 
-    def hook(name: str) -> Any:
-        def keep(_module: nn.Module, _inputs: Any, outputs: Any) -> None:
-            sums[name].append(outputs[0].detach().float().square().mean(-1).reshape(-1))
+    def note(name: str, gradient: torch.Tensor) -> None:
+        sums[name].append(gradient.float().square().mean(-1).reshape(-1))
 
-        return keep
+    def listen(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+            # A hook of the tensor, not a backward hook of the module: that one would keep the output alive.
+            if output.requires_grad:
+                output.register_hook(partial(note, name))
 
-    handles = [model.get_submodule(name).register_full_backward_hook(hook(name)) for name in sums]
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(listen(name)) for name in sums]
     try:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
