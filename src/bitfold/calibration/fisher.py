@@ -43,7 +43,7 @@ def token_weights(
         sums[name].append(gradient.float().square().mean(-1).reshape(-1))
 
     def listen(name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             # A hook of the tensor, not a backward hook of the module: that one would keep the output alive.
             if output.requires_grad:
                 output.register_hook(partial(note, name))
