@@ -133,7 +133,8 @@ def _before(plan: Plan, calibration: Calibration, model: nn.Module, seqlen: int)
     if fisher or calibration.text == SELF:
         whole = 4 * sum(d.info.numel for d in plan.decisions if d.alias_of is None)
         layers = max(1, len(blocks_of(plan)))
-        saved = 4 * seqlen * layers * (14 * _hidden(model) + 4 * _widest(plan)) if fisher else 0
+        # The inputs of every block, and the activations and gradients of the one that the backward pass is in.
+        saved = 4 * seqlen * (layers * _hidden(model) + 5 * (14 * _hidden(model) + 4 * _widest(plan))) if fisher else 0
         logits = 3 * 4 * min(seqlen, 256) * _vocabulary(model)
         found.append(Stage("weighing tokens by gradients (--no-fisher does without)", whole + saved + logits))
     return found

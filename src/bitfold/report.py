@@ -141,6 +141,7 @@ class QuantizeReport:
             "seconds": round(self.seconds, 3),
             "peak_memory": self.peak_memory,
             "max_memory": self.ceiling,
+            "acts": self.acts,
             "url": self.url,
             "method": self.method,
             "recipe": self.recipe,

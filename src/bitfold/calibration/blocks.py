@@ -119,6 +119,9 @@ class BlockWalk:
         """What they cost, after the last block; `watch` must have been called."""
         assert self._probe is not None
         self._fill("", skip=f"{self.path}.")
+        tie = getattr(self.model, "tie_weights", None)
+        if callable(tie):
+            tie()  # an output layer that shares the embedding was left without values
         return self._probe.measure(self._original, self._quantized, self._tail)
 
     @torch.no_grad()

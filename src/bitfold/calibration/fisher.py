@@ -37,10 +37,14 @@ def token_weights(
         seed: of the labels.
     """
     generator = torch.Generator().manual_seed(seed)
-    sums: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    # Made before the work: small results between the large temporaries of a pass would pin the memory of every window.
+    found = {name: torch.zeros(ids.shape) for name in names}
+    heard: set[str] = set()
+    at = 0
 
     def note(name: str, gradient: torch.Tensor) -> None:
-        sums[name].append(gradient.float().square().mean(-1).reshape(-1))
+        heard.add(name)
+        found[name][at] = gradient.float().square().mean(-1).reshape(-1)
 
     def listen(name: str) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -50,19 +54,20 @@ def token_weights(
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(listen(name)) for name in sums]
+    handles = [model.get_submodule(name).register_forward_hook(listen(name)) for name in found]
     try:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         with torch.enable_grad(), _recomputed(model), progress.bar("weigh tokens", len(ids)) as bar:
             head = _head(model, ids[0])
-            for sample in ids:
+            for number, sample in enumerate(ids):
+                at = number
                 _backward(model, head, sample, generator)
                 bar.advance(1)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: _normalised(parts, ids) for name, parts in sums.items() if parts}
+    return {name: _normalised(found[name]) for name in found if name in heard}
 
 
 @contextlib.contextmanager
@@ -114,7 +119,6 @@ def _surprise(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return p.scatter_add_(1, labels, torch.full_like(labels, -1.0, dtype=p.dtype)).to(logits.dtype)
 
 
-def _normalised(parts: list[torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
-    weights = torch.cat(parts).view(ids.shape)
+def _normalised(weights: torch.Tensor) -> torch.Tensor:
     weights = weights / weights.mean().clamp_min(1e-30)
     return weights.clamp(max=_LARGEST)

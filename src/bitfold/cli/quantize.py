@@ -18,7 +18,12 @@ ModelOption = Annotated[
 OutputDirOption = Annotated[
     Path | None, typer.Option("--output-dir", "-o", help="Folder to write; it must not exist yet.")
 ]
-BitsOption = Annotated[int | None, typer.Option("--bits", "-b", help="1 to 8: integers of so many bits.")]
+BitsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--bits", "-b", help="1 to 8; up to 4: calibrated trellis codes, above: integers, unless a method is named."
+    ),
+]
 FormatOption = Annotated[
     str | None, typer.Option("--format", "-f", help="A number format by name instead, see `bitfold formats`.")
 ]
@@ -44,7 +49,8 @@ FisherOption = Annotated[
     typer.Option("--fisher/--no-fisher", help="Weigh tokens by gradients (default: if the model is small)."),
 ]
 ActOption = Annotated[
-    str | None, typer.Option(help="Activations at run time: float (default), or int8 (quantized per token).")
+    str | None,
+    typer.Option(help="Activations at run time: float, int8 (per token), or auto (measured; trellis default)."),
 ]
 PruneOption = Annotated[
     str | None, typer.Option(help="Weights that become zero: wanda:0.5, sparsegpt:2:4 and the like.")
