@@ -124,7 +124,7 @@ def test_fits_and_solvers_are_named_in_the_help() -> None:
 
 
 def keys_are_documented(command: str, data: Any) -> None:
-    """All keys, in nested objects as well, except those of recipes (keys of a rule), of what is kept, and of engines."""
+    """All keys, in nested objects as well, except those of recipes (keys of a rule), of what is kept, of engines."""
     if isinstance(data, dict):
         for key, value in data.items():
             assert f"`{key}`" in section(command), f"key {key!r} is not documented"
