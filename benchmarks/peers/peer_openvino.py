@@ -10,6 +10,7 @@ from common import arguments, copies, median_seconds, report
 from openvino import opset13 as ops
 
 GROUP = 128
+_ALIVE: list[np.ndarray] = []
 KERNELS = {"u4 g128": ("u4", GROUP), "u8": ("u8", 0)}
 
 
@@ -19,7 +20,9 @@ def compiled(kind: str, group: int, n: int, k: int, threads: int, rng: np.random
     scale_shape = (n, k // group, 1) if group else (n, 1)
     element = openvino.Type.u4 if kind == "u4" else openvino.Type.u8
     stored = n * k // 2 if kind == "u4" else n * k
-    codes = openvino.Tensor(rng.integers(0, 256, stored, dtype=np.uint8), openvino.Shape(shape), element)
+    data = rng.integers(0, 256, stored, dtype=np.uint8)
+    _ALIVE.append(data)  # the tensor below refers to it
+    codes = openvino.Tensor(data, openvino.Shape(shape), element)
     middle = 8 if kind == "u4" else 128
     w = ops.convert(openvino.op.Constant(codes), np.float32)
     zero = ops.convert(ops.constant(np.full((1,), middle, np.uint8)), np.float32)
@@ -35,7 +38,7 @@ def compiled(kind: str, group: int, n: int, k: int, threads: int, rng: np.random
         "ENABLE_CPU_PINNING": False,  # pinned, it uses one of two cores on some machines
         "PERFORMANCE_HINT": "LATENCY",
     }
-    return openvino.Core().compile_model(model, "CPU", hints).create_infer_request()
+    return openvino.Core().compile_model(model, "CPU", hints)
 
 
 def main() -> None:
@@ -46,7 +49,7 @@ def main() -> None:
             made = [compiled(kind, group, n, k, args.threads, rng) for _ in range(copies(int(nbytes)))]
             for m in args.rows:
                 x = rng.standard_normal((m, k), dtype=np.float32)
-                calls = [lambda r=r, x=x: r.infer([x], share_inputs=True) for r in made]
+                calls = [lambda r=r, x=x: r([x], share_inputs=True) for r in made]
                 report(f"OpenVINO {name}", (n, k), m, median_seconds(calls, m), nbytes)
 
 
