@@ -140,7 +140,7 @@ def test_token_weights_are_those_of_the_cross_entropy(
 ) -> None:
     """The hand-made gradient of the logits, a few tokens at a time, against autograd through torch's cross entropy."""
     model = LlamaForCausalLM.from_pretrained(source).eval()
-    ids = calibration_tokens(source, str(source / "text.txt"), nsamples=1, seqlen=48)
+    ids = calibration_tokens(source, str(source / "text.txt"), nsamples=3, seqlen=48)
     monkeypatch.setattr(fisher, "_CHUNK", chunk)
     name = "model.layers.0.self_attn.o_proj"
     seen: list[torch.Tensor] = []
@@ -154,11 +154,12 @@ def test_token_weights_are_those_of_the_cross_entropy(
     found = token_weights(model, [name], ids, seed=1)[name]
     model.get_submodule(name).register_full_backward_hook(lambda _m, _i, out: gradients.append(out[0]))
     gradients: list[torch.Tensor] = []
-    hidden = model.get_input_embeddings()(ids).detach().requires_grad_(True)
-    logits = model(inputs_embeds=hidden).logits[0]
-    nn.functional.cross_entropy(logits, torch.cat(seen)[:, 0], reduction="sum").backward()
-    expected = gradients[0][0].square().mean(-1)
-    assert torch.allclose(found[0], (expected / expected.mean()).clamp(max=50), rtol=1e-3)
+    labels = torch.cat(seen)[:, 0].view(ids.shape)
+    for sample, label in zip(ids, labels, strict=True):
+        hidden = model.get_input_embeddings()(sample[None]).detach().requires_grad_(True)
+        nn.functional.cross_entropy(model(inputs_embeds=hidden).logits[0], label, reduction="sum").backward()
+    expected = torch.stack([g[0].square().mean(-1) for g in gradients])
+    assert torch.allclose(found, (expected / expected.mean()).clamp(max=50), rtol=1e-3)
 
 
 def test_texts(source: Path, tmp_path: Path) -> None:
@@ -259,7 +260,7 @@ def test_the_probe_measures_int8_activations(family: str) -> None:
             for name in group:
                 for model in (walk.model, changed):
                     model.get_submodule(name).weight.data.mul_(0.8)
-    found = walk.acts()
+    found = walk.acts(lambda _model: None)
 
     def logits(model: Any) -> torch.Tensor:
         with torch.no_grad():
@@ -302,3 +303,40 @@ def test_activations_left_to_measurement(source: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         chosen = bitfold.load(tmp_path / "out")(ids).logits
     assert torch.equal(chosen, logits[report.acts["choice"] == "int8"])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_measured_kl_is_that_of_the_result(tmp_path: Path, tied: bool) -> None:
+    """What the probe says of float activations is what the finished folder shows on the same tokens."""
+    config = copy.deepcopy(tiny_lm.model().config)
+    config.tie_word_embeddings = tied
+    torch.manual_seed(0)
+    original = LlamaForCausalLM(config).eval()
+    tiny_lm.folder(tmp_path / "source", original)
+    (tmp_path / "text.txt").write_text(tiny_lm.TEXT, encoding="utf-8")
+    settings = Calibration(str(tmp_path / "text.txt"), nsamples=2, seqlen=48, fisher=False)
+    options: dict[str, Any] = {"format": "int4-g32", "solver": "ldlq", "calibration": settings}
+    report = bitfold.quantize(tmp_path / "source", tmp_path / "auto", **options, act="auto")
+    bitfold.quantize(tmp_path / "source", tmp_path / "float", **options)
+    assert report.acts is not None
+    ids = calibration_tokens(tmp_path / "source", settings.text, nsamples=2, seqlen=48)
+    with torch.no_grad():
+        truth, found = (
+            model(ids).logits.float().log_softmax(-1) for model in (original, bitfold.load(tmp_path / "float"))
+        )
+    expected = float((truth.exp() * (truth - found)).sum(-1).mean())
+    assert report.acts["kl_float"] == pytest.approx(expected, rel=0.01)
+
+
+def test_overflowing_activations_are_refused_by_name(tmp_path: Path) -> None:
+    """A model that overflows on the text: an error that names a tensor, no traceback out of a factorization."""
+    model = tiny_lm.model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.fill_(1e30)
+        model.model.layers[0].mlp.gate_proj.weight.fill_(1e30)
+    tiny_lm.folder(tmp_path / "source", model)
+    (tmp_path / "text.txt").write_text(tiny_lm.TEXT, encoding="utf-8")
+    settings = Calibration(str(tmp_path / "text.txt"), nsamples=2, seqlen=48, fisher=False)
+    with pytest.raises(BitfoldError) as caught:
+        bitfold.quantize(tmp_path / "source", tmp_path / "out", format="int4", solver="ldlq", calibration=settings)
+    assert "model.layers" in (caught.value.where or "")

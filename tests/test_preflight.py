@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -69,14 +68,17 @@ def calibrated(source: Path) -> dict[str, Any]:
 @LINUX
 @pytest.mark.parametrize("kind", ["data-free", "calibrated"])
 def test_estimates_are_near_the_truth(source: Path, tmp_path: Path, kind: str) -> None:
-    """Size exact but for nothing, memory within a fifth, time within a factor of two unless the machine is busy."""
+    """Size exact, memory within a fifth, time within a factor of two (once in three tries: others may be at work)."""
     options = {"format": "int4-asym-g64"} if kind == "data-free" else calibrated(source)
     found, seconds, peak = measured(source, tmp_path / "out", options)
     size = sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
     assert found["output_bytes"] == size
     assert 0.8 * peak <= found["peak_memory"] <= 1.25 * peak
-    factor = 2 if os.getloadavg()[0] < (os.cpu_count() or 1) else 8  # others at work between the sample and the run
-    assert (seconds + 1) / factor <= found["seconds"] + 1 <= factor * (seconds + 1)
+    for attempt in range(3):
+        if (seconds + 1) / 2 <= found["seconds"] + 1 <= 2 * (seconds + 1):
+            return
+        found, seconds, _ = measured(source, tmp_path / f"again-{attempt}", options)
+    pytest.fail(f"{found['seconds']:.1f} s were announced, {seconds:.1f} s it took")
 
 
 def test_what_is_said(source: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which method, where nobody says: by bits, by whether the model can be calibrated, by memory and time.
+"""Which method, where nobody says: by bits, by whether the model can be calibrated, by memory.
 
 Eight to five bits lose little whatever is done, so they are rounded to nearest. From four bits down the method decides,
 and trellis codes on rotated inputs lose least of all that is here (docs/methods.md); calibrated where that can be done.
@@ -6,18 +6,15 @@ and trellis codes on rotated inputs lose least of all that is here (docs/methods
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from bitfold.calibration.text import load_tokenizer
 from bitfold.checkpoints import Source
 from bitfold.errors import CheckpointError, UsageError
 from bitfold.memory import available
-from bitfold.progress import duration
 
 _EASY = 5  # bits from which on rounding to nearest is enough
 _ENCODER = {1: 0.4e-6, 2: 0.6e-6, 3: 0.7e-6, 4: 0.8e-6}  # seconds a weight of one core for the trellis
@@ -62,11 +59,10 @@ def choose(bits: int | None, source: Source, model: nn.Module | None, *, tokens:
     if obstacle is not None or model is None:
         options = {"solver": "rtn", "bits": None, "format": f"trellis-{bits}", "transform": "hadamard"}
         return Choice("trellis", options, f"trellis codes on rotated inputs, without calibration: {obstacle}")
-    seconds = estimate(sum(p.numel() for p in model.parameters()), bits, tokens)
     return Choice(
         "trellis",
         {"solver": "trellis"},
-        f"least loss at {bits} bits; calibrated on {tokens} tokens, roughly {duration(seconds)} on {_cores()} cores",
+        f"least loss at {bits} bits; calibrated on {tokens} tokens",
     )
 
 
@@ -103,13 +99,3 @@ def causal(model: nn.Module) -> bool:
 def _largest_block(model: nn.Module) -> int:
     lists = (m for m in model.modules() if isinstance(m, nn.ModuleList))
     return max((sum(p.numel() for p in block.parameters()) for blocks in lists for block in blocks), default=0)
-
-
-def estimate(weights: int, bits: int, tokens: int) -> float:
-    """Rough seconds for the calibrated trellis: encoder, feedback, and the passes of the text."""
-    work = weights * (_PASSES * 2 * tokens + _FEEDBACK) / _FLOPS
-    return (weights * _ENCODER[min(4, max(1, bits))] + work) / _cores()
-
-
-def _cores() -> int:
-    return max(1, min(os.cpu_count() or 1, torch.get_num_threads()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,11 +25,12 @@ from bitfold.kernels.activations import quantize_tokens
 from bitfold.models import skeleton
 from bitfold.models.sites import EMBEDDING, EXPERTS
 from bitfold.models.swap import transform_of
+from bitfold.nn import set_tensor
 from bitfold.plan import Decision, Plan
 from bitfold.signround import is_signround, tune
 
 LONGEST = 2048  # tokens of a window, where nobody says otherwise
-GRADIENTS_UP_TO = 500_000_000  # parameters; gradients need the whole model and its activations in memory
+_GRADIENTS_UP_TO = 500_000_000  # parameters; gradients need the whole model and its activations in memory
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def solve_blocks(
                 bookmarks.turn(index, solved, walk)
             bar.advance(1, f"{walk.path}.{index}")
     if undecided:
-        yield walk.acts()
+        yield walk.acts(skeleton.retie)
 
 
 def _solve_block(
@@ -250,12 +251,18 @@ class _Reader:
         return name in self._items
 
 
+def weighs_tokens(decisions: Iterable[Decision], calibration: Calibration) -> bool:
+    """Whether gradients are taken: as asked for, or if the weights to be calibrated are few enough to afford it."""
+    if calibration.fisher is not None:
+        return calibration.fisher
+    return sum(d.info.numel for d in decisions if _calibrated(d)) <= _GRADIENTS_UP_TO
+
+
 def _inputs(
     source: Source, reader: _Reader, wanted: dict[str, Decision], calibration: Calibration, seed: int, tokenizer: Path
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Token ids, and token weights where they can be afforded."""
-    size = sum(d.info.numel for d in wanted.values())
-    fisher = size <= GRADIENTS_UP_TO if calibration.fisher is None else calibration.fisher
+    fisher = weighs_tokens(wanted.values(), calibration)
     own = calibration.text == SELF
     whole = _whole(source, reader) if fisher or own else None
     if own and whole is not None:
@@ -276,12 +283,9 @@ def _whole(source: Source, reader: _Reader) -> nn.Module:
     assert model is not None
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
-            owner, _, attribute = name.rpartition(".")
-            filled = nn.Parameter(reader.read(name).float(), requires_grad=False)
-            model.get_submodule(owner)._parameters[attribute] = filled
+            set_tensor(model, name, reader.read(name).float())
     for name, _ in list(model.named_buffers()):
         if name in reader:
-            owner, _, attribute = name.rpartition(".")
-            model.get_submodule(owner)._buffers[attribute] = reader.read(name)
+            set_tensor(model, name, reader.read(name))
     skeleton.retie(model)
     return model

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from bitfold.calibrated import GRADIENTS_UP_TO, LONGEST, Calibration
+from bitfold.acts import MEASURED
+from bitfold.calibrated import LONGEST, Calibration, weighs_tokens
 from bitfold.calibration.text import SELF
 from bitfold.checkpoints import Source
 from bitfold.models.sites import EMBEDDING, EXPERTS
@@ -128,8 +129,7 @@ def solving(group: Group, seqlen: int) -> int:
 def _before(plan: Plan, calibration: Calibration, model: nn.Module, seqlen: int) -> list[Stage]:
     rows = min(calibration.nsamples * seqlen, _vocabulary(model))
     found = [Stage("embedding the text", 4 * rows * _hidden(model) + 16 * seqlen * _hidden(model))]
-    wanted = sum(d.info.numel for d in plan.decisions if d.rule is not None and d.rule.needs_text)
-    fisher = wanted <= GRADIENTS_UP_TO if calibration.fisher is None else calibration.fisher
+    fisher = weighs_tokens(plan.decisions, calibration)
     if fisher or calibration.text == SELF:
         whole = 4 * sum(d.info.numel for d in plan.decisions if d.alias_of is None)
         layers = max(1, len(blocks_of(plan)))
@@ -137,6 +137,11 @@ def _before(plan: Plan, calibration: Calibration, model: nn.Module, seqlen: int)
         saved = 4 * seqlen * (layers * _hidden(model) + 5 * (14 * _hidden(model) + 4 * _widest(plan))) if fisher else 0
         logits = 3 * 4 * min(seqlen, 256) * _vocabulary(model)
         found.append(Stage("weighing tokens by gradients (--no-fisher does without)", whole + saved + logits))
+    if any(d.rule is not None and d.rule.act == MEASURED for d in plan.decisions):
+        inside = {d.tensor for decisions in blocks_of(plan).values() for d in decisions}
+        ends = 4 * sum(d.info.numel for d in plan.decisions if d.alias_of is None and d.tensor not in inside)
+        logits = 4 * 4 * min(seqlen, 256) * _vocabulary(model)
+        found.append(Stage("measuring 8-bit activations (--act int8 or float does without)", ends + logits))
     return found
 
 

@@ -19,6 +19,7 @@ from bitfold.factors import find_factors
 from bitfold.formats import get_format
 from bitfold.models.folding import folded_norm
 from bitfold.models.swap import in_basis, transform_of
+from bitfold.nn import set_tensor
 from bitfold.plan import Decision
 from bitfold.qtensor import QTensor, rows_stack, split_rows, stack
 from bitfold.recipe import Rule
@@ -224,6 +225,4 @@ def _weight(model: nn.Module, decision: Decision) -> torch.Tensor:
 
 def _put(model: nn.Module, decision: Decision, w: torch.Tensor) -> None:
     assert decision.site is not None
-    owner: Any = model.get_submodule(decision.site.module)
-    value = w.transpose(-1, -2) if decision.site.transposed else w
-    owner._parameters[decision.site.parameter] = nn.Parameter(value, requires_grad=False)
+    set_tensor(model, decision.site.tensor, w.transpose(-1, -2) if decision.site.transposed else w)

@@ -277,3 +277,13 @@ class QEmbedding(nn.Module):
     def extra_repr(self) -> str:
         """For printing."""
         return f"{self.num_embeddings}, {self.embedding_dim}"
+
+
+def set_tensor(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Put a value where a parameter (then one without gradient) or a buffer of that dotted name is."""
+    path, _, attribute = name.rpartition(".")
+    owner = model.get_submodule(path)
+    if attribute in owner._buffers:
+        owner._buffers[attribute] = value
+    else:
+        owner._parameters[attribute] = nn.Parameter(value, requires_grad=False)

@@ -185,11 +185,11 @@ def relative_parts(w: torch.Tensor, q: QTensor) -> tuple[float, float]:
         part = w[start : start + step].float()
         rows = torch.arange(start, start + part.shape[0])
         decoded = whole[start : start + step] if whole is not None else q.rows(rows)
-        return _square_sum(part - decoded), _square_sum(part.clone())
+        return _square_sum(part - decoded), _square_sum(part)
 
     sums = parallel_map(job, range(0, w.shape[0], step))
     return sum(s[0] for s in sums), sum(s[1] for s in sums)
 
 
 def _square_sum(x: torch.Tensor) -> float:
-    return float(x.square_().sum(1).sum(dtype=torch.float64))
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from bitfold.errors import CheckpointError, ModelError, UsageError
+from bitfold.nn import set_tensor
 
 Model = str | Path | nn.Module
 DTYPES: dict[str, torch.dtype | None] = {
@@ -228,7 +229,7 @@ def _stream(path: Path, dtype: torch.dtype) -> nn.Module | None:
         for target in map_names(source.names(), model):
             if target.used:
                 for name, w in target.read(source.read, model).items():
-                    _place(model, name, w.to(dtype, copy=True) if w.is_floating_point() else w.clone())
+                    set_tensor(model, name, w.to(dtype, copy=True) if w.is_floating_point() else w.clone())
         skeleton.retie(model)
     finally:
         source.close()
@@ -242,15 +243,6 @@ def _stream(path: Path, dtype: torch.dtype) -> nn.Module | None:
         model.generation_config = GenerationConfig.from_pretrained(str(path))
     module: nn.Module = model.eval()
     return module
-
-
-def _place(model: nn.Module, name: str, value: torch.Tensor) -> None:
-    owner, _, attribute = name.rpartition(".")
-    module = model.get_submodule(owner)
-    if attribute in module._buffers:
-        module._buffers[attribute] = value
-    else:
-        module._parameters[attribute] = nn.Parameter(value, requires_grad=False)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitfold.calibrated import Calibration
+from bitfold.calibrated import Calibration, weighs_tokens
 from bitfold.errors import BitfoldError
 from bitfold.estimates import blocks_of, groups_of, sequence_length
 from bitfold.models.swap import in_basis, quantize_site_tensor, transform_of
@@ -117,8 +117,12 @@ def _coding_seconds(d: Decision, n: int, seed: int) -> float:
 def _calibrated(plan: Plan, calibration: Calibration, model: nn.Module, seed: int) -> float:
     """The walk, block by block; blocks of the same shapes take the same time."""
     tokens = calibration.nsamples * sequence_length(calibration, model)
+    weighing = 0
+    if weighs_tokens(plan.decisions, calibration):
+        # Forward, forward again inside the backward pass, gradients of activations.
+        weighing = 3 * 2 * tokens * sum(d.info.numel for d in plan.decisions if d.alias_of is None)
     known: dict[tuple[Any, ...], float] = {}
-    total = 0.0
+    total = weighing * _product_rate()
     for decisions in blocks_of(plan).values():
         wanted = [d for d in decisions if d.rule is not None and d.rule.needs_text]
         shape = tuple((d.info.shape, d.rule) for d in decisions)

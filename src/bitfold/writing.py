@@ -5,6 +5,7 @@ What an earlier run of the same identity has finished is checked by its hashes a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -97,10 +98,12 @@ class Writing:
     def tensors(self) -> None:
         """Write every tensor: first what needs calibration, block by block, then the rest in the source's order."""
         self._recall()
+        before, remaining = list(self.done.reports.values()), self._remaining()
+        first = list(itertools.islice(remaining, 1))  # what calibration does before it says nothing about the pace
         with progress.bar("quantize", self.run.plan.numel) as bar:
-            for report in self.done.reports.values():
+            for report in before:
                 bar.advance(report.numel, report.tensor)
-            for report in self._remaining():
+            for report in itertools.chain(first, remaining):
                 bar.advance(report.numel, report.tensor)
                 self.ceiling.check()
                 if self._on_tensor is not None:

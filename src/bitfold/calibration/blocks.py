@@ -23,6 +23,7 @@ from bitfold.calibration.probe import ActReport, Probe, Rounding
 from bitfold.calibration.spill import Keyed, Spill, Stream
 from bitfold.calibration.statistics import Statistics, Sums, Whole
 from bitfold.errors import ModelError
+from bitfold.nn import set_tensor
 
 _HESSIANS = 2 << 30  # bytes of the Hessians of experts in memory at a time
 Tuner = Callable[[str, Whole], None]
@@ -115,14 +116,19 @@ class BlockWalk:
         """Measure 8-bit activations on the way, after `start`: `rounding` says what a layer's input goes through."""
         self._probe, self._rounding = Probe(self._quantized, self._spill.stream("rounded-0")), rounding
 
-    def acts(self) -> ActReport:
-        """What they cost, after the last block; `watch` must have been called."""
+    def acts(self, retie: Callable[[nn.Module], None]) -> ActReport:
+        """What they cost, after the last block; `watch` must have been called.
+
+        Args:
+            retie: gives an output layer that shares the embedding its values; each name has its own parameter here.
+        """
         assert self._probe is not None
         self._fill("", skip=f"{self.path}.")
-        tie = getattr(self.model, "tie_weights", None)
-        if callable(tie):
-            tie()  # an output layer that shares the embedding was left without values
-        return self._probe.measure(self._original, self._quantized, self._tail)
+        retie(self.model)
+        try:
+            return self._probe.measure(self._original, self._quantized, self._tail)
+        finally:
+            self._empty("", skip=f"{self.path}.")
 
     @torch.no_grad()
     def _tail(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -181,7 +187,13 @@ class BlockWalk:
                 full = prefix + name
                 if (skip is None or not full.startswith(skip)) and (old.is_meta or full in self._source):
                     value = self._source.read(full)
-                    _set(self.model, full, value.float() if value.is_floating_point() else value)
+                    set_tensor(self.model, full, value.float() if value.is_floating_point() else value)
+
+    def _empty(self, prefix: str, *, skip: str | None = None) -> None:
+        """Back to the meta device with the parameters below a prefix."""
+        for name, value in list(self.model.named_parameters(remove_duplicate=False)):
+            if name.startswith(prefix) and (skip is None or not name.startswith(skip)):
+                set_tensor(self.model, name, value.to("meta"))
 
     @torch.no_grad()
     def block(
@@ -231,8 +243,7 @@ class BlockWalk:
         for store in kept:
             store.drop()
         self._original, self._quantized = outputs, quantized
-        for parameter, value in list(block.named_parameters()):
-            _set(block, parameter, value.to("meta"))
+        self._empty(f"{name}.")
 
     def _run_original(self, index: int, groups: list[list[str]], calls: list[Call]) -> tuple[list[Keyed], Stream]:
         """Inputs of each group by sample, and outputs, of the block as it was: nothing in it is quantized yet."""
@@ -380,12 +391,3 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if best is None:
         raise ModelError("has no list of blocks to calibrate one by one", where=type(model).__name__)
     return best
-
-
-def _set(module: nn.Module, name: str, value: torch.Tensor) -> None:
-    owner, _, attribute = name.rpartition(".")
-    holder = module.get_submodule(owner)
-    if attribute in holder._buffers:
-        holder._buffers[attribute] = value
-    else:
-        holder._parameters[attribute] = nn.Parameter(value, requires_grad=False)

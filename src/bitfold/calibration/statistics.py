@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -42,8 +43,8 @@ class Statistics:
             last: C is not needed any more, and let go before the factorization.
         """
         mean = float(self.hessian.diagonal().mean())
-        if strength == 0 or mean == 0:  # nothing ever reaches a layer whose inputs are all zero
-            return w
+        if strength == 0 or mean == 0 or not math.isfinite(mean):
+            return w  # nothing ever reaches the layer; or overflow does, which the solver refuses by name
         lost = torch.empty(len(self.hessian), len(w), dtype=torch.float64)  # (W C - W H)^T: the ridge is on both sides
         for at in range(0, len(lost), _COLUMNS):
             part = slice(at, at + _COLUMNS)

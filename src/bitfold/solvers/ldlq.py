@@ -226,6 +226,9 @@ def _best_scale(w: torch.Tensor, q: torch.Tensor, hessian: torch.Tensor) -> torc
 
 def proxy_loss(w: torch.Tensor, q: torch.Tensor, hessian: torch.Tensor) -> float:
     """tr((w - q) H (w - q)^T) / tr(w H w^T): the relative error of the layer's output."""
-    h, difference = hessian.float(), w - q
+    unit = float(w.abs().max())
+    if unit == 0:
+        return 0.0
+    h, w, difference = hessian.float(), w / unit, (w - q) / unit  # squares of huge weights would leave float32
     whole = float(((w @ h) * w).sum(dtype=torch.float64))
     return float(((difference @ h) * difference).sum(dtype=torch.float64)) / whole if whole > 0 else 0.0
