@@ -66,7 +66,6 @@ RANK = {
     "calibrated": 11,
     "evaluation": 10,
     "generate": 10,
-    "finetune": 10,
     "auto": 12,
     "options": 12,
     "reporting": 12,
@@ -151,3 +150,14 @@ def test_the_rules_see_what_they_forbid():
         assert any(asks_for_the_format(node) for node in ast.walk(ast.parse(text))), text
     for text in ["isinstance(format, str)", "format.bits == 4", "isinstance(x, Tensor)"]:
         assert not any(asks_for_the_format(node) for node in ast.walk(ast.parse(text))), text
+
+
+@pytest.mark.parametrize("part", sorted({part_of(f) for f in FILES} - {"__init__", "__main__"}))
+def test_every_part_is_in_the_picture(part):
+    """docs/architecture.md names every module and package of the top level."""
+    page = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert f"{part}.py" in page or f"{part}/" in page, f"docs/architecture.md does not say where {part} is"
+
+
+def test_ranks_are_of_parts_that_exist():
+    assert set(RANK) == {part_of(f) for f in FILES}
