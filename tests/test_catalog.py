@@ -132,3 +132,13 @@ def test_auto(tmp_path: Path) -> None:
         assert report.recipe[-1]["format"] == ("int8" if bits == 8 else f"trellis-{bits}")
     with pytest.raises(UsageError, match="choose one of bits"):
         bitfold.quantize(whole, tmp_path / "out", solver="auto", dry_run=True)
+
+
+def test_auto_with_the_activations_said(tmp_path: Path) -> None:
+    """`--bits 3 --act float` still leaves the method open; any other choice does not."""
+    model = tiny_lm.folder(tmp_path / "model", tiny_lm.model())
+    options = {"bits": 3, "calibration": Calibration(nsamples=1, seqlen=64), "dry_run": True}
+    report = bitfold.quantize(model, tmp_path / "out", act="float", **options)
+    assert report.method.startswith("trellis: ")
+    assert {rule["act"] for rule in report.recipe} <= {"float"}
+    assert not bitfold.quantize(model, tmp_path / "out", fit="absmax", **options).method

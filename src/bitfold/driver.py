@@ -71,7 +71,8 @@ def quantize(
         src: a local Hugging Face folder, a GGUF file, or a Hub id.
         out: the folder to make; must not exist, or be empty.
         bits, format, group_size, fit, solver, transform, act, prune, ignore, recipe: see `choose_recipe`; "auto" as
-            solver, or bits and nothing else of them, leaves the choice of the method to bitfold (see auto.py).
+            solver, or bits and none of the others but act and ignore, leaves the choice of the method to bitfold (see
+            auto.py).
         calibration: text for solvers that need it (see `Calibration`, or just its `text`); default: the text that comes
             with bitfold.
         dry_run: plan and report only; write nothing.
@@ -109,7 +110,7 @@ def _begin(
     calibration: Calibration | str | None,
 ) -> tuple[Job, Chooser | None]:
     """The job with its rules; and, where the method is left open, who chooses it once the checkpoint is known."""
-    others = (value for key, value in options.items() if key != "bits")
+    others = (value for key, value in options.items() if key not in ("bits", "act"))
     auto = leaves_the_choice(options["bits"], solver, others)
     rules = choose_recipe(solver="rtn" if auto else solver, ignore=ignore, **options)
     if auto:
