@@ -10,7 +10,7 @@ from bitfold.fits import get_fit
 from bitfold.formats import FORMATS, get_format
 from bitfold.methods import quantize_tensor
 from bitfold.qtensor import rows_stack, split_rows
-from bitfold.solvers.ldlq import _Feedback, _order, factor, ldlq, proxy_loss
+from bitfold.solvers.ldlq import _coded, _factored, ldlq, proxy_loss
 
 COLUMN_FORMATS = [name for name, f in FORMATS.items() if hasattr(f, "coder")]
 _TRELLIS = [name for name in COLUMN_FORMATS if name.startswith("trellis")]
@@ -67,11 +67,10 @@ def test_the_next_column_aims_at_the_least_squares_minimiser(done: int, by_energ
     """With the columns before it fixed, a column aims at its place in the best continuation: an exact inverse says."""
     k = 8
     w, hessian = problem(3, k)
-    order = _order(hessian, 1) if by_energy else torch.arange(k)
     coder = Recorder()
-    feedback = _Feedback(w, factor(hessian[order][:, order], 0.01), coder, order)
-    feedback.run(0, k)
-    q = feedback.decoded()
+    found = _factored(slice(0, k), hessian, 0.01, 1, int(by_energy))
+    order = found.order
+    q = _coded(w, [found], coder, None)
     damped = hessian.double() + 0.01 * hessian.diagonal().double().mean() * torch.eye(k)
     fixed, rest = order[:done], order[done:]
     # minimise over d: [e d] H [e d]^T with the error e given: d = -e H_fr H_rr^-1, and the rest aims at w - d

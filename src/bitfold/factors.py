@@ -32,6 +32,7 @@ def find_factors(
     if wish.kind == "smooth":
         largest = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
         return smooth_scale(statistics.absmax, largest, wish.alpha)
+    assert isinstance(statistics.hessian, torch.Tensor), "factors are searched for under the whole Hessian"
     return _search(_some_rows(weights), statistics.hessian, statistics.mean, format)
 
 

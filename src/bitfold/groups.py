@@ -6,7 +6,7 @@ rows to fill its vectors, and the feedback runs once instead of once for each la
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from bitfold.factors import find_factors
 from bitfold.formats import get_format
 from bitfold.models.folding import folded_norm
 from bitfold.models.swap import in_basis, transform_of
+from bitfold.moments import Moments, widest
 from bitfold.nn import set_tensor
 from bitfold.plan import Decision
 from bitfold.qtensor import QTensor, rows_stack, split_rows, stack
@@ -67,13 +68,13 @@ class Group:
     Args:
         model: with the weights of these layers in memory, float32; it gets the quantized ones.
         decisions: one for each layer, each with a rule; or a single one, for a stack of experts.
-        statistics: of their input; one for each expert of a stack.
+        statistics: of their input; one for each expert of a stack, which may be measured only when it is asked for.
         norm: decisions about the parameters of the norm that takes their factors, by name of the parameter.
     """
 
     model: nn.Module
     decisions: Sequence[Decision]
-    statistics: Sequence[Statistics]
+    statistics: Iterable[Statistics]
     norm: Mapping[str, Decision] = field(default_factory=dict)
 
 
@@ -93,11 +94,12 @@ def solve_group(group: Group, *, drift: float, seed: int) -> Iterator[Solved | F
     if len(first.shape) == 3:
         yield _solve_stack(group, seed)
         return
+    (statistics,) = group.statistics
     left = list(group.decisions)
     for rule in dict.fromkeys(_rule(d) for d in group.decisions):
         left = [d for d in left if d.rule != rule]
         alike = [d for d in group.decisions if d.rule == rule]
-        yield from _solve_alike(group, rule, alike, _Manner(drift, seed, last=not left))
+        yield from _solve_alike(group, statistics, alike, _Manner(drift, seed, last=not left))
 
 
 def _rule(decision: Decision) -> Rule:
@@ -114,42 +116,63 @@ class _Manner:
     last: bool
 
 
-def _solve_alike(group: Group, rule: Rule, decisions: list[Decision], manner: _Manner) -> Iterator[Solved | Folded]:
+def _solve_alike(
+    group: Group, statistics: Statistics, decisions: list[Decision], manner: _Manner
+) -> Iterator[Solved | Folded]:
     """Layers of one input under one rule."""
-    seed = manner.seed
-    statistics, weights = group.statistics[0], [_weight(group.model, d) for d in decisions]
-    transform, folded = _basis(group, rule, decisions, weights, seed)
+    rule, weights = _rule(decisions[0]), [_weight(group.model, d) for d in decisions]
+    transform, folded = _basis(group, statistics, decisions, weights, manner.seed)
     yield from folded
-    aimed = statistics.target(torch.cat(weights), manner.drift, damp=_RIDGE, last=manner.last)
-    turned = aimed if transform is None else transform.weights(aimed)
+    turned = _target(weights, statistics, transform, manner)
     few = _too_few(statistics)
-    hessian = statistics.hessian if transform is None else transform.hessian(statistics.hessian)
+    hessian = _in_basis(statistics, transform)
     if manner.last:  # a wide one is among the largest things there are
-        statistics.hessian = statistics.hessian[:0]
-    wholes = torch.split(turned, [len(w) for w in weights])
-    qs, flags = _code(rule, decisions, wholes, None if few else hessian, seed)
+        statistics.hessian = torch.zeros(0, 0)
+    qs, flags = _code(rule, decisions, turned, None if few else hessian, manner.seed)
     sides = {} if folded or transform is None else transform.fields()
     sides = {**sides, **_act_scale(rule, statistics, transform)}
-    for decision, w, part, q in zip(decisions, weights, wholes, qs, strict=True):
+    parts = torch.split(turned, [len(w) for w in weights])
+    for decision, w, part, q in zip(decisions, weights, parts, qs, strict=True):
         decoded = q.dequantize()
-        _put(group.model, decision, decoded if transform is None else transform.inverse(decoded))
         error = None if few else proxy_loss(part, decoded, hessian)
         was = w if transform is None else transform.weights(w)
+        _put(group.model, decision, decoded if transform is None else transform.inverse(decoded))
         yield Solved(decision, q, was, error, sides, (*few, *flags))
+
+
+def _target(
+    weights: list[torch.Tensor], statistics: Statistics, transform: Transform | None, manner: _Manner
+) -> torch.Tensor:
+    """What is to be coded: all weights, rows upon rows, corrected for drift, in the new basis."""
+    whole = torch.cat(weights) if len(weights) > 1 else weights[0]
+    if statistics.turned and transform is not None:
+        return statistics.target(transform.weights(whole), manner.drift, damp=_RIDGE, last=manner.last)
+    whole = statistics.target(whole, manner.drift, damp=_RIDGE, last=manner.last)
+    return whole if transform is None else transform.weights(whole)
+
+
+def _in_basis(statistics: Statistics, transform: Transform | None) -> Moments:
+    """The Hessian of the inputs as the codes will meet them."""
+    hessian = statistics.hessian
+    if statistics.turned or transform is None:
+        return hessian
+    assert isinstance(hessian, torch.Tensor), "ranges of inputs are measured in their basis"
+    return transform.hessian(hessian)
 
 
 def _too_few(statistics: Statistics) -> tuple[str, ...]:
     """Why a layer is quantized without data, in words; nothing if it is not."""
-    if statistics.tokens >= len(statistics.hessian) // _FEW:
+    if statistics.tokens >= widest(statistics.hessian) // _FEW:
         return ()
     return (f"quantized without data: {statistics.tokens} tokens reached it",)
 
 
 def _basis(
-    group: Group, rule: Rule, decisions: list[Decision], weights: list[torch.Tensor], seed: int
+    group: Group, statistics: Statistics, decisions: list[Decision], weights: list[torch.Tensor], seed: int
 ) -> tuple[Transform | None, list[Folded]]:
     """The transform, and the parameters of the norm that take it over."""
-    wish, statistics = read_wish(rule.transform), group.statistics[0]
+    rule = _rule(decisions[0])
+    wish = read_wish(rule.transform)
     assert decisions[0].site is not None
     if not wish.diagonal:
         return transform_of(rule, decisions[0].site, seed), []
@@ -182,15 +205,16 @@ def _act_scale(rule: Rule, statistics: Statistics, transform: Transform | None) 
 
 
 def _code(
-    rule: Rule, decisions: list[Decision], parts: Sequence[torch.Tensor], hessian: torch.Tensor | None, seed: int
+    rule: Rule, decisions: list[Decision], whole: torch.Tensor, hessian: Moments | None, seed: int
 ) -> tuple[list[QTensor], tuple[str, ...]]:
     """Stacked where rows can be taken apart again, one after the other elsewhere."""
-    shapes = [(len(p), p.shape[1]) for p in parts]
+    shapes = [(d.site.qshape[0], d.site.qshape[1]) for d in decisions if d.site is not None]
     # SparseGPT shares its zeros out among all rows that it sees: each layer gets its own.
     if rows_stack(get_format(rule.format), shapes) and not rule.prune.startswith("sparsegpt"):
         name = ", ".join(d.tensor for d in decisions)
-        q, flags = solve(rule, torch.cat(list(parts)), hessian, seed, name)
+        q, flags = solve(rule, whole, hessian, seed, name)
         return split_rows(q, shapes), flags
+    parts = torch.split(whole, [n for n, _ in shapes])
     found = [solve(rule, p, hessian, seed, d.tensor) for d, p in zip(decisions, parts, strict=True)]
     return [q for q, _ in found], tuple(dict.fromkeys(flag for _, flags in found for flag in flags))
 
@@ -205,7 +229,7 @@ def _solve_stack(group: Group, seed: int) -> Solved:
     qs, losses, flags = [], [], []
     for expert, (w, statistics) in enumerate(zip(turned, group.statistics, strict=True)):
         few = _too_few(statistics)
-        hessian = statistics.hessian if transform is None else transform.hessian(statistics.hessian)
+        hessian = _in_basis(statistics, transform)
         q, odd = solve(rule, w, None if few else hessian, seed, f"{decision.tensor}, expert {expert}")
         qs.append(q)
         flags += [f"expert {expert}: {flag}" for flag in (*few, *odd)]

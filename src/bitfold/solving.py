@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from bitfold.clipping import clip
-from bitfold.errors import BitfoldError
+from bitfold.errors import BitfoldError, UsageError
 from bitfold.fits import CALIBRATED_FITS, get_fit
 from bitfold.formats import get_format
+from bitfold.moments import Moments, Squares
 from bitfold.qtensor import QTensor
 from bitfold.recipe import Rule
 from bitfold.solvers import get_solver, is_feedback
 from bitfold.solvers.ldlq import MoreDamping, no_zeros
 from bitfold.solvers.pruning import Fixed, SparseGPT, read_sparsity, wanda_mask
+from bitfold.transforms import read_wish
+
+_ONLY = "only gptq and ldlq, with or without a rotation, take inputs in ranges"
+
+
+def takes_ranges(rule: Rule) -> bool:
+    """Whether the inputs of a layer under this rule can be taken in ranges, see moments.py."""
+    plain = rule.prune == "none" and rule.fit not in CALIBRATED_FITS and not read_wish(rule.transform).diagonal
+    return plain and is_feedback(rule.solver)
 
 
 def solve(
-    rule: Rule, w: torch.Tensor, hessian: torch.Tensor | None, seed: int, name: str
+    rule: Rule, w: torch.Tensor, hessian: Moments | None, seed: int, name: str
 ) -> tuple[QTensor, tuple[str, ...]]:
     """Quantize (and prune) a weight (n, k), in its basis, under the Hessian (k, k) of its inputs.
 
     Args:
         rule: how.
         w: the weight.
-        hessian: None = there are no data: fits and solvers that want them do without, pruning goes by magnitude.
+        hessian: None = there are no data: fits and solvers that want them do without, pruning goes by magnitude;
+            squares of it only for rules that `takes_ranges`.
         seed: of the solver.
         name: for errors.
 
@@ -37,12 +49,15 @@ def solve(
         BitfoldError: with the name.
     """
     format = get_format(rule.format)
-    fit = clip(hessian) if rule.fit in CALIBRATED_FITS and hessian is not None else get_fit(rule.fit)
+    if isinstance(hessian, Squares) and not takes_ranges(rule):
+        raise UsageError("this rule needs the Hessian of all inputs", where=name, hint=_ONLY)
+    fit = clip(hessian) if rule.fit in CALIBRATED_FITS and isinstance(hessian, torch.Tensor) else get_fit(rule.fit)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
             w, kept, options = _pruned(rule, w, hessian)
-            q = get_solver(rule.solver)(w, hessian, format, fit, seed=seed, **options)
+            solver: Callable[..., QTensor] = get_solver(rule.solver)
+            q = solver(w, hessian, format, fit, seed=seed, **options)
             if kept is not None and bool((q.dequantize()[~kept] != 0).any()):
                 raise no_zeros()
         except BitfoldError as error:
@@ -54,7 +69,7 @@ def solve(
 
 
 def _pruned(
-    rule: Rule, w: torch.Tensor, hessian: torch.Tensor | None
+    rule: Rule, w: torch.Tensor, hessian: Moments | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, Any]]:
     """The weight as far as it is pruned beforehand, the mask if there is one by now, options for the solver."""
     sparsity = read_sparsity(rule.prune)

@@ -9,7 +9,7 @@ that of the inputs the layer will really see.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -21,11 +21,11 @@ from bitfold.calibration.experts import Listener, one_at_a_time
 from bitfold.calibration.finished import Finished
 from bitfold.calibration.probe import ActReport, Probe, Rounding
 from bitfold.calibration.spill import Keyed, Spill, Stream
-from bitfold.calibration.statistics import Statistics, Sums, Whole
+from bitfold.calibration.statistics import Statistics, Sums, Wanted, Whole
 from bitfold.errors import ModelError
 from bitfold.nn import set_tensor
 
-_HESSIANS = 2 << 30  # bytes of the Hessians of experts in memory at a time
+HESSIANS = 2 << 30  # bytes of the Hessians of experts in memory at a time, where there is room
 Tuner = Callable[[str, Whole], None]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 # What a model raises when its blocks answer with a tensor where it unpacks a tuple, or the other way round.
@@ -52,6 +52,7 @@ class BlockWalk:
         ids: token ids (samples, seqlen).
         weights: token weights (samples, seqlen) by layer name, or empty.
         spill: where activations wait for their turn; default: in memory.
+        hessians: bytes of the Hessians of experts in memory at a time.
 
     Raises:
         ModelError: the model has no list of blocks.
@@ -64,7 +65,9 @@ class BlockWalk:
         ids: torch.Tensor,
         weights: Mapping[str, torch.Tensor],
         spill: Spill | None = None,
+        hessians: int = HESSIANS,
     ) -> None:
+        self._hessians = hessians
         self.model, self._source, self._ids, self._weights = model, source, ids, weights
         self._spill = spill or Spill()
         self.path, self._blocks = find_blocks(model)
@@ -197,8 +200,13 @@ class BlockWalk:
 
     @torch.no_grad()
     def block(
-        self, index: int, layers: list[str], stacks: Sequence[str] = (), tuner: Tuner | None = None
-    ) -> Iterator[tuple[list[str], list[Statistics]]]:
+        self,
+        index: int,
+        layers: list[str],
+        stacks: Sequence[str] = (),
+        tuner: Tuner | None = None,
+        wanted: Callable[[str], Wanted] = lambda _layer: Wanted(),
+    ) -> Iterator[tuple[list[str], Iterable[Statistics]]]:
         """Load a block and yield its groups of layers with their statistics, in the order of their execution.
 
         The caller puts quantized weights into `model` before it asks for the next group. After the last group the
@@ -210,6 +218,7 @@ class BlockWalk:
             stacks: names of tensors (experts, ..) of interest; each is a group of its own, with one statistics for each
                 expert instead of one for all.
             tuner: called with the block after the last group, to tune other layers of it together.
+            wanted: what is to be known of the inputs of a layer, by its name.
         """
         block, name = self._blocks[index], f"{self.path}.{index}"
         self._fill(f"{name}.")
@@ -226,7 +235,8 @@ class BlockWalk:
                 continue
             weights = [self._weights[layer] for layer in full if layer in self._weights]
             weight = torch.stack(weights).mean(0) if weights else None
-            yield full, [self._measure(block, group[0], kept[number], weight, calls)]
+            sums = Sums(block.get_parameter(f"{group[0]}.weight").shape, wanted(full[0]))
+            yield full, [self._measure(block, group[0], kept[number], weight, calls, sums)]
         if tuner is not None:
             finished.close()
             run = partial(_run_of, block, calls)
@@ -286,12 +296,7 @@ class BlockWalk:
         return list(groups.values())
 
     def _measure(
-        self,
-        block: nn.Module,
-        layer: str,
-        original: Keyed,
-        weight: torch.Tensor | None,
-        calls: list[Call],
+        self, block: nn.Module, layer: str, original: Keyed, weight: torch.Tensor | None, calls: list[Call], sums: Sums
     ) -> Statistics:
         found: list[torch.Tensor] = []
 
@@ -300,8 +305,6 @@ class BlockWalk:
             raise _Stop
 
         handle = block.get_submodule(layer).register_forward_pre_hook(stop)
-        module: Any = block.get_submodule(layer)
-        sums = Sums(module.weight.shape)
         try:
             for i, (call, x) in enumerate(zip(calls, self._quantized, strict=True)):
                 with contextlib.suppress(_Stop):
@@ -312,14 +315,16 @@ class BlockWalk:
             handle.remove()
         return sums.statistics()
 
-    def _measure_experts(self, block: nn.Module, stack: str, calls: list[Call]) -> list[Statistics]:
-        """One for each expert, a few experts at a time where their Hessians would take too much memory."""
+    @torch.no_grad()
+    def _measure_experts(self, block: nn.Module, stack: str, calls: list[Call]) -> Iterator[Statistics]:
+        """One for each expert when it is asked for, a few experts at a time where their Hessians take much memory.
+
+        The block must not change in between.
+        """
         shape = block.get_parameter(stack).shape
-        width = max(shape[1:])
-        at_once = max(1, _HESSIANS // (4 * width * width))
-        found: list[Statistics] = []
+        at_once = max(1, self._hessians // (4 * max(shape[1:]) ** 2))
         for first in range(0, shape[0], at_once):
-            sums = {e: Sums(shape[1:]) for e in range(first, min(first + at_once, shape[0]))}
+            sums = {e: Sums(shape[1:], Wanted(cross=False)) for e in range(first, min(first + at_once, shape[0]))}
 
             def heard(_name: str, expert: int, x: torch.Tensor, sums: dict[int, Sums] = sums) -> None:
                 if expert in sums:
@@ -328,8 +333,8 @@ class BlockWalk:
             with Listener(block, [stack], heard):
                 for call, x in zip(calls, self._quantized, strict=True):
                     _run(block, call, x)
-            found += [s.statistics() for s in sums.values()]
-        return found
+            for expert in list(sums):
+                yield sums.pop(expert).statistics()
 
 
 def _run_of(block: nn.Module, calls: list[Call], window: int, x: torch.Tensor) -> torch.Tensor:

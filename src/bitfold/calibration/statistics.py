@@ -10,7 +10,28 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from bitfold.moments import Moments, Squares, column_ranges, squares
+
 _COLUMNS = 512  # of the correction worked out at a time
+_WEIGHTS = 1 << 24  # corrected at a time
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be known of the inputs of some layers.
+
+    Args:
+        cross: what they have to do with the same inputs in the original model as well.
+        columns: inputs whose second moments are kept together; None = all.
+        basis: what turns the inputs beforehand; None = nothing.
+    """
+
+    cross: bool = True
+    columns: int | None = None
+    basis: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
+_EVERYTHING = Wanted()
 
 
 @dataclass
@@ -18,18 +39,20 @@ class Statistics:
     """Second moments of the inputs of a group of layers, weighted by token.
 
     Args:
-        hessian: (k, k) float32, sum of s x x^T over tokens, x from the quantized model.
-        cross: (k, k) float32, sum of s f x^T, f the same inputs in the original model.
+        hessian: (k, k) float32, sum of s x x^T over tokens, x from the quantized model; or squares of it.
+        cross: (k, k) float32, sum of s f x^T, f the same inputs in the original model; None where nobody asked.
         tokens: how many were seen.
         absmax: (k,) largest |x| of each channel, or None where nobody looked.
         mean: (k,) mean |x| of each channel, not weighted, or None.
+        turned: whether `hessian` and `cross` are about inputs turned by the basis that was wanted.
     """
 
-    hessian: torch.Tensor
-    cross: torch.Tensor
+    hessian: Moments
+    cross: Moments | None
     tokens: int
     absmax: torch.Tensor | None = None
     mean: torch.Tensor | None = None
+    turned: bool = False
 
     def target(self, w: torch.Tensor, strength: float, damp: float, *, last: bool = False) -> torch.Tensor:
         """The weight that makes up for what the layers before have lost, part of the way (QEP, Qronos).
@@ -37,28 +60,38 @@ class Statistics:
         (1 - a) W + a W C H^-1 is the least-squares solution of W f = W' x at a = 1; C and H are damped alike.
 
         Args:
-            w: (n, k) float32.
+            w: (n, k) float32, in the basis of the statistics.
             strength: a, 0 to 1.
             damp: added to both diagonals, as a share of the mean diagonal of H.
             last: C is not needed any more, and let go before the factorization.
         """
         mean = float(self.hessian.diagonal().mean())
-        if strength == 0 or mean == 0 or not math.isfinite(mean):
+        if self.cross is None or strength == 0 or mean == 0 or not math.isfinite(mean):
             return w  # nothing ever reaches the layer; or overflow does, which the solver refuses by name
-        lost = torch.empty(len(self.hessian), len(w), dtype=torch.float64)  # (W C - W H)^T: the ridge is on both sides
-        for at in range(0, len(lost), _COLUMNS):
-            part = slice(at, at + _COLUMNS)
-            lost[part] = (w @ (self.cross[:, part] - self.hessian[:, part])).T
+        moved = torch.empty_like(w)  # first (W C - W H): the ridge is on both sides
+        for (part, h), (_, c) in zip(squares(self.hessian), squares(self.cross), strict=True):
+            for at in range(part.start, part.stop, _COLUMNS):
+                here = slice(at - part.start, min(at + _COLUMNS, part.stop) - part.start)
+                moved[:, at : at + here.stop - here.start] = w[:, part] @ (c[:, here] - h[:, here])
         if last:
-            self.cross = self.cross[:0].clone()
-        damped = self.hessian.double()
-        damped.diagonal().add_(damp * mean)
-        lower = damped.mT  # symmetric; its columns lie together, so that LAPACK works in place
-        torch.linalg.cholesky(lower, out=lower)
+            self.cross = None
+        for part, h in squares(self.hessian):
+            _divide(moved[:, part], h, damp)
+        return moved.mul_(strength).add_(w)
+
+
+def _divide(x: torch.Tensor, hessian: torch.Tensor, damp: float) -> None:
+    """x <- x H^-1 with a ridge, some rows at a time."""
+    damped = hessian.double()
+    damped.diagonal().add_(damp * float(hessian.diagonal().mean()))
+    damped.diagonal().clamp_min_(torch.finfo(torch.float32).tiny)  # inputs that are always zero
+    lower = damped.mT  # symmetric; its columns lie together, so that LAPACK works in place
+    torch.linalg.cholesky(lower, out=lower)
+    for rows in torch.split(x, max(1, _WEIGHTS // x.shape[1])):
+        wanted = rows.T.double()
         for triangle in (lower, lower.mT):
-            lost = torch.linalg.solve_triangular(triangle, lost, upper=triangle is not lower)
-        moved: torch.Tensor = w + strength * lost.T.float()
-        return moved
+            wanted = torch.linalg.solve_triangular(triangle, wanted, upper=triangle is not lower)
+        rows.copy_(wanted.T)
 
 
 @dataclass(frozen=True)
@@ -89,13 +122,16 @@ class Sums:
     """Statistics in the making.
 
     Args:
-        shape: of the weight, so that the number of inputs is known even if none ever comes: one of the two.
+        shape: of the weight, so that the number of inputs is known even if none ever comes.
+        wanted: what is to be known.
     """
 
-    def __init__(self, shape: Sequence[int]) -> None:
-        self._shape = shape
-        self._hessian: torch.Tensor | None = None
-        self._cross = self._absmax = self._sum = torch.zeros(0)
+    def __init__(self, shape: Sequence[int], wanted: Wanted = _EVERYTHING) -> None:
+        self._shape, self._wanted = shape, wanted
+        self._ranges: list[slice] = []
+        self._hessian: list[torch.Tensor] = []
+        self._cross: list[torch.Tensor] = []
+        self._absmax = self._sum = torch.zeros(0)
         self.tokens = 0
 
     def add(self, x: torch.Tensor, original: torch.Tensor | None, weight: torch.Tensor | None) -> None:
@@ -103,24 +139,47 @@ class Sums:
 
         Where the original model's tokens are others (an expert got more or fewer), there is no drift to correct.
         """
-        if self._hessian is None:
-            k = x.shape[1]
-            self._hessian, self._cross = torch.zeros(k, k), torch.zeros(k, k)
-            self._absmax, self._sum = torch.zeros(k), torch.zeros(k)
-        matched = original if original is not None and original.shape == x.shape else x
-        weighted = x if weight is None or len(weight) != len(x) else x * weight
-        self._hessian.addmm_(weighted.T, x)
-        self._cross.addmm_(matched.T, weighted)
+        if not self._ranges:
+            self._begin(x.shape[1])
         size = x.abs()
         if len(x):
             self._absmax = torch.maximum(self._absmax, size.amax(0))
         self._sum += size.sum(0)
         self.tokens += len(x)
+        same = original is None or original.shape != x.shape
+        if self._wanted.basis is not None:
+            x = self._wanted.basis(x)
+        weighted = x if weight is None or len(weight) != len(x) else x * weight
+        for part, hessian in zip(self._ranges, self._hessian, strict=True):
+            hessian.addmm_(weighted[:, part].T, x[:, part])
+        if self._cross:
+            self._add_cross(x if same or original is None else self._turned(original), weighted)
+
+    def _begin(self, k: int) -> None:
+        self._ranges = column_ranges(k, self._wanted.columns)
+        self._hessian = [torch.zeros(r.stop - r.start, r.stop - r.start) for r in self._ranges]
+        self._cross = [torch.zeros_like(h) for h in self._hessian] if self._wanted.cross else []
+        self._absmax, self._sum = torch.zeros(k), torch.zeros(k)
+
+    def _turned(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self._wanted.basis is None else self._wanted.basis(x)
+
+    def _add_cross(self, matched: torch.Tensor, weighted: torch.Tensor) -> None:
+        for part, cross in zip(self._ranges, self._cross, strict=True):
+            cross.addmm_(matched[:, part].T, weighted[:, part])
 
     def statistics(self) -> Statistics:
         """The result, to be asked for once; no tokens make a Hessian of zeros."""
-        if self._hessian is None:
+        if not self._ranges:
             empty = torch.zeros(self._shape[-1], self._shape[-1])
-            return Statistics(empty, empty, 0)
+            return Statistics(empty, None, 0)
         n = max(1, self.tokens)
-        return Statistics(self._hessian.div_(n), self._cross.div_(n), self.tokens, self._absmax, self._sum / n)
+        for matrix in (*self._hessian, *self._cross):
+            matrix.div_(n)
+        cross = _joined(self._cross) if self._cross else None
+        turned = self._wanted.basis is not None
+        return Statistics(_joined(self._hessian), cross, self.tokens, self._absmax, self._sum / n, turned)
+
+
+def _joined(parts: list[torch.Tensor]) -> Moments:
+    return parts[0] if len(parts) == 1 else Squares(tuple(parts))

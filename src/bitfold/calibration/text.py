@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from bitfold import progress
+from bitfold.documents import documents
 from bitfold.errors import CheckpointError, UsageError
 
 SELF, BUNDLED = "self", "default"
@@ -22,14 +22,14 @@ def calibration_tokens(folder: Path, spec: str, *, nsamples: int, seqlen: int) -
 
     Args:
         folder: where the tokenizer is.
-        spec: a .txt file, a .jsonl file with a `text` in each line, "default" for the text that comes with bitfold, or
-            the name of a Hub data set ("name" or "name:configuration"; needs the extra `eval`).
+        spec: "default" for the text that comes with bitfold, or a file or data set, see `documents.documents` (split
+            `train` where the name says no other).
         nsamples: windows wanted; fewer if the text is shorter.
         seqlen: tokens of a window.
 
     Raises:
-        UsageError: too little text for a single window.
-        CheckpointError: the file or the tokenizer cannot be read.
+        UsageError: no such file, or too little text for a single window.
+        CheckpointError, HubError: the data set or the tokenizer cannot be read.
     """
     tokenizer = load_tokenizer(folder)
     ids: list[int] = []
@@ -59,37 +59,8 @@ def load_tokenizer(folder: Path) -> Any:
 
 def _documents(spec: str) -> Iterator[str]:
     if spec == BUNDLED:
-        yield (files("bitfold") / "data" / "wikitext2-valid.txt").read_text(encoding="utf-8")
-        return
-    path = Path(spec)
-    if not path.is_file():
-        yield from _dataset(spec)
-        return
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".jsonl":
-            yield from (str(json.loads(line)["text"]) for line in text.splitlines() if line.strip())
-        else:
-            yield text
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"cannot be read as text: {type(error).__name__}: {error}", where=spec) from error
-
-
-def _dataset(spec: str) -> Iterator[str]:
-    if spec.endswith((".txt", ".jsonl")) or spec.startswith((".", "/")):
-        raise CheckpointError("there is no such file", where=spec)
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise UsageError(
-            f"{spec!r} is no file, and data sets of the Hub need an extra", hint="pip install 'bitfold[eval]'"
-        ) from error
-    name, _, configuration = spec.partition(":")
-    try:
-        for row in load_dataset(name, configuration or None, split="train", streaming=True):
-            yield str(row["text"])
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"the data set cannot be read: {error}", where=spec) from error
+        return iter([(files("bitfold") / "data" / "wikitext2-valid.txt").read_text(encoding="utf-8")])
+    return documents(spec, split="train")
 
 
 @torch.no_grad()

@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from bitfold.errors import FormatError, WeightError
 from bitfold.formats import AnyFormat, Fit
 from bitfold.formats.columns import Coder
-from bitfold.qtensor import QTensor
+from bitfold.moments import Moments, product, squares
+from bitfold.qtensor import QTensor, row_ranges
 from bitfold.solvers.pruning import Pruner
 from bitfold.solvers.rtn import fit_by_rows
 
 DAMP = 0.01  # of the mean diagonal
 _ROWS = 256  # of a matrix turned at a time
+_WEIGHTS = 1 << 24  # coded at a time
 _ATTEMPTS = 12  # doublings of the damping before a Hessian is given up
 
 
@@ -32,7 +35,7 @@ class MoreDamping(UserWarning):
 
 def ldlq(
     w: torch.Tensor,
-    hessian: torch.Tensor | None,
+    hessian: Moments | None,
     format: AnyFormat,
     fit: Fit,
     *,
@@ -45,7 +48,8 @@ def ldlq(
 
     Args:
         w: (n, k), any float dtype.
-        hessian: (k, k), second moment of the inputs; None = identity, which is rounding to nearest.
+        hessian: (k, k) float32, second moment of the inputs; `Squares` of it, whose columns are then coded without
+            regard for those of the others; None = identity, which is rounding to nearest.
         format: any format that codes by columns.
         fit: chooses the scales beforehand (static groups).
         seed: not used: nothing is drawn.
@@ -69,22 +73,25 @@ def ldlq(
         return QTensor(format, tuple(w.shape), coder.fields())
     dead = _check(hessian, w.shape[1])
     alive = torch.where(dead, 0.0, w) if dead.any() else w
-    coder = _begin(alive, format, fit, start)
-    grain = coder.step if pruner is None else max(coder.step, pruner.group)
-    order = _order(hessian, grain) if by_energy else torch.arange(w.shape[1])
-    upper = factor(hessian[order][:, order] if by_energy else hessian, damp)
-    feedback = _Feedback(alive, upper, coder, order)
-    del upper  # the feedback has its own copy
-    feedback.run(0, w.shape[1], pruner)
-    fields = coder.fields()
-    if hasattr(format, "rescaled"):
-        fields = format.rescaled(fields, _best_scale(w, feedback.decoded(), hessian))
+    pieces = [slice(0, len(w))] if pruner is not None else row_ranges(format, (len(w), w.shape[1]), _WEIGHTS)
+    factors: list[_Factor] = []
+    found = []
+    for rows in pieces:  # rows do not know each other: memory holds the errors of some at a time
+        coder = _begin(alive[rows], format, fit, start)
+        grain = coder.step if pruner is None else max(coder.step, pruner.group)
+        factors = factors or [_factored(c, h, damp, coder.step, grain * by_energy) for c, h in squares(hessian)]
+        decoded = _coded(alive[rows], factors, coder, pruner)
+        fields = coder.fields()
+        if hasattr(format, "rescaled"):
+            fields = format.rescaled(fields, _best_scale(w[rows], decoded, hessian))
+        found.append(fields)
+    fields = found[0] if len(found) == 1 else {name: torch.cat([f[name] for f in found]) for name in found[0]}
     return QTensor(format, tuple(w.shape), fields)
 
 
 def gptq(
     w: torch.Tensor,
-    hessian: torch.Tensor | None,
+    hessian: Moments | None,
     format: AnyFormat,
     fit: Fit,
     *,
@@ -100,20 +107,52 @@ def _begin(w: torch.Tensor, format: AnyFormat, fit: Fit, start: Callable[..., Co
     return start(w, fit_by_rows(w, format, fit) if format.scale is not None else None)
 
 
+@dataclass(frozen=True)
+class _Factor:
+    """What is needed to code some columns.
+
+    Args:
+        order: their numbers in the order in which they are coded.
+        lower: (c, c) R^T of that order.
+        inverses: see `_diagonal_inverses`.
+    """
+
+    order: torch.Tensor
+    lower: torch.Tensor
+    inverses: dict[int, torch.Tensor]
+
+
+def _factored(columns: slice, hessian: torch.Tensor, damp: float, step: int, grain: int) -> _Factor:
+    """The factor of a part of the Hessian; `grain`: the blocks that activation order moves, 0 = from left to right."""
+    order = _order(hessian, grain) if grain else None
+    lower = factor(hessian, damp, order).T
+    places = torch.arange(len(hessian)) if order is None else order
+    return _Factor(places + columns.start, lower, _diagonal_inverses(lower, step))
+
+
+def _coded(w: torch.Tensor, factors: list[_Factor], coder: Coder, pruner: Pruner | None) -> torch.Tensor:
+    """Code all columns; returns what they decode to, (n, k)."""
+    decoded = torch.empty_like(w)
+    for factor in factors:
+        feedback = _Feedback(w, factor, coder)
+        feedback.run(0, len(factor.order), pruner)
+        decoded[:, factor.order] = feedback.decoded.T
+    return decoded
+
+
 class _Feedback:
     """Columns coded in a given order, the errors of each half of a range carried to its other half in one product.
 
     Everything is kept transposed, (k, n): the columns of the weight are then contiguous.
     """
 
-    def __init__(self, w: torch.Tensor, upper: torch.Tensor, coder: Coder, order: torch.Tensor) -> None:
-        self._order, self._coder = order, coder
-        self._target = w.T[order].contiguous()
-        self._lower = upper.T.contiguous()  # R^T
+    def __init__(self, w: torch.Tensor, factor: _Factor, coder: Coder) -> None:
+        self._order, self._lower, self._inverse = factor.order, factor.lower, factor.inverses
+        self._coder = coder
+        self._target = w.T[factor.order].contiguous()
         self._error = torch.zeros_like(self._target)  # (W - Q)^T
         self._carried = torch.zeros_like(self._target)  # what the errors so far leave in each column of (W - Q) R
-        self._decoded = torch.empty_like(self._target)
-        self._inverse = _diagonal_inverses(self._lower, coder.step)
+        self.decoded = torch.empty_like(self._target)
         self._kept: torch.Tensor | None = None
 
     def run(self, left: int, right: int, pruner: Pruner | None = None) -> None:
@@ -146,14 +185,8 @@ class _Feedback:
         found = self._coder.encode(aim.T, int(self._order[part.start])).T
         if self._kept is not None and bool((found[~self._kept[part]] != 0).any()):
             raise no_zeros()
-        self._decoded[part] = found
+        self.decoded[part] = found
         self._error[part] = self._target[part] - found
-
-    def decoded(self) -> torch.Tensor:
-        """(n, k), the columns in their own places."""
-        back = torch.empty_like(self._decoded)
-        back[self._order] = self._decoded
-        return back.T.contiguous()
 
 
 def _diagonal_inverses(lower: torch.Tensor, step: int) -> dict[int, torch.Tensor]:
@@ -161,10 +194,13 @@ def _diagonal_inverses(lower: torch.Tensor, step: int) -> dict[int, torch.Tensor
     return {at: torch.linalg.inv(lower[at : at + step, at : at + step]) for at in range(0, len(lower), step)}
 
 
-def _check(hessian: torch.Tensor, k: int) -> torch.Tensor:
+def _check(hessian: Moments, k: int) -> torch.Tensor:
     """Which inputs are always zero; their weights do not matter."""
-    if hessian.shape != (k, k) or not torch.isfinite(hessian).all():
-        raise WeightError(f"the Hessian is {tuple(hessian.shape)} or not finite; {(k, k)} is needed")
+    for _, part in squares(hessian):
+        if part.dim() != 2 or part.shape[0] != part.shape[1] or not torch.isfinite(part).all():
+            raise WeightError(f"the Hessian is {tuple(part.shape)} or not finite; {(k, k)} is needed")
+    if len(hessian) != k:
+        raise WeightError(f"the Hessian is of {len(hessian)} inputs; {k} are needed")
     return hessian.diagonal() <= 0
 
 
@@ -178,25 +214,31 @@ def _order(hessian: torch.Tensor, step: int) -> torch.Tensor:
     return torch.cat([columns, torch.arange(whole, k)])
 
 
-def factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
-    """float32 (k, k) upper triangular R with R R^T = H + damping.
+def factor(hessian: torch.Tensor, damp: float, order: torch.Tensor | None = None) -> torch.Tensor:
+    """float32 (k, k) upper triangular R with R R^T = H + damping, rows and columns of H taken in that order.
 
     Raises:
         WeightError: singular whatever the damping.
     """
     for attempt in range(_ATTEMPTS):
-        reverse = _reversed(hessian, torch.float64)  # its Cholesky factor, reversed again, is upper
-        diagonal = reverse.diagonal()
-        diagonal[diagonal <= 0] = 1.0
-        diagonal += damp * 2**attempt * float(diagonal.mean())
-        lower, bad = reverse.mT, torch.zeros((), dtype=torch.int32)
-        torch.linalg.cholesky_ex(lower, out=(lower, bad))  # in place: columns lie together, as LAPACK wants them
-        if not bad:
+        lower = _cholesky(hessian, damp * 2**attempt, order)
+        if lower is not None:
             if attempt:
                 more = f"a singular Hessian: damping {damp * 2**attempt:g} instead of {damp:g}"
                 warnings.warn(more, MoreDamping, stacklevel=3)
             return _reversed(lower, torch.float32)
     raise WeightError("the Hessian is singular whatever the damping", hint="calibrate with more text")
+
+
+def _cholesky(hessian: torch.Tensor, damp: float, order: torch.Tensor | None) -> torch.Tensor | None:
+    """float64 lower triangular factor of H with rows and columns in reverse; reversed again, it is upper. Or None."""
+    reverse = _reversed(hessian, torch.float64, order)
+    diagonal = reverse.diagonal()
+    diagonal[diagonal <= 0] = 1.0
+    diagonal += damp * float(diagonal.mean())
+    lower, bad = reverse.mT, torch.zeros((), dtype=torch.int32)
+    torch.linalg.cholesky_ex(lower, out=(lower, bad))  # in place: columns lie together, as LAPACK wants them
+    return None if bad else lower
 
 
 def no_zeros() -> FormatError:
@@ -205,30 +247,41 @@ def no_zeros() -> FormatError:
     return FormatError("pruned weights cannot be stored: the format has no zero there", hint=hint)
 
 
-def _reversed(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rows and columns in reverse order, in a new matrix; without another one in between."""
+def _reversed(matrix: torch.Tensor, dtype: torch.dtype, order: torch.Tensor | None = None) -> torch.Tensor:
+    """Rows and columns (in that order) in reverse, in a new matrix; without another one in between."""
     k = len(matrix)
     out = torch.empty(k, k, dtype=dtype)
     for at in range(0, k, _ROWS):
         stop = min(at + _ROWS, k)
-        out[at:stop] = matrix[k - stop : k - at].flip(0, 1)
+        rows = slice(k - stop, k - at)
+        part = matrix[rows] if order is None else matrix[order[rows]][:, order]
+        out[at:stop] = part.flip(0, 1)
     return out
 
 
-def _best_scale(w: torch.Tensor, q: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+def _best_scale(w: torch.Tensor, q: torch.Tensor, hessian: Moments) -> torch.Tensor:
     """(n, 1): for each row the factor on q with the least loss, (q H w) / (q H q)."""
-    turned = q @ hessian.float()
+    turned = product(q, hessian)
     top, bottom = (turned * w).sum(1), (turned * q).sum(1)
     factor = torch.where(bottom > 0, top / bottom.clamp_min(1e-30), 1.0)
     # A row that the codes miss altogether must not be turned round or blown up.
     return factor.clamp(0.5, 2.0)[:, None]
 
 
-def proxy_loss(w: torch.Tensor, q: torch.Tensor, hessian: torch.Tensor) -> float:
-    """tr((w - q) H (w - q)^T) / tr(w H w^T): the relative error of the layer's output."""
+def proxy_loss(w: torch.Tensor, q: torch.Tensor, hessian: Moments) -> float:
+    """tr((w - q) H (w - q)^T) / tr(w H w^T): the relative error of the layer's output. A few rows at a time."""
     unit = float(w.abs().max())
     if unit == 0:
         return 0.0
-    h, w, difference = hessian.float(), w / unit, (w - q) / unit  # squares of huge weights would leave float32
-    whole = float(((w @ h) * w).sum(dtype=torch.float64))
-    return float(((difference @ h) * difference).sum(dtype=torch.float64)) / whole if whole > 0 else 0.0
+    lost = whole = 0.0
+    step = max(1, _WEIGHTS // w.shape[1])
+    for at in range(0, len(w), step):  # squares of huge weights would leave float32
+        part, difference = w[at : at + step] / unit, (w[at : at + step] - q[at : at + step]) / unit
+        whole += _energy(part, hessian)
+        lost += _energy(difference, hessian)
+    return lost / whole if whole > 0 else 0.0
+
+
+def _energy(w: torch.Tensor, hessian: Moments) -> float:
+    """tr(w H w^T)."""
+    return float((product(w, hessian) * w).sum(dtype=torch.float64))
