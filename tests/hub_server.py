@@ -241,9 +241,17 @@ class _Handler(BaseHTTPRequestHandler):
         }
         self._json({**facts, "siblings": siblings})
 
-    def page_tree(self, body: bytes, repo: Repo, revision: str) -> None:
+    def page_tree(self, body: bytes, repo: Repo, revision: str, folder: str | None = None) -> None:
         _, files = self._files(repo, revision)
-        self._json([tree_entry(path, content) for path, content in sorted(files.items())])
+        inside = {path: content for path, content in files.items() if path.startswith(f"{folder}/" if folder else "")}
+        if folder and not inside:
+            raise _Answer(404, "Entry not found", "EntryNotFound")
+        entries = [tree_entry(path, content) for path, content in sorted(inside.items())]
+        folders = {"/".join(path.split("/")[:depth]) for path in inside for depth in range(1, path.count("/") + 1)}
+        entries += [{"type": "directory", "path": path, "size": 0, "oid": git_oid(path.encode())} for path in folders]
+        if "recursive=false" in self.path.lower():
+            entries = [e for e in entries if e["path"].rpartition("/")[0] == (folder or "")]
+        self._json(entries)
 
     def page_file(self, body: bytes, repo: Repo, revision: str, path: str) -> None:
         sha, files = self._files(repo, revision)
@@ -332,19 +340,20 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 _REPO = r"(?P<repo>[^/]+(?:/[^/]+)?)"
+_KIND = r"(?:models|datasets)"
 _REVISION = r"(?P<revision>refs/pr/\d+|[^/]+)"
 _ROUTES = (
     (("GET",), r"/api/whoami-v2", "page_whoami"),
     (("POST",), r"/api/repos/create", "page_create"),
     (("POST",), r"/api/validate-yaml", "page_yaml"),
-    (("GET",), rf"/api/models/{_REPO}/revision/{_REVISION}", "page_info"),
-    (("GET",), rf"/api/models/{_REPO}/tree/{_REVISION}", "page_tree"),
-    (("POST",), rf"/api/models/{_REPO}/preupload/{_REVISION}", "page_preupload"),
-    (("POST",), rf"/api/models/{_REPO}/branch/{_REVISION}", "page_branch"),
-    (("POST",), rf"/api/models/{_REPO}/commit/{_REVISION}", "page_commit"),
+    (("GET",), rf"/api/{_KIND}/{_REPO}/revision/{_REVISION}", "page_info"),
+    (("GET",), rf"/api/{_KIND}/{_REPO}/tree/{_REVISION}(?:/(?P<folder>.+))?", "page_tree"),
+    (("POST",), rf"/api/{_KIND}/{_REPO}/preupload/{_REVISION}", "page_preupload"),
+    (("POST",), rf"/api/{_KIND}/{_REPO}/branch/{_REVISION}", "page_branch"),
+    (("POST",), rf"/api/{_KIND}/{_REPO}/commit/{_REVISION}", "page_commit"),
     (("POST",), rf"/{_REPO}\.git/info/lfs/objects/batch", "page_batch"),
-    (("GET",), rf"/api/models/{_REPO}", "page_info"),
+    (("GET",), rf"/api/{_KIND}/{_REPO}", "page_info"),
     (("PUT",), r"/lfs/(?P<oid>[0-9a-f]{64})", "page_put"),
     (("GET", "HEAD"), r"/cdn/(?P<oid>[0-9a-f]{64})/(?P<path>.+)", "page_cdn"),
-    (("GET", "HEAD"), rf"/{_REPO}/resolve/{_REVISION}/(?P<path>.+)", "page_file"),
+    (("GET", "HEAD"), rf"/(?:datasets/)?{_REPO}/resolve/{_REVISION}/(?P<path>.+)", "page_file"),
 )

@@ -18,7 +18,7 @@ import tiny_lm
 from bitfold import Calibration
 from bitfold.calibration import BlockWalk, Statistics, calibration_tokens, fisher, token_weights
 from bitfold.calibration.probe import ActReport
-from bitfold.errors import BitfoldError, CheckpointError, UsageError
+from bitfold.errors import BitfoldError, UsageError
 
 SHORT: dict[str, Any] = {"nsamples": 6, "seqlen": 48}
 
@@ -169,10 +169,10 @@ def test_texts(source: Path, tmp_path: Path) -> None:
     assert calibration_tokens(source, str(lines), nsamples=9, seqlen=8).shape == (4, 8)
     with pytest.raises(UsageError, match="one sample needs 4096"):
         calibration_tokens(source, str(lines), nsamples=1, seqlen=4096)
-    with pytest.raises(CheckpointError, match="no such file"):
+    with pytest.raises(UsageError, match="no such text file"):
         calibration_tokens(source, str(tmp_path / "none.txt"), nsamples=1, seqlen=8)
     lines.write_text('{"other": 1}', encoding="utf-8")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(UsageError, match="line 1 has no `text`"):
         calibration_tokens(source, str(lines), nsamples=1, seqlen=8)
 
 

@@ -457,34 +457,6 @@ def test_masked_models_by_definition(tmp_path: Path) -> None:
     _refused(UsageError, "unknown metric", model, None, tiny_lm.TEXT, metric="bleu")
 
 
-def test_json_lines_and_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "t.jsonl"
-    file.write_text('{"text": "one"}\n\n{"text": "two", "id": 2}\n', encoding="utf-8")
-    assert texts.read_text(file) == "one\n\ntwo"
-    file.write_text('{"text": "one"}\n{"body": "two"}\n', encoding="utf-8")
-    with pytest.raises(UsageError, match="line 2 has no `text`"):
-        texts.read_text(file)
-    asked: list[object] = []
-
-    class Datasets:
-        @staticmethod
-        def load_dataset(*args: object, **options: object) -> list[dict[str, str]]:
-            asked.append((args, options))
-            return [{"text": "a" * 10}, {"text": "b" * 10}, {"text": "never read"}]
-
-    monkeypatch.setitem(sys.modules, "datasets", Datasets)
-    assert texts.read_text("org/name:conf:valid", enough=20) == "a" * 10 + "\n\n" + "b" * 10
-    assert asked == [(("org/name", "conf"), {"split": "valid", "streaming": True})]
-    monkeypatch.setattr(Datasets, "load_dataset", lambda *a, **o: [{"body": ""}])
-    with pytest.raises(CheckpointError, match="no column 'text'"):
-        texts.read_text("org/name")
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UsageError, match="need an extra"):
-        texts.read_text("org/name")
-    with pytest.raises(UsageError, match="no such text file"):
-        texts.read_text("org/name.txt")
-
-
 def test_limits(original: Path, changed: Path) -> None:
     result = evaluate(changed, original, tiny_lm.TEXT, context=CONTEXT, max_tokens=128)
     assert result.top1 is not None

@@ -71,8 +71,7 @@ def quantize(
         src: a local Hugging Face folder, a GGUF file, or a Hub id.
         out: the folder to make; must not exist, or be empty.
         bits, format, group_size, fit, solver, transform, act, prune, ignore, recipe: see `choose_recipe`; "auto" as
-            solver, or bits and none of the others but act and ignore, leaves the choice of the method to bitfold (see
-            auto.py).
+            solver, or bits alone (but for act and ignore), leaves the choice of the method to bitfold (see auto.py).
         calibration: text for solvers that need it (see `Calibration`, or just its `text`); default: the text that comes
             with bitfold.
         dry_run: plan and report only; write nothing.

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +11,13 @@ from typing import Any
 
 import torch
 
-from bitfold.errors import CheckpointError, UsageError
+from bitfold.documents import documents
+from bitfold.errors import UsageError
 
 BUNDLED = Path(__file__).parent.parent / "data" / "wikitext2-test.txt"
 CALIBRATION = BUNDLED.with_name("wikitext2-valid.txt")
 DEFAULT_CONTEXT = 2048
 DEFAULT_MAX_TOKENS = 20480
-_DATASET = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]*){0,2}")
 
 
 @dataclass(frozen=True)
@@ -65,27 +63,21 @@ def read_text(text: str | os.PathLike[str] | None, *, enough: int | None = None)
     """The text itself, or what `text` names; None or "default": the excerpt that comes with the package.
 
     Args:
-        text: a UTF-8 file; a .jsonl file with a `text` in each line; a data set of the Hub, "org/name",
-            "org/name:configuration" or "org/name:configuration:split" (default: test); or a text with a line break
-            in it, or longer than a path. Documents are joined by empty lines.
+        text: a file or a data set, see `documents.documents` (split `test` where the name says no other), its documents
+            joined by empty lines; or a text with a line break in it, or longer than a path.
         enough: characters after which a data set need not be read further.
 
     Raises:
-        UsageError: no such file, or one that cannot be read as text; a data set without the extra `eval`.
-        CheckpointError: a data set that cannot be read.
+        UsageError: no such file, one that cannot be read as text, or an empty one; a data set without the extra `eval`.
+        CheckpointError, HubError: a data set that cannot be read.
     """
     if isinstance(text, str) and _is_text(text):
         return text
-    path = BUNDLED if text is None or str(text) == "default" else Path(text).expanduser()
-    if not path.is_file():
-        if _DATASET.fullmatch(str(text)) and path.suffix not in (".txt", ".jsonl", ".md"):
-            return _joined(_dataset(str(text)), enough)
-        raise UsageError("no such text file", where=str(path), hint="give a UTF-8 text file")
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot be read as UTF-8 text: {error}", where=str(path)) from error
-    return _joined(_json_lines(content, path), enough) if path.suffix == ".jsonl" else content
+    path = BUNDLED if text is None or str(text) == "default" else text
+    content = _joined(documents(path, split="test"), enough)
+    if not content.strip():
+        raise UsageError("the text is empty", where=str(path))
+    return content
 
 
 def _joined(documents: Iterator[str], enough: int | None) -> str:
@@ -96,39 +88,6 @@ def _joined(documents: Iterator[str], enough: int | None) -> str:
         if enough is not None and length > enough:
             break
     return "\n\n".join(parts)
-
-
-def _json_lines(content: str, path: Path) -> Iterator[str]:
-    for number, line in enumerate(content.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"line {number} has no `text`: {error}", where=str(path)) from error
-        if not isinstance(text, str):
-            raise UsageError(f"the `text` of line {number} is no text", where=str(path))
-        yield text
-
-
-def _dataset(spec: str) -> Iterator[str]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise UsageError(
-            "is no file, and data sets of the Hub need an extra", where=spec, hint="pip install 'bitfold[eval]'"
-        ) from error
-    name, configuration, split = [*spec.split(":"), "", ""][:3]
-    try:
-        for row in load_dataset(name, configuration or None, split=split or "test", streaming=True):
-            yield str(row["text"])
-    except KeyError as error:
-        raise CheckpointError(f"the data set has no column {error}", where=spec) from error
-    except Exception as error:  # whatever the network, the Hub and the data set's own format come up with
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"the data set cannot be read: {first}", where=spec, hint="is it a file? then check the path"
-        ) from error
 
 
 def text_name(text: str | os.PathLike[str] | None) -> str:
