@@ -53,6 +53,7 @@ RANK = {
     "bookmarks": 9,
     "pieces": 12,
     "estimates": 13,
+    "economy": 14,
     "preflight": 15,
     "flags": 11,
     "timing": 14,

@@ -14,7 +14,8 @@ from torch import nn
 from bitfold import progress
 from bitfold.acts import MEASURED
 from bitfold.bookmarks import Bookmarks
-from bitfold.calibration import BlockWalk, Whole, calibration_tokens, token_weights
+from bitfold.calibration import BlockWalk, Wanted, Whole, calibration_tokens, token_weights
+from bitfold.calibration.blocks import HESSIANS
 from bitfold.calibration.probe import ActReport, Rounding
 from bitfold.calibration.text import BUNDLED, SELF, own_text
 from bitfold.catalog import AUTO, find_method
@@ -25,9 +26,11 @@ from bitfold.kernels.activations import quantize_tokens
 from bitfold.models import skeleton
 from bitfold.models.sites import EMBEDDING, EXPERTS
 from bitfold.models.swap import transform_of
+from bitfold.moments import ALIGNED
 from bitfold.nn import set_tensor
 from bitfold.plan import Decision, Plan
 from bitfold.signround import is_signround, tune
+from bitfold.solving import takes_ranges
 
 LONGEST = 2048  # tokens of a window, where nobody says otherwise
 _GRADIENTS_UP_TO = 500_000_000  # parameters; gradients need the whole model and its activations in memory
@@ -44,6 +47,8 @@ class Calibration:
         seqlen: tokens of a window; None = 2048, or what the model has positions for.
         drift: how far the target moves towards making up for the loss of the layers before, 0 to 1.
         fisher: weight tokens by the gradient of the loss; None = if the model is small enough to afford it.
+        columns: inputs whose Hessian is kept whole; layers with more are solved in ranges of at most so many, which
+            costs some accuracy and saves memory; None = whole, unless a ceiling of memory is named that needs this.
     """
 
     text: str = BUNDLED
@@ -51,12 +56,15 @@ class Calibration:
     seqlen: int | None = None
     drift: float = 0.5
     fisher: bool | None = None
+    columns: int | None = None
 
     def __post_init__(self) -> None:
         if self.nsamples < 1 or (self.seqlen is not None and self.seqlen < 2):
             raise UsageError("calibration needs at least one sample of two tokens")
         if not 0 <= self.drift <= 1:
             raise UsageError(f"a drift correction of {self.drift} makes no sense", hint="0 to 1")
+        if self.columns is not None and self.columns < ALIGNED:
+            raise UsageError(f"ranges of {self.columns} inputs are too narrow", hint=f"at least {ALIGNED}")
 
 
 def settings(
@@ -66,6 +74,7 @@ def settings(
     seqlen: int | None = None,
     drift: float | None = None,
     fisher: bool | None = None,
+    columns: int | None = None,
 ) -> Calibration | None:
     """The calibration that options mean: None where no text is named and the method is known to need none."""
     found = None if method is None or method == AUTO else find_method(method)
@@ -74,7 +83,8 @@ def settings(
     corrects = found is None or found.corrects
     strength = (0.5 if corrects else 0.0) if drift is None else drift
     seqlen = seqlen or (found.seqlen if found is not None else None)
-    return Calibration(text or BUNDLED, nsamples, seqlen, strength, fisher if corrects or fisher is not None else False)
+    weighed = fisher if corrects or fisher is not None else False
+    return Calibration(text or BUNDLED, nsamples, seqlen, strength, weighed, columns)
 
 
 def solve_blocks(
@@ -85,6 +95,7 @@ def solve_blocks(
     seed: int,
     tokenizer: Path,
     bookmarks: Bookmarks | None = None,
+    hessians: int = HESSIANS,
 ) -> Iterator[Solved | Folded | ActReport]:
     """Quantize every layer and stack of experts whose rule asks for calibration, block by block.
 
@@ -99,6 +110,7 @@ def solve_blocks(
         seed: of rotations, labels and text.
         tokenizer: folder of the tokenizer.
         bookmarks: where the run is noted, so that another process can go on with it.
+        hessians: bytes of the Hessians of experts in memory at a time.
 
     Raises:
         ModelError: no model class, so nothing can be run.
@@ -111,7 +123,7 @@ def solve_blocks(
     ids, weights = found or _inputs(source, reader, wanted, calibration, seed, tokenizer)
     if bookmarks is not None and found is None:
         bookmarks.keep_inputs(ids, weights)
-    walk = BlockWalk(model, reader, ids, weights, None if bookmarks is None else bookmarks.spill)
+    walk = BlockWalk(model, reader, ids, weights, None if bookmarks is None else bookmarks.spill, hessians)
     walk.start()
     undecided = {d.site.module: d for d in wanted.values() if d.site is not None and _undecided(d)}
     if undecided:
@@ -121,7 +133,7 @@ def solve_blocks(
         bar.advance(first)
         for index in range(first, len(walk)):
             solved = []
-            for one in _solve_block(walk, index, wanted, plan, calibration.drift, seed):
+            for one in _solve_block(walk, index, wanted, plan, calibration, seed):
                 solved.append(one.decision.tensor)
                 yield one
             if bookmarks is not None:
@@ -132,18 +144,48 @@ def solve_blocks(
 
 
 def _solve_block(
-    walk: BlockWalk, index: int, wanted: dict[str, Decision], plan: Plan, drift: float, seed: int
+    walk: BlockWalk, index: int, wanted: dict[str, Decision], plan: Plan, calibration: Calibration, seed: int
 ) -> Iterator[Solved | Folded]:
     """Group by group; what is tuned together comes last."""
     prefix, learned = f"{walk.path}.{index}.", list[Solved]()
     layers, stacks = _inside(prefix, wanted)
     tuned = {name: d for name, d in _tuned(prefix, wanted).items() if name in layers}
     tuner = partial(_learn, tuned, learned, seed) if tuned else None
-    for group, statistics in walk.block(index, [n for n in layers if n not in tuned], stacks, tuner):
+    known = partial(_statistics_of, wanted, calibration, seed)
+    for group, statistics in walk.block(index, [n for n in layers if n not in tuned], stacks, tuner, known):
         decisions = [wanted.get(f"{name}.weight") or wanted[name] for name in group]
         together = Group(walk.model, decisions, statistics, _norm_before(decisions, plan))
-        yield from solve_group(together, drift=drift, seed=seed)
+        yield from solve_group(together, drift=calibration.drift, seed=seed)
     yield from learned
+
+
+def _statistics_of(wanted: dict[str, Decision], calibration: Calibration, seed: int, layer: str) -> Wanted:
+    """What is to be known of the inputs of a layer, and of those that share them."""
+    decision = wanted[f"{layer}.weight"]
+    cross = calibration.drift > 0
+    if decision.rule is None or decision.site is None or not in_ranges(decision, calibration):
+        return Wanted(cross)
+    return Wanted(cross, calibration.columns, transform_of(decision.rule, decision.site, seed))
+
+
+def in_ranges(decision: Decision, calibration: Calibration) -> bool:
+    """Whether the inputs of a layer are more than are to be taken together."""
+    site = decision.site
+    layer = _calibrated(decision) and site is not None and site.kind != EXPERTS and not is_signround(decision)
+    return layer and site is not None and calibration.columns is not None and site.qshape[-1] > calibration.columns
+
+
+def check_ranges(decisions: Iterable[Decision], calibration: Calibration) -> None:
+    """UsageError, with the name of the tensor, when inputs are to be taken in ranges by a rule that cannot."""
+    wide = [d for d in decisions if in_ranges(d, calibration)]
+    for d in wide:
+        what = f"it has {d.site.qshape[-1] if d.site else 0} inputs, more than the {calibration.columns} to be taken"
+        if d.rule is not None and not takes_ranges(d.rule):
+            hint = "gptq and ldlq can take ranges of inputs, without pruning or factors of channels"
+            raise UsageError(f"{what} together, and its rule cannot take ranges", where=d.tensor, hint=hint)
+        if len({other.rule.transform for other in wide if other.rule is not None}) > 1:
+            hint = "one transform for all of them"
+            raise UsageError(f"{what} together, and other wide layers are in another basis", where=d.tensor, hint=hint)
 
 
 def _tuned(prefix: str, wanted: dict[str, Decision]) -> dict[str, Decision]:

@@ -24,13 +24,15 @@ from bitfold.calibration.text import BUNDLED
 from bitfold.checkpoints import Source, open_source
 from bitfold.checkpoints.native import QUANT_METHOD
 from bitfold.checkpoints.safetensors import digest_of
+from bitfold.economy import Economist, Economy
 from bitfold.errors import CheckpointError, UsageError
 from bitfold.events import Events
+from bitfold.journal import recorded
 from bitfold.memory import Ceiling
 from bitfold.models import skeleton
 from bitfold.options import choose_recipe, leaves_the_choice
-from bitfold.plan import blank_report, make_plan
-from bitfold.preflight import preflight, refuse_impossible
+from bitfold.plan import Plan, blank_report, make_plan
+from bitfold.preflight import Asked, preflight, refuse_impossible
 from bitfold.recipe import Recipe
 from bitfold.records import write_record
 from bitfold.report import QuantizeReport, TensorReport, peak_memory
@@ -75,7 +77,9 @@ def quantize(
         calibration: text for solvers that need it (see `Calibration`, or just its `text`); default: the text that comes
             with bitfold.
         dry_run: plan and report only; write nothing.
-        max_memory: ceiling on the resident memory of the whole process, bytes; None = a share of what is free.
+        max_memory: ceiling on the resident memory of the whole process, bytes: kept, if need be by solving wide layers
+            in ranges of their inputs, or refused; None = no more than what is free, with a word of caution beyond four
+            fifths of it.
         restart: forget what an earlier run that was cut short has finished, instead of going on with it.
         strict: raise when a tensor is flagged (NaN, rows or columns of zeros, an error far from its format's).
         events: a file to which what happens is appended as JSON lines.
@@ -145,15 +149,19 @@ def _quantize(job: Job, manner: _Manner, *, shorten: bool, dry_run: bool, on_ten
         model = _open_model(source)
         job, why = (job, "") if manner.choose is None else manner.choose(source, model)
         plan = make_plan(source, model, job.rules, shorten_groups=shorten)
-        run = Run(source, model, plan, job, account_for(source, plan))
+        economy = _economy(source, model, plan, job, manner)
+        job = replace(job, calibration=economy.calibration)
+        run = Run(source, model, plan, job, account_for(source, plan), economy.hessians)
         report = blank_report(plan, job.source, None if dry_run else str(job.out), job.rules)
         report.ceiling, report.method = manner.max_memory, why
-        ahead = preflight(source, model, plan, job.calibration, (job.seed, job.max_shard_bytes, dry_run))
+        asked = Asked(job.seed, job.max_shard_bytes, dry_run, manner.max_memory)
+        ahead = preflight(source, model, plan, economy, asked)
         report.preflight = ahead.to_dict()
         report.account, report.unread = run.account.totals(), source.unread()
         if not dry_run:
             refuse_impossible(ahead, job.out, manner.max_memory, has=size_of(partial_of(job.out)))
-            progress.say(ahead.summary())
+            for line in (ahead.summary(), *ahead.cautions()):
+                progress.say(line)
             _write(run, report, manner, on_tensor)
     finally:
         source.close()
@@ -163,6 +171,12 @@ def _quantize(job: Job, manner: _Manner, *, shorten: bool, dry_run: bool, on_ten
     if upload_repo is not None:
         report.url = upload(job.out, upload_repo, token=manner.token)
     return report
+
+
+def _economy(source: Source, model: nn.Module | None, plan: Plan, job: Job, manner: _Manner) -> Economy:
+    """How it goes about its memory: as an interrupted run did that it is to go on with."""
+    before = {} if manner.restart else recorded(partial_of(job.out)).get("calibration") or {}
+    return Economist(source, model, plan, job.calibration, before.get("columns")).choose(manner.max_memory)
 
 
 def _chosen(

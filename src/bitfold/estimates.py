@@ -15,11 +15,15 @@ from torch import nn
 
 from bitfold.acts import MEASURED
 from bitfold.calibrated import LONGEST, Calibration, weighs_tokens
+from bitfold.calibration.blocks import HESSIANS
 from bitfold.calibration.text import SELF
 from bitfold.checkpoints import Source
 from bitfold.models.sites import EMBEDDING, EXPERTS
+from bitfold.moments import column_ranges
 from bitfold.pieces import WEIGHTS, in_pieces
 from bitfold.plan import Decision, Item, Plan
+from bitfold.qtensor import ALIGNED as ROWS
+from bitfold.solvers.ldlq import WEIGHTS as CODED
 
 _LIBRARIES = 60_000_000  # what PyTorch and tokenizers take when they first really work
 
@@ -34,18 +38,31 @@ class Stage:
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that are solved together: inputs k, rows n, in all."""
+    """Layers that are solved together: inputs k, rows n, in all, and how they are solved.
+
+    Args:
+        name: of the module that they are in.
+        k, n: of the weights, one upon the other.
+        layers: how many they are.
+        largest: rows of the largest one.
+        turned: whether a transform makes copies of them.
+    """
 
     name: str
     k: int
     n: int
+    layers: int
+    largest: int
+    turned: bool
 
 
-def stages(source: Source, plan: Plan, calibration: Calibration | None, model: nn.Module | None) -> list[Stage]:
-    """All stages, the largest first."""
+def stages(
+    source: Source, plan: Plan, calibration: Calibration | None, model: nn.Module | None, hessians: int = HESSIANS
+) -> list[Stage]:
+    """All stages, the largest first; `hessians`: bytes of those of experts that are in memory at a time."""
     found = [_data_free(source, item, d) for item in plan.items for d in item.decisions.values()]
     if calibration is not None and model is not None:
-        found += calibrated_stages(plan, calibration, model)
+        found += calibrated_stages(plan, calibration, model, hessians)
     return sorted(found, key=lambda stage: -stage.nbytes)
 
 
@@ -72,12 +89,17 @@ def _data_free(source: Source, item: Item, decision: Decision) -> Stage:
 
 def groups_of(decisions: Iterable[Decision]) -> list[Group]:
     """Layers of a block that most likely share their input: one parent module, one width."""
-    rows: dict[tuple[str, int], int] = defaultdict(int)
+    members: dict[tuple[str, int], list[Decision]] = defaultdict(list)
     for d in decisions:
         if d.site is not None and d.site.kind not in (EMBEDDING, EXPERTS):
-            n, k = d.site.qshape
-            rows[d.site.module.rpartition(".")[0], k] += n
-    return [Group(name, k, n) for (name, k), n in rows.items()]
+            members[d.site.module.rpartition(".")[0], d.site.qshape[1]].append(d)
+    return [_group(name, k, found) for (name, k), found in members.items()]
+
+
+def _group(name: str, k: int, members: list[Decision]) -> Group:
+    rows = [d.site.qshape[0] for d in members if d.site is not None]
+    turned = any(d.rule is not None and d.rule.transform != "none" for d in members)
+    return Group(name, k, sum(rows), len(rows), max(rows), turned)
 
 
 def blocks_of(plan: Plan) -> dict[str, list[Decision]]:
@@ -91,14 +113,14 @@ def blocks_of(plan: Plan) -> dict[str, list[Decision]]:
     return dict(found)
 
 
-def calibrated_stages(plan: Plan, calibration: Calibration, model: nn.Module) -> list[Stage]:
+def calibrated_stages(plan: Plan, calibration: Calibration, model: nn.Module, hessians: int) -> list[Stage]:
     """Of the walk over the blocks, and of what comes before it."""
     seqlen, hidden = sequence_length(calibration, model), _hidden(model)
     found = _before(plan, calibration, model, seqlen)
     seen = set()
     for name, decisions in blocks_of(plan).items():
         wanted = [d for d in decisions if d.rule is not None and d.rule.needs_text]
-        shape = tuple(sorted(d.info.shape for d in decisions))
+        shape = tuple(sorted((d.info.shape, d.rule.transform if d.rule is not None else "") for d in decisions))
         if not wanted or shape in seen:
             continue
         seen.add(shape)
@@ -107,23 +129,55 @@ def calibrated_stages(plan: Plan, calibration: Calibration, model: nn.Module) ->
         running = 4 * seqlen * (8 * hidden + 4 * widest)
         found.append(Stage(f"running {name}", weights + running))
         for group in groups_of(wanted):
-            found.append(Stage(f"solving {group.name} ({group.k} inputs)", weights + solving(group, seqlen)))
-        for d in wanted:
-            if d.site is not None and d.site.kind == EXPERTS:
-                experts, k = d.site.qshape[0], d.site.qshape[-1]
-                statistics = 8 * k * k * experts  # of every expert at once
-                found.append(Stage(f"solving {d.tensor} ({experts} experts)", weights + statistics + 16 * k * k))
+            needed = max(measuring(group, calibration, seqlen) + running, solving(group, calibration))
+            found.append(Stage(f"solving {group.name} ({_inputs(group, calibration)})", weights + needed))
+        found += [
+            Stage(f"solving {d.tensor} ({d.site.qshape[0]} experts)", weights + _experts(d.site.qshape, hessians))
+            for d in wanted
+            if d.site is not None and d.site.kind == EXPERTS
+        ]
     return found
 
 
-def solving(group: Group, seqlen: int) -> int:
-    """Bytes at the worst moment of one group, its Hessian H (k, k) and its weights W (n, k)."""
-    h, w = 4 * group.k * group.k, 4 * group.n * group.k
-    measuring = 2 * h + 4 * 4 * seqlen * group.k
-    correcting = max(2 * h + 2 * h // 8, h + 2 * h) + 2 * w + 3 * 2 * w  # H, its double, the double correction twice
-    factoring = h + 2 * h + 3 * w + h // 8
-    feeding_back = h + 2 * h + 9 * w
-    return max(measuring, correcting, factoring, feeding_back)
+def _inputs(group: Group, calibration: Calibration) -> str:
+    ranges = column_ranges(group.k, calibration.columns)
+    return f"{group.k} inputs" + (f" in {len(ranges)} ranges" if len(ranges) > 1 else "")
+
+
+def _moments(group: Group, calibration: Calibration) -> tuple[int, int]:
+    """Bytes of the Hessian, and of its largest part."""
+    sizes = [4 * (part.stop - part.start) ** 2 for part in column_ranges(group.k, calibration.columns)]
+    return sum(sizes), max(sizes)
+
+
+def measuring(group: Group, calibration: Calibration, seqlen: int) -> int:
+    """Bytes while the statistics of a group are summed: of H, of what it has to do with the original, of inputs."""
+    h, _ = _moments(group, calibration)
+    return h * (2 if calibration.drift > 0 else 1) + 4 * 4 * seqlen * group.k
+
+
+def solving(group: Group, calibration: Calibration) -> int:
+    """Bytes at the worst moment of one group: its Hessian H (k, k), its weights W (n, k) and copies of some rows."""
+    h, part = _moments(group, calibration)
+    w, one = 4 * group.n * group.k, 4 * group.largest * group.k
+    rows = 4 * min(group.n * group.k, max(ROWS * group.k, CODED))
+    stacked, corrects = w * (group.layers > 1), calibration.drift > 0
+    own = w if stacked or corrects or group.turned else 0
+    # The products before the factorization; then the double copy that is factored in place, rows solved in double.
+    correcting = stacked + w + max(2 * h, h + 2 * part + 4 * rows) if corrects else 0
+    turning = max(own + w, own + 2 * h) if group.turned else 0
+    factoring = own + 2 * h + 2 * part  # H, the factors so far, a double copy and the factor made from it
+    feeding_back = own + 2 * h + 5 * rows + w // 4 + w // 4
+    judging = own + h + one * (3 if group.turned else 1) + 4 * min(one, CODED * 4) + w // 4
+    return max(correcting, turning, factoring, feeding_back, judging)
+
+
+def _experts(shape: tuple[int, ...], hessians: int) -> int:
+    """Bytes for a stack (experts, n, k): some Hessians, the factorization of one, and the stack before and after."""
+    experts, n, k = shape
+    h = 4 * max(n, k) ** 2
+    at_once = min(experts, max(1, hessians // h))
+    return at_once * 4 * k * k + 3 * 4 * k * k + 3 * 4 * experts * n * k
 
 
 def _before(plan: Plan, calibration: Calibration, model: nn.Module, seqlen: int) -> list[Stage]:

@@ -97,6 +97,16 @@ class Journal:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def recorded(folder: Path) -> dict[str, Any]:
+    """The identity of the run whose unfinished work is in a folder; empty where there is none."""
+    try:
+        with (folder / NAME).open("rb") as file:
+            records, _ = _read(file)
+    except OSError:
+        return {}
+    return dict(records[0]["identity"]) if records else {}
+
+
 def _read(file: IO[bytes]) -> tuple[list[dict[str, Any]], int]:
     """The records before the first damaged line, and where they end."""
     file.seek(0)

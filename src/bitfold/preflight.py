@@ -7,7 +7,7 @@ memory, or has no room on the disk, is refused here, with the numbers that would
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from torch import nn
 
 from bitfold import memory
 from bitfold.accounting import rules_of
-from bitfold.calibrated import Calibration
+from bitfold.calibrated import in_ranges
 from bitfold.checkpoints import Source
 from bitfold.checkpoints.planned import plan_shards
+from bitfold.economy import Economy
 from bitfold.errors import ResourceError
-from bitfold.estimates import Stage, peak, stages, working_disk
+from bitfold.estimates import Stage, working_disk
 from bitfold.formats import get_format
 from bitfold.plan import Decision, Plan
 from bitfold.timing import seconds
@@ -45,6 +46,9 @@ class Preflight:
         kept: tensors and bytes by the rule that keeps them.
         ragged: tensors whose rows the group size does not divide.
         engines: who will load the result, and why or why not.
+        allowed: the ceiling that was named, or a share of what is free; None where nobody tells what is free.
+        columns: inputs that are taken together at most; None = all.
+        ranges: tensors whose inputs are more, and taken in ranges.
     """
 
     output_bytes: int
@@ -56,6 +60,9 @@ class Preflight:
     kept: dict[str, dict[str, int]] = field(default_factory=dict)
     ragged: list[str] = field(default_factory=list)
     engines: dict[str, str] = field(default_factory=dict)
+    allowed: int | None = None
+    columns: int | None = None
+    ranges: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, with stable keys."""
@@ -69,31 +76,55 @@ class Preflight:
             f" {size_text(self.peak_memory)} of memory ({self.memory_for}), {size_text(self.disk_bytes)} of disk{time}"
         )
 
+    def cautions(self) -> Iterator[str]:
+        """What should be known before it begins, in words."""
+        if self.ranges:
+            yield (
+                f"{len(self.ranges)} layers with more than {self.columns} inputs, such as {self.ranges[0]}, are solved"
+                f" in ranges of at most {self.columns} inputs: it saves memory, and costs some accuracy"
+            )
+        if self.allowed is not None and self.peak_memory > self.allowed:
+            yield (
+                f"{size_text(self.peak_memory)} of memory are more than {memory.SHARE:.0%} of what is free"
+                f" ({size_text(self.allowed)}): other programs may get into trouble; --max-memory makes do with less"
+            )
 
-def preflight(
-    source: Source, model: nn.Module | None, plan: Plan, calibration: Calibration | None, job: tuple[int, int, bool]
-) -> Preflight:
-    """Estimate a run.
+
+@dataclass(frozen=True)
+class Asked:
+    """What a run was asked for, as far as an estimate depends on it.
 
     Args:
-        source, model, plan, calibration: of the run.
-        job: its seed, its largest shard in bytes, and whether time is to be estimated however small it is.
+        seed: of the run.
+        max_shard_bytes: size at which a new file is begun.
+        timed: whether time is to be estimated however small the run is.
+        max_memory: the ceiling that was named; None = none.
     """
-    seed, max_shard_bytes, timed = job
-    found = stages(source, plan, calibration, model)
-    output = plan_shards(plan.stored(), max_shard_bytes).nbytes
-    numel = plan.numel
-    needed = peak(found, memory.resident() or 0)
+
+    seed: int
+    max_shard_bytes: int
+    timed: bool
+    max_memory: int | None = None
+
+
+def preflight(source: Source, model: nn.Module | None, plan: Plan, economy: Economy, asked: Asked) -> Preflight:
+    """Estimate a run that goes about its memory as `economy` says."""
+    calibration, numel = economy.calibration, plan.numel
+    output = plan_shards(plan.stored(), asked.max_shard_bytes).nbytes
+    timed = asked.timed or numel > _TIMED_FROM
     return Preflight(
         output_bytes=output,
         disk_bytes=math.ceil(_SPARE * output) + working_disk(plan, calibration, model),
-        peak_memory=needed,
-        memory_for=_largest(found),
-        seconds=seconds(plan, calibration, model, seed) if timed or numel > _TIMED_FROM else None,
+        peak_memory=economy.peak,
+        memory_for=_largest(economy.found),
+        seconds=seconds(plan, calibration, model, asked.seed) if timed else None,
         bpw_whole=8 * sum(d.nbytes() for d in plan.decisions) / max(1, numel),
         kept=rules_of(plan.decisions),
         ragged=[d.tensor for d in plan.decisions if _is_ragged(d)],
         engines=engines(model, source, plan.decisions),
+        allowed=memory.default_ceiling() if asked.max_memory is None else asked.max_memory,
+        columns=None if calibration is None else calibration.columns,
+        ranges=[d.tensor for d in plan.decisions if calibration is not None and in_ranges(d, calibration)],
     )
 
 
@@ -137,14 +168,16 @@ def refuse_impossible(found: Preflight, out: Path, max_memory: int | None, has: 
             f"{size_text(max_memory)} are not enough: {found.memory_for} takes the process to"
             f" {size_text(found.peak_memory)}",
             where="--max-memory",
-            hint=f"the smallest ceiling that works is about {_rounded(found.peak_memory)}; "
+            hint=f"the smallest ceiling that works is about {_rounded(found.peak_memory)}"
+            f"{' (inputs in ranges of ' + str(found.columns) + ')' if found.ranges else ''}; "
             "fewer or shorter samples, or a data-free method (--method rtn), need less",
         )
     free = memory.available()
     if max_memory is None and free is not None and found.peak_memory > free + (memory.resident() or 0):
         raise ResourceError(
             f"{found.memory_for} takes the process to {size_text(found.peak_memory)}, {size_text(free)} are left",
-            hint="free some, use a data-free method (--method rtn), or say --max-memory to try it nevertheless",
+            hint="free some, use a data-free method (--method rtn), or say --max-memory: what can be done to keep under"
+            " it is then done, even where it costs some accuracy",
         )
     room = free_bytes(out.parent) + has
     if found.disk_bytes > room:

@@ -13,7 +13,7 @@ from bitfold.errors import FormatError
 from bitfold.formats import AnyFormat
 
 _MANY = 1 << 12  # times
-_ALIGNED = 256  # rows: a multiple of all tiles
+ALIGNED = 256  # rows: a multiple of all tiles
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def rows_stack(format: AnyFormat, shapes: Sequence[tuple[int, int]]) -> bool:
 def row_ranges(format: AnyFormat, shape: tuple[int, int], weights: int) -> list[slice]:
     """Ranges of rows with about so many weights that can be quantized one by one; all rows where they cannot."""
     n, k = shape
-    step = max(_ALIGNED, weights // max(1, k) // _ALIGNED * _ALIGNED)
+    step = max(ALIGNED, weights // max(1, k) // ALIGNED * ALIGNED)
     found = [slice(at, min(at + step, n)) for at in range(0, n, step)]
     apart = len(found) > 1 and rows_stack(format, [(part.stop - part.start, k) for part in found])
     return found if apart else [slice(0, n)]

@@ -19,6 +19,7 @@ from bitfold.accounting import Account, check_written
 from bitfold.acts import ACT_SCALE, read_act
 from bitfold.bookmarks import Bookmarks
 from bitfold.calibrated import Calibration, solve_blocks
+from bitfold.calibration.blocks import HESSIANS
 from bitfold.calibration.probe import ActReport
 from bitfold.card import write_card
 from bitfold.checkpoints import Source
@@ -60,13 +61,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Run:
-    """A job with its source open."""
+    """A job with its source open; `hessians`: bytes of those of experts in memory at a time."""
 
     source: Source
     model: nn.Module | None
     plan: Plan
     job: Job
     account: Account
+    hessians: int = HESSIANS
 
 
 @dataclass
@@ -141,7 +143,9 @@ class Writing:
             run.source.copy_side_files(tokenizer)
             write_json(tokenizer / "config.json", run.source.config)
         marks = Bookmarks(self.work, self.done.reports, self._writer.sync, self._events)
-        yield from solve_blocks(run.source, run.model, run.plan, calibration, run.job.seed, tokenizer, marks)
+        yield from solve_blocks(
+            run.source, run.model, run.plan, calibration, run.job.seed, tokenizer, marks, run.hessians
+        )
 
     def _measured(self, acts: ActReport) -> None:
         """Activations that were left to measurement are decided."""

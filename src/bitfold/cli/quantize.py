@@ -48,6 +48,9 @@ FisherOption = Annotated[
     bool | None,
     typer.Option("--fisher/--no-fisher", help="Weigh tokens by gradients (default: if the model is small)."),
 ]
+ColumnsOption = Annotated[
+    int | None, typer.Option(help="Solve layers with more inputs in ranges of so many: less memory, some loss.")
+]
 ActOption = Annotated[
     str | None,
     typer.Option(help="Activations at run time: float, int8 (per token), or auto (measured; trellis default)."),
@@ -93,6 +96,7 @@ def quantize(
     seqlen: SeqlenOption = None,
     drift: DriftOption = None,
     fisher: FisherOption = None,
+    columns: ColumnsOption = None,
     act: ActOption = None,
     prune: PruneOption = None,
     ignore: IgnoreOption = None,
@@ -124,7 +128,7 @@ def quantize(
         output_dir or Path("unused"),
         **how,
         **manner,
-        calibration=settings(method, calibration, nsamples, seqlen, drift, fisher),
+        calibration=settings(method, calibration, nsamples, seqlen, drift, fisher, columns),
         max_memory=None if max_memory is None else parse_size(max_memory, where="--max-memory"),
         revision=revision,
         upload_repo=upload_repo,

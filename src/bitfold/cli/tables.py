@@ -104,7 +104,11 @@ def _quantize_facts(report: QuantizeReport) -> Facts:
 
 def _preflight_facts(found: Mapping[str, Any]) -> Facts:
     """What a run would need, and who would load the result."""
-    yield "needs memory", f"{size_text(found['peak_memory'])}, most of it for {found['memory_for']}"
+    allowed = "" if found["allowed"] is None else f" of {size_text(found['allowed'])}"
+    yield "needs memory", f"{size_text(found['peak_memory'])}{allowed}, most of it for {found['memory_for']}"
+    if found["ranges"]:
+        what = f"{len(found['ranges'])} layers, at most {found['columns']} at a time: less memory, some loss"
+        yield "inputs in ranges", what
     yield "needs disk", size_text(found["disk_bytes"])
     yield "needs time", None if found["seconds"] is None else f"about {duration(found['seconds'])}"
     yield "would write", f"{size_text(found['output_bytes'])} of weights"

@@ -25,7 +25,7 @@ from bitfold.solvers.rtn import fit_by_rows
 
 DAMP = 0.01  # of the mean diagonal
 _ROWS = 256  # of a matrix turned at a time
-_WEIGHTS = 1 << 24  # coded at a time
+WEIGHTS = 1 << 24  # coded at a time
 _ATTEMPTS = 12  # doublings of the damping before a Hessian is given up
 
 
@@ -73,7 +73,7 @@ def ldlq(
         return QTensor(format, tuple(w.shape), coder.fields())
     dead = _check(hessian, w.shape[1])
     alive = torch.where(dead, 0.0, w) if dead.any() else w
-    pieces = [slice(0, len(w))] if pruner is not None else row_ranges(format, (len(w), w.shape[1]), _WEIGHTS)
+    pieces = [slice(0, len(w))] if pruner is not None else row_ranges(format, (len(w), w.shape[1]), WEIGHTS)
     factors: list[_Factor] = []
     found = []
     for rows in pieces:  # rows do not know each other: memory holds the errors of some at a time
@@ -274,7 +274,7 @@ def proxy_loss(w: torch.Tensor, q: torch.Tensor, hessian: Moments) -> float:
     if unit == 0:
         return 0.0
     lost = whole = 0.0
-    step = max(1, _WEIGHTS // w.shape[1])
+    step = max(1, WEIGHTS // w.shape[1])
     for at in range(0, len(w), step):  # squares of huge weights would leave float32
         part, difference = w[at : at + step] / unit, (w[at : at + step] - q[at : at + step]) / unit
         whole += _energy(part, hessian)
