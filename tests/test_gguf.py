@@ -179,6 +179,19 @@ def test_reads_types_and_undoes_the_permutation(llama: Path):
     source.close()
 
 
+@pytest.mark.parametrize("dither", [None, 5])
+def test_rows_are_those_of_the_whole(llama: Path, dither: int | None):
+    """Of every matrix, in the order that was asked for, interleaved or not, block types or plain."""
+    source = GgufSource(llama, dither)
+    for name in source.names():
+        whole = source.read(name)
+        if whole.dim() > 1:
+            rows = torch.tensor([0, 1, 2, len(whole) - 1, 5])
+            assert torch.equal(source.read_rows(name, rows), whole[rows]), name
+            assert torch.equal(source.read_rows(name, torch.arange(len(whole))), whole), name
+    source.close()
+
+
 def test_tensors_outlive_the_file(llama: Path):
     source = GgufSource(llama)
     w = source.read("model.embed_tokens.weight")

@@ -90,11 +90,30 @@ class GgufSource:
         w = self._plain(tensor) if tensor.type in _PLAIN else self._decoded(tensor)
         if self._arch.norm_offset and tensor.name.endswith("norm.weight"):
             w = w - self._arch.norm_offset
-        if self._arch.interleaved and ".attn_q." in tensor.name:
-            w = self._unpermute(tensor, w, self.config["num_attention_heads"])
-        if self._arch.interleaved and ".attn_k." in tensor.name:
-            w = self._unpermute(tensor, w, self.config["num_key_value_heads"])
-        return w
+        heads = self._heads(tensor)
+        return self._unpermute(tensor, w, heads) if heads else w
+
+    def read_rows(self, name: str, rows: Tensor) -> Tensor:
+        """`read(name)[rows]` of a matrix or a stack; only the bytes of these rows are read.
+
+        Dithered weights are made whole first: their noise is one stream.
+        """
+        self.info(name)
+        tensor = self._names[name]
+        if self._noise is not None or len(tensor.shape) < 2:
+            return self.read(name)[rows]
+        places = rows
+        if heads := self._heads(tensor):
+            places = self._unpermute(tensor, torch.arange(tensor.shape[0]), heads)[rows]
+        width = tensor.nbytes // max(1, tensor.shape[0])
+        parts = [self._file.raw(tensor, a * width, (b - a) * width) for a, b in _runs(places.tolist())]
+        raw = parts[0] if len(parts) == 1 else bytearray().join(parts)
+        shape = (len(rows), *tensor.shape[1:])
+        if tensor.type in _PLAIN:
+            return torch.frombuffer(raw, dtype=_PLAIN[tensor.type]).view(shape)
+        blocks = torch.frombuffer(raw, dtype=torch.uint8)
+        ggml = GGML[tensor.type]
+        return ggml.decode({"blocks": blocks.view(ggml.layout(shape)["blocks"].shape)}, shape)
 
     def ggml_type(self, name: str) -> str:
         """Name of the ggml type in which a tensor is stored (`q4_1`, `f32` ...)."""
@@ -189,6 +208,12 @@ class GgufSource:
             w[rows] = values + noise.view_as(values) * steps
         return w.view(tensor.shape)
 
+    def _heads(self, tensor: GgufTensor) -> int:
+        """Of a tensor whose rows come in another order than Hugging Face's; 0 for all others."""
+        if self._arch.interleaved and ".attn_q." in tensor.name:
+            return int(self.config["num_attention_heads"])
+        return int(self.config["num_key_value_heads"]) if self._arch.interleaved and ".attn_k." in tensor.name else 0
+
     def _unpermute(self, tensor: GgufTensor, w: Tensor, heads: int) -> Tensor:
         """Rows from interleaved rotary order (pairs side by side) to Hugging Face's (halves apart)."""
         if w.shape[0] % (2 * heads):
@@ -204,6 +229,15 @@ def _dtype_name(tensors: Any) -> str:
         sizes[tensor.type] += prod(tensor.shape)
     most = sizes.most_common(1)[0][0] if sizes else "bf16"
     return str(_PLAIN.get(most, torch.bfloat16)).removeprefix("torch.")
+
+
+def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """First and last-but-one of each run of consecutive numbers."""
+    start = 0
+    for i in range(1, len(numbers) + 1):
+        if i == len(numbers) or numbers[i] != numbers[i - 1] + 1:
+            yield numbers[start], numbers[i - 1] + 1
+            start = i
 
 
 def _quantized(file: GgufFile) -> list[GgufTensor]:

@@ -12,6 +12,7 @@ import mmap
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import FileIO
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -106,10 +107,19 @@ class GgufFile:
             raise
 
     def raw(self, tensor: GgufTensor, start: int = 0, length: int | None = None) -> bytearray:
-        """Bytes of a tensor (or `length` of them from `start`), copied."""
-        begin = tensor.start + start
-        end = tensor.start + tensor.nbytes if length is None else begin + length
-        return bytearray(self._map[begin:end])
+        """Bytes of a tensor (or `length` of them from `start`).
+
+        Read, not copied out of the map: pages of a map that were touched count as memory of the process.
+        """
+        data = bytearray(tensor.nbytes if length is None else length)
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(tensor.start + start)
+                if len(data) != _fill(file, memoryview(data)):
+                    raise OSError("the file ended early")
+        except OSError as error:
+            raise CheckpointError(f"cannot read tensor {tensor.name!r}: {error}", where=str(self.path)) from error
+        return data
 
     def data_bytes(self) -> int:
         """Bytes between the first tensor and the end of the file, less the padding that the alignment explains.
@@ -176,6 +186,14 @@ class GgufFile:
             placed[t.name] = GgufTensor(t.name, t.shape, t.type_id, base + t.start, t.nbytes)
         _refuse_overlap(list(placed.values()), cursor)
         return placed
+
+
+def _fill(file: FileIO, into: memoryview) -> int:
+    """Read until it is full or the file ends (one call of the system reads 2 GiB at most); bytes read."""
+    done = 0
+    while done < len(into) and (count := file.readinto(into[done:])):
+        done += count
+    return done
 
 
 def _open_map(path: Path) -> mmap.mmap:
