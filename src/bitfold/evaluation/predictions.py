@@ -30,7 +30,7 @@ OCTAVE = 2.77  # nats after which the step doubles
 VERSION = 2  # of the file
 _BELOW = 65535
 _HEAD = struct.Struct("<II")  # rows, compressed bytes
-_TOGETHER = 32  # rows compressed by one thread: a few megabytes
+TOGETHER = 32  # rows compressed by one thread, and compared at once: a few megabytes
 _EXPECTED = 1.3  # bytes an entry, for the question whether the disk has room
 
 
@@ -53,10 +53,13 @@ def pack_rows(logits: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_rows(codes: torch.Tensor) -> torch.Tensor:
-    """float32 log-probabilities of codes; -inf for what was too unlikely to store."""
-    logits = codes.float().mul_(-STEP)
-    if int(codes.max()) == _BELOW:  # rare: most logits span less than 40 nats, and the comparison costs a pass
-        logits.masked_fill_(codes == _BELOW, -torch.inf)
+    """float32 log-probabilities of codes (whole numbers of any dtype); -inf for what was too unlikely to store."""
+    steps = codes.float()
+    # Rare: most logits span less than 40 nats, and the comparison costs a pass.
+    below = steps == _BELOW if float(steps.max()) == _BELOW else None
+    logits = steps * -STEP
+    if below is not None:
+        logits.masked_fill_(below, -torch.inf)
     return torch.log_softmax(logits, -1)
 
 
@@ -70,7 +73,9 @@ def _compress(logits: torch.Tensor) -> bytes:
 
 def _decompress(data: bytes, rows: int, vocabulary: int) -> torch.Tensor:
     planes = np.frombuffer(zlib.decompress(data, -15), dtype=np.uint8).reshape(2, rows, vocabulary)
-    return unpack_rows(torch.from_numpy(planes[0].astype(np.int32) | (planes[1].astype(np.int32) << 8)))
+    codes = planes[1].astype(np.uint16) << np.uint16(8)
+    codes |= planes[0]
+    return unpack_rows(torch.from_numpy(codes.astype(np.float32)))
 
 
 class DiskPredictions:
@@ -131,7 +136,7 @@ class Writer:
         if not self._checked:
             _require_space(self.path, int(_EXPECTED * self.total_rows * int(logits.shape[-1])))
             self._checked = True
-        for data in parallel_map(_compress, torch.split(logits, _TOGETHER)):
+        for data in parallel_map(_compress, torch.split(logits, TOGETHER)):
             self._file.write(data)
 
     def close(self, *, complete: bool) -> None:

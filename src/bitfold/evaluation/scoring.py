@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from bitfold import progress
+from bitfold import memory, progress
 from bitfold.errors import CheckpointError, ModelError, UsageError
-from bitfold.evaluation.predictions import VERSION, DiskPredictions, Predictions, Writer
+from bitfold.evaluation.predictions import TOGETHER, VERSION, DiskPredictions, Predictions, Writer
 from bitfold.evaluation.reading import Passages, Piece
 from bitfold.subjects import Subject
 
@@ -62,14 +62,15 @@ class Scores:
     seconds: float = 0.0
 
     def add(self, piece: Piece, reference: Predictions | None, name: str) -> None:
-        """Count the predictions of a piece."""
-        q = torch.log_softmax(piece.logits, -1)
-        self.nll -= q.gather(1, piece.targets[:, None]).double().sum().item()
-        self.done += len(q)
-        if not math.isfinite(self.nll):
-            raise ModelError(f"NaN or infinity in the predictions of window {piece.window + 1}", where=name)
-        if reference is not None:
-            self._compare(reference.take(len(q)), q, name)
+        """Count the predictions of a piece, a few rows at a time."""
+        for logits, targets in zip(*(t.split(TOGETHER) for t in (piece.logits, piece.targets)), strict=True):
+            q = torch.log_softmax(logits, -1)
+            self.nll -= _likelihood(q, targets)
+            self.done += len(q)
+            if not math.isfinite(self.nll):
+                raise ModelError(f"NaN or infinity in the predictions of window {piece.window + 1}", where=name)
+            if reference is not None:
+                self._compare(reference.take(len(q)), q, name)
 
     def _compare(self, p: torch.Tensor, q: torch.Tensor, name: str) -> None:
         self.kl.append(divergence(p, q, name))
@@ -83,6 +84,11 @@ class Scores:
     def divergences(self) -> Floats | None:
         """KL of every prediction; None without a reference."""
         return torch.cat(self.kl).numpy() if self.kl else None
+
+
+def _likelihood(log_probabilities: torch.Tensor, targets: torch.Tensor) -> float:
+    """Log-likelihood of the targets, nats, summed in float64."""
+    return log_probabilities.gather(1, targets[:, None]).double().sum().item()
 
 
 def divergence(p: torch.Tensor, q: torch.Tensor, name: str) -> torch.Tensor:
@@ -125,14 +131,18 @@ class Beside:
     def __init__(self, model: nn.Module, setting: Setting) -> None:
         self.nll = 0.0
         self._source: Iterator[Piece] = setting.passages.read(model, setting.batch)
+        self._logits, self._targets = torch.empty(0, 0), torch.empty(0, dtype=torch.int64)
 
     def take(self, rows: int) -> torch.Tensor:
         """See `Predictions`; the pieces of both models are the same."""
-        piece = next(self._source)
-        if len(piece.targets) != rows:  # pieces are cut by the size of the vocabulary
+        if not len(self._targets):
+            piece = next(self._source)
+            self._logits, self._targets = piece.logits, piece.targets
+        if len(self._targets) < rows:  # pieces are cut by the size of the vocabulary
             raise UsageError("the reference and the model have vocabularies of different sizes", where="reference")
-        p = torch.log_softmax(piece.logits, -1)
-        self.nll -= p.gather(1, piece.targets[:, None]).double().sum().item()
+        p = torch.log_softmax(self._logits[:rows], -1)
+        self.nll -= _likelihood(p, self._targets[:rows])
+        self._logits, self._targets = self._logits[rows:], self._targets[rows:]
         return p
 
 
@@ -161,7 +171,8 @@ def _write_predictions(reference: Subject, setting: Setting, path: Path) -> dict
     try:
         with progress.bar("reference", setting.passages.total) as bar:
             for piece in setting.passages.read(model, setting.batch):
-                nll -= torch.log_softmax(piece.logits, -1).gather(1, piece.targets[:, None]).double().sum().item()
+                for logits, targets in zip(*(t.split(TOGETHER) for t in (piece.logits, piece.targets)), strict=True):
+                    nll -= _likelihood(torch.log_softmax(logits, -1), targets)
                 writer.append(piece.logits)
                 vocabulary = int(piece.logits.shape[-1])
                 bar.advance(len(piece.targets))
@@ -170,4 +181,5 @@ def _write_predictions(reference: Subject, setting: Setting, path: Path) -> dict
         writer.close(complete=complete)
         del model
         gc.collect()
+        memory.trim()  # before the next model comes: freed pieces of logits would stay beside it
     return {"vocabulary": vocabulary, "nll": nll}
