@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 
 from bitfold.checkpoints import hub
-from bitfold.errors import CheckpointError, HubError, UsageError
+from bitfold.errors import BitfoldError, CheckpointError, HubError, UsageError
 from hub_repos import Clock, model, names, shard, sharded
 from hub_server import Fault, HubServer
 
@@ -250,6 +250,23 @@ def test_token_that_expires_on_the_way(server: HubServer) -> None:
 def test_private_or_missing(server: HubServer, token: str | None, message: str) -> None:
     with pytest.raises(HubError, match=f"no such repository.*{message}.*no file or folder has this name"):
         hub.resolve("org/absent", token=token)
+
+
+def test_a_folder_misspelt(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was meant is a folder, so the error begins with folders, whatever the Hub says or does not say."""
+    (tmp_path / "my-model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("my-modle", "./my-modle", str(tmp_path / "my-modle")):
+        with pytest.raises(BitfoldError, match=r"no file or folder|no such file or folder") as caught:
+            hub.resolve(name)
+        assert f"did you mean {Path(name).parent / 'my-model'}?" in (caught.value.hint or "")
+    with pytest.raises(UsageError, match="no model is named"):
+        hub.resolve("")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(HubError, match=r"no such folder here, and the Hub cannot be reached.*did you mean my-model"):
+        hub.resolve("my-modle")
+    with pytest.raises(HubError, match=r"no such folder here.*\(check the connection"):
+        hub.resolve("another")
 
 
 def test_gated(server: HubServer) -> None:

@@ -31,6 +31,10 @@ class Unreachable(HubError):
     """No connection to the Hub at all; an earlier download may serve instead."""
 
 
+class NotFound(HubError):
+    """No such repository, as far as this token may see."""
+
+
 @dataclass(frozen=True)
 class Patience:
     """For whom and for what the Hub is asked, to word an error with."""
@@ -158,12 +162,12 @@ def _explain_status(status: int, names: set[str], error: BaseException, patience
     return HubError(f"the Hub answered with status {status}: {_line(error)}", where=where)
 
 
-def _not_found(patience: Patience) -> HubError:
+def _not_found(patience: Patience) -> NotFound:
     if patience.has_token:
         what, hint = "no such repository on the Hub, or this token may not see it", "check the name"
     else:
         what, hint = "no such repository on the Hub, or it is private", f"check the name; if it is private, {_LOGIN}"
-    return HubError(what, where=patience.where, hint=f"{hint}; no file or folder has this name either")
+    return NotFound(what, where=patience.where, hint=f"{hint}; no file or folder has this name either")
 
 
 def _line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ checkpoint as gladly as a whole one.
 
 from __future__ import annotations
 
+import difflib
 import glob
 import json
 import os
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitfold.checkpoints._hub_errors import Patience, Unreachable, patiently
+from bitfold.checkpoints._hub_errors import NotFound, Patience, Unreachable, patiently
 from bitfold.errors import CheckpointError, HubError, UsageError
 
 if TYPE_CHECKING:
@@ -65,13 +66,33 @@ def resolve(
         UsageError: a revision was given with a local path.
     """
     path = Path(model).expanduser()
-    if path.exists():
+    if str(model) and path.exists():
         if revision is not None:
             raise UsageError("a revision makes sense only for a repository on the Hub", where=str(model))
         return path
     if isinstance(model, Path):
         raise CheckpointError("no such file or folder", where=str(model), hint="pass a str to name a Hub repository")
-    return _Fetch(parse_repo(model), revision, token, None if cache_dir is None else str(cache_dir)).run()
+    if not model.strip():
+        raise UsageError("no model is named", hint="a folder, or a repository of the Hub: org/name")
+    try:
+        return _Fetch(parse_repo(model), revision, token, None if cache_dir is None else str(cache_dir)).run()
+    except (NotFound, Unreachable) as error:
+        raise _nowhere(path, error) from error
+
+
+def _nowhere(path: Path, error: NotFound | Unreachable) -> HubError:
+    """The same error for somebody who may have meant a folder."""
+    what = error.what if isinstance(error, NotFound) else f"no such folder here, and {error.what}"
+    return type(error)(what, where=error.where, hint=f"{_meant(path)}{error.hint}")
+
+
+def _meant(path: Path) -> str:
+    """The beginning of a hint: what is there under a name much like this one; empty if nothing is."""
+    try:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1, cutoff=0.75)
+    except OSError:  # there is no such folder to look into
+        return ""
+    return f"did you mean {path.parent / near[0]}? else " if near else ""
 
 
 def parse_repo(model: str) -> RepoName:
@@ -84,10 +105,11 @@ def parse_repo(model: str) -> RepoName:
         return RepoName(match["repo"], match["file"])
     if _REPO_ID.fullmatch(model) and not model.endswith(_FILE_SUFFIXES) and ".." not in model:
         return RepoName(model)
+    meant = _meant(Path(model).expanduser()) or "check the path; "
     raise CheckpointError(
         "no such file or folder, and not the name of a Hub repository either",
         where=model,
-        hint="check the path; repositories are written org/name, a GGUF file in one org/name:file.gguf",
+        hint=f"{meant}repositories are written org/name, a GGUF file in one org/name:file.gguf",
     )
 
 
