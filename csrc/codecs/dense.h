@@ -10,21 +10,6 @@
 namespace bitfold {
 namespace BITFOLD_NS {
 
-template <int V>
-struct Constant {
-  static constexpr size_t value = V;
-};
-
-// f(Constant<0>()) ... f(Constant<N - 1>()): an unrolled loop whose index is a constant from the start. Compilers that
-// unroll late keep arrays of vectors on the stack, and accumulators must live in registers.
-template <int N, class F>
-BITFOLD_INLINE inline void repeat(const F& f) {
-  if constexpr (N > 0) {
-    repeat<N - 1>(f);
-    f(Constant<N - 1>());
-  }
-}
-
 // B-bit codes, least significant bits first.
 template <class S, int B>
 struct Dense {

@@ -4,6 +4,7 @@
 #include "viterbi/tile_avx2.h"
 
 #include "loops/dequant.h"
+#include "loops/few.h"
 #include "loops/gemm.h"
 #include "loops/gemv.h"
 #include "loops/hadamard.h"

@@ -42,36 +42,45 @@ struct Fetch {
 };
 
 // Rows are copied before parts of cache lines are read: where rows are a power of two apart, the same columns of many
-// rows compete for a few lines of the first-level cache.
-template <class S, class C>
+// rows compete for a few lines of the first-level cache. Rows behind the last repeat it.
+template <class S, class C, int V>
 struct Stage {
   static constexpr size_t kRow = kPanelDepth * C::kBytes / S::W + 2 * 4 * S::L;  // a row, and slack
-  alignas(64) uint8_t bytes[S::L * kRow];
+  alignas(64) uint8_t bytes[V * S::L * kRow];
 
-  const uint8_t* copy(size_t i, const uint8_t* from, size_t count) {
-    uint8_t* to = bytes + i * kRow;
-    for (size_t c = 0; c < count; c += 4 * S::L) S::store(to + c, S::load(from + c));
-    return to;
+  // `depth` columns, from `column` on, of V * S::L rows.
+  void copy(const Weight& w, size_t row, size_t column, size_t depth) {
+    const size_t at = column / S::W * C::kBytes, count = depth / S::W * C::kBytes;
+    for (size_t i = 0; i < V * S::L; ++i) {
+      const uint8_t* from = w.row(smaller(row + i, w.n - 1)) + at;
+      uint8_t* to = bytes + i * kRow;
+      for (size_t c = 0; c < count; c += 4 * S::L) S::store(to + c, S::load(from + c));
+    }
+  }
+
+  // f(i, vectors) for the i-th 4 columns from `column` of what was copied, `depth` of them.
+  template <class F>
+  BITFOLD_INLINE void each_quad(const C& codec, size_t column, size_t depth, const F& f) const {
+    using Quads = typename S::template Quads<C::kBits>;
+    const uint8_t* at = bytes + column / 8 * C::kBits;
+    for (size_t c = 0; c < depth; c += Quads::kColumns, at += Quads::kBytes)
+      Quads::template run<V>(at, kRow, [&](size_t i, typename S::I(&v)[V]) BITFOLD_INLINE {
+        repeat<V>([&](auto j) BITFOLD_INLINE { v[j.value] = codec.map(v[j.value]); });
+        f(c / 4 + i, v);
+      });
   }
 };
 
-// L rows of the weight and `depth` columns into every second vector of a tile.
+// S::L rows of the weight, unpacked and then transposed: into every second vector of a tile.
 template <class S, class C>
-void decode_rows(const C& codec, const uint8_t* const* rows, size_t depth, uint8_t* out) {
-  using Quads = typename S::template Quads<C::kBits>;
-  constexpr size_t kVector = 4 * S::L;
-  if constexpr (Quads::kBetter) {
-    for (size_t c = 0, at = 0; c < depth; c += Quads::kColumns, at += Quads::kBytes)
-      Quads::run(rows, at, [&](size_t i, typename S::I v) BITFOLD_INLINE {
-        S::store(out + (c / 4 + i) * 2 * kVector, codec.map(v));
-      });
-  } else {
-    for (size_t c = 0, at = 0; c < depth; c += S::W, at += C::kBytes) {
-      typename S::I r[S::L];
-      for (size_t i = 0; i < S::L; ++i) r[i] = codec.load(rows[i] + at);
-      S::transpose(r);
-      for (size_t i = 0; i < S::L; ++i) S::store(out + (c / 4 + i) * 2 * kVector, r[i]);
-    }
+void decode_rows(const Weight& w, const C& codec, size_t row, size_t column, size_t depth, uint8_t* out) {
+  const uint8_t* rows[S::L];
+  for (size_t i = 0; i < S::L; ++i) rows[i] = w.row(smaller(row + i, w.n - 1)) + column / S::W * C::kBytes;
+  for (size_t c = 0, at = 0; c < depth; c += S::W, at += C::kBytes) {
+    typename S::I r[S::L];
+    for (size_t i = 0; i < S::L; ++i) r[i] = codec.load(rows[i] + at);
+    S::transpose(r);
+    for (size_t i = 0; i < S::L; ++i) S::store(out + (c / 4 + i) * 8 * S::L, r[i]);
   }
 }
 
@@ -83,20 +92,20 @@ struct Decoder {
   TileCode code;  // of a trellis
 };
 
-// Rows behind the last repeat it.
 template <class S, class C>
 void decode_panel(const Decoder&, const Weight& w, size_t row, size_t tiles, size_t column, size_t depth, size_t stride,
                   uint8_t* out) {
   const C codec(w);
-  const size_t at = column / S::W * C::kBytes, count = depth / S::W * C::kBytes;
-  Stage<S, C> stage;
   for (size_t h = 0; h < 2 * tiles; ++h) {
-    const uint8_t* rows[S::L];
-    for (size_t i = 0; i < S::L; ++i) {
-      rows[i] = w.row(smaller(row + h * S::L + i, w.n - 1)) + at;
-      if constexpr (S::template Quads<C::kBits>::kBetter) rows[i] = stage.copy(i, rows[i], count);
+    uint8_t* to = out + h / 2 * stride + h % 2 * 4 * S::L;
+    if constexpr (S::template Quads<C::kBits>::kBetter) {
+      Stage<S, C, 1> stage;
+      stage.copy(w, row + h * S::L, column, depth);
+      stage.each_quad(codec, 0, depth,
+                      [&](size_t i, typename S::I(&v)[1]) BITFOLD_INLINE { S::store(to + i * 8 * S::L, v[0]); });
+    } else {
+      decode_rows<S>(w, codec, row + h * S::L, column, depth, to);
     }
-    decode_rows<S>(codec, rows, depth, out + h / 2 * stride + h % 2 * 4 * S::L);
   }
 }
 

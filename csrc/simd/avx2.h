@@ -65,6 +65,7 @@ struct Simd {
   static constexpr bool kFastTable = false;
   static constexpr int kGemmRows = 4;
   static constexpr int kRegisters = 16;
+  static constexpr bool kFew = false;  // few.h has the registers it needs
   using I = __m256i;
   using F = __m256;
 
@@ -111,6 +112,8 @@ struct Simd {
     }
     return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, x), _mm256_set1_epi16(1)));
   }
+
+  static I once(I x) { return x; }
 
   static F zerof() { return _mm256_setzero_ps(); }
   static F set(float x) { return _mm256_set1_ps(x); }

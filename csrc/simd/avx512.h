@@ -36,6 +36,7 @@ struct Simd {
   static constexpr bool kFastTable = true;  // 16-entry float tables are as fast as integer conversion
   static constexpr int kGemmRows = 12;      // rows of activations held in registers by gemm
   static constexpr int kRegisters = 32;
+  static constexpr bool kFew = true;  // few.h has the registers it needs
   using I = __m512i;
   using F = __m512;
 
@@ -75,6 +76,14 @@ struct Simd {
 #else
     return _mm512_dpbusd_epi32(acc, u, x);
 #endif
+  }
+
+  // For a vector that is used often: gcc would make it an operand in memory of every use.
+  static I once(I x) {
+#if defined(__GNUC__) && !defined(__clang__)
+    __asm__("" : "+v"(x));
+#endif
+    return x;
   }
 
   static F zerof() { return _mm512_setzero_ps(); }
@@ -163,38 +172,56 @@ struct Simd {
     }
   }
 
-  // 16 rows of packed codes -> vectors of 4 columns of all of them: transposed while the codes are still packed, 16
-  // bytes of every row at a time.
+  // Rows of packed codes, 16 to a vector, -> vectors of 4 columns of all of them: transposed while the codes are still
+  // packed, 16 bytes of every row at a time.
   template <int B>
   struct Quads {
-    static constexpr bool kBetter = B == 2 || B == 3 || B == 4;  // than unpacking first
-    static constexpr int kPer = B == 3 ? 2 : 8 / B;              // vectors out of 4 bytes
+    static constexpr bool kBetter = B == 2 || B == 3 || B == 4 || B == 8;  // than unpacking first
+    static constexpr int kPer = B == 3 ? 2 : 8 / B;                        // vectors out of 4 bytes
     static constexpr int kColumns = 16 * kPer, kBytes = kColumns * B / 8;
 
-    // f(i, vector) for the i-th 4 columns of the kColumns that begin at the row pointers.
-    template <class F>
-    BITFOLD_INLINE static void run(const uint8_t* const* rows, size_t at, const F& f) {
-      I r[4];
-      for (int q = 0; q < 4; ++q) {
-        const auto part = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[q + i] + at)); };
-        r[q] = _mm512_inserti32x4(_mm512_castsi128_si512(part(0)), part(4), 1);
-        r[q] = _mm512_inserti32x4(_mm512_inserti32x4(r[q], part(8), 2), part(12), 3);
-        if constexpr (B == 3)
-          r[q] = _mm512_shuffle_epi8(
-              r[q], _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1)));
-      }
-      const I a = _mm512_unpacklo_epi32(r[0], r[1]), b = _mm512_unpacklo_epi32(r[2], r[3]);
-      const I c = _mm512_unpackhi_epi32(r[0], r[1]), d = _mm512_unpackhi_epi32(r[2], r[3]);
-      const I t[4] = {_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b), _mm512_unpacklo_epi64(c, d),
-                      _mm512_unpackhi_epi64(c, d)};
-      for (int j = 0; j < 4; ++j)
-        for (int i = 0; i < kPer; ++i) f(j * kPer + i, codes_of(t[j], i));
+    // f(i, vectors) for the i-th 4 columns of the kColumns at `rows`, which are `stride` bytes apart.
+    template <int V, class F>
+    BITFOLD_INLINE static void run(const uint8_t* rows, size_t stride, const F& f) {
+      I t[V][4];
+      repeat<V>([&](auto v) BITFOLD_INLINE { words(rows + v.value * 16 * stride, stride, t[v.value]); });
+      repeat<4>([&](auto j) BITFOLD_INLINE {
+        repeat<kPer>([&](auto i) BITFOLD_INLINE {
+          I values[V];
+          repeat<V>([&](auto v) BITFOLD_INLINE { values[v.value] = codes_of<int{i.value}>(t[v.value][j.value]); });
+          f(j.value * kPer + i.value, values);
+        });
+      });
     }
 
    private:
-    static I codes_of(I words, int quad) {
-      const int64_t first = quad * 4 * B;
-      const int64_t half = first | (first + B) << 8 | (first + 2 * B) << 16 | (first + 3 * B) << 24;
+    // t[j]: the j-th 4 bytes (3 for B = 3) of 16 rows.
+    BITFOLD_INLINE static void words(const uint8_t* rows, size_t stride, I (&t)[4]) {
+      I r[4];
+      repeat<4>([&](auto q) BITFOLD_INLINE {
+        const auto part = [&](size_t i) BITFOLD_INLINE {
+          return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + (q.value + i) * stride));
+        };
+        I x = _mm512_inserti32x4(_mm512_castsi128_si512(part(0)), part(4), 1);
+        x = _mm512_inserti32x4(_mm512_inserti32x4(x, part(8), 2), part(12), 3);
+        if constexpr (B == 3)
+          x = _mm512_shuffle_epi8(
+              x, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1)));
+        r[q.value] = x;
+      });
+      const I a = _mm512_unpacklo_epi32(r[0], r[1]), b = _mm512_unpacklo_epi32(r[2], r[3]);
+      const I c = _mm512_unpackhi_epi32(r[0], r[1]), d = _mm512_unpackhi_epi32(r[2], r[3]);
+      t[0] = _mm512_unpacklo_epi64(a, b);
+      t[1] = _mm512_unpackhi_epi64(a, b);
+      t[2] = _mm512_unpacklo_epi64(c, d);
+      t[3] = _mm512_unpackhi_epi64(c, d);
+    }
+
+    template <int Quad>
+    BITFOLD_INLINE static I codes_of(I words) {
+      if constexpr (B == 8) return words;
+      constexpr int64_t first = Quad * 4 * B;
+      constexpr int64_t half = first | (first + B) << 8 | (first + 2 * B) << 16 | (first + 3 * B) << 24;
       const I offsets = _mm512_set1_epi64(half | (half + 0x20202020) << 32);
       return _mm512_and_si512(_mm512_multishift_epi64_epi8(offsets, words), _mm512_set1_epi8((1 << B) - 1));
     }

@@ -37,6 +37,7 @@ struct Simd {
   static constexpr bool kFastTable = false;
   static constexpr int kGemmRows = 8;
   static constexpr int kRegisters = 32;
+  static constexpr bool kFew = false;  // few.h has the registers it needs
   using I = uint8x16_t;
   using F = float32x4_t;
 
@@ -85,6 +86,8 @@ struct Simd {
     if constexpr (B == 8) u = veorq_u8(u, vdupq_n_u8(128));
     return bytes(vdotq_s32(words(acc), vreinterpretq_s8_u8(u), vreinterpretq_s8_u8(x)));
   }
+
+  static I once(I x) { return x; }
 
   static F zerof() { return vdupq_n_f32(0); }
   static F set(float x) { return vdupq_n_f32(x); }

@@ -10,6 +10,7 @@ struct Simd {
   static constexpr bool kFastTable = true;
   static constexpr int kGemmRows = 4;
   static constexpr int kRegisters = 16;
+  static constexpr bool kFew = false;  // few.h has the registers it needs
   union I {
     uint8_t b[16];
     int32_t w[4];
@@ -58,6 +59,8 @@ struct Simd {
     for (int i = 0; i < 16; ++i) acc.w[i / 4] += u.b[i] * static_cast<int8_t>(x.b[i]);
     return acc;
   }
+
+  static I once(I x) { return x; }
 
   static F zerof() { return set(0); }
   static F set(float x) { return {{x, x, x, x}}; }
