@@ -486,9 +486,12 @@ def test_tasks_of_lm_eval(original: Path, tmp_path: Path) -> None:
     result = evaluate(original, None, tiny_lm.TEXT, tasks=[str(tmp_path / "task.yaml")], **options)
     assert result.tasks is not None
     assert result.tasks["tiny"]["acc"] in (0.0, 1.0)
+    assert result.tasks["tiny"]["documents"] == 3
+    _refused(UsageError, "no such task file", original, None, tiny_lm.TEXT, tasks=["none.yaml"], **options)
     _refused(UsageError, "no task nonsense", original, None, tiny_lm.TEXT, tasks=["nonsense"], **options)
 
 
 def test_tasks_without_lm_eval(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setattr("bitfold.evaluation.fidelity._run", None)  # it is found out before anything is run
     _refused(UsageError, "need lm-eval", original, None, tiny_lm.TEXT, tasks=["arc"], context=CONTEXT, max_tokens=128)

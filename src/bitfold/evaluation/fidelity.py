@@ -162,8 +162,8 @@ def evaluate(
     start = time.monotonic()
     if metric not in _AUTO:
         raise UsageError(f"unknown metric {metric!r}", hint=" or ".join(_AUTO))
-    if tasks and metric != CAUSAL:
-        raise UsageError("tasks of lm-eval are for causal language models", where="tasks")
+    if tasks:
+        _require_tasks(tasks, metric)
     judged, against = _subjects(model, revision, reference, metric)
     content = texts.read_text(text, enough=None if max_tokens is None else _CHARACTERS * max_tokens)
     passages = _passages(judged, against, content, tokenizer, _Sizes(metric, context, stride, max_tokens))
@@ -177,6 +177,15 @@ def evaluate(
         facts["tasks"] = run_tasks(loaded, tokenizer or judged.tokenizer(), tasks, limit=limit, batch=batch)
     facts["seconds"] = time.monotonic() - start
     return _summary(scores, reference_nll, passages, facts)
+
+
+def _require_tasks(tasks: Sequence[str], metric: str) -> None:
+    """UsageError, before anything is run, for tasks that cannot be."""
+    if metric != CAUSAL:
+        raise UsageError("tasks of lm-eval are for causal language models", where="tasks")
+    from bitfold.evaluation.tasks import check_tasks
+
+    check_tasks(tasks)
 
 
 def _subjects(
