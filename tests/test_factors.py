@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import bitfold
 import model_zoo
@@ -80,29 +80,79 @@ def test_the_search_never_loses_and_finds_what_matters() -> None:
     assert find_factors(Wish("awq"), [w], Statistics(known.hessian, known.cross, 400), format) is None
 
 
-FOLDABLE = {"llama": 4, "qwen2": 4, "gemma3": 4, "mixtral": 2, "gpt2": 0}
+# Norms, and pairs of linear layers: value and output projection where each head has its own values, up and down.
+FOLDABLE = {"llama": (4, 2), "llama-heads": (4, 4), "opt": (4, 4), "qwen2": (4, 2), "gemma3": (4, 2), "mixtral": (2, 0)}
+FOLDABLE |= {"gpt2": (0, 0)}
 
 
-@pytest.mark.parametrize(("family", "count"), FOLDABLE.items())
-def test_norms_that_feed_only_linear_layers_are_found(family: str, count: int) -> None:
-    """And scale the model's own function: with all of them folded, logits stay."""
-    model: Any = model_zoo.ZOO[family].build().float()
+def family_model(family: str) -> Any:
+    """The family's model of the zoo; a llama with as many heads of values as of queries, or an OPT, beside them."""
+    if family == "llama-heads":
+        return LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=4)).eval()
+    if family == "opt":
+        return OPTForCausalLM(OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32)).eval()
+    return model_zoo.ZOO[family].build()
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
+
+
+@pytest.mark.parametrize(("family", "counts"), FOLDABLE.items())
+def test_what_feeds_only_linear_layers_is_found(family: str, counts: tuple[int, int]) -> None:
+    """And scales the model's own function: with everything folded, logits stay."""
+    torch.manual_seed(0)
+    model = family_model(family).float()
     folds = find_folds(skeleton.build(type(model), model.config))
-    inside = {norm: layers for norm, layers in folds.items() if ".layers." in norm}
-    assert len(inside) == count
+    inside = {source: layers for source, layers in folds.items() if ".layers." in source}
+    linear = [source for source in inside if isinstance(model.get_submodule(source), nn.Linear)]
+    assert (len(inside) - len(linear), len(linear)) == counts
     ids = torch.arange(24)[None]
     with torch.no_grad():
         before = model(ids).logits
-        for norm, layers in inside.items():
-            module = model.get_submodule(norm)
-            scale = torch.rand(module.weight.shape) * 4 + 0.2
-            changed = folded_norm(module, scale)
-            assert changed is not None
-            for name, value in changed[0].items():
+        for source, layers in inside.items():
+            module = model.get_submodule(source)
+            scale = torch.rand(len(module.weight)) * 4 + 0.2
+            if source in linear:
+                changed = {name: p * scale.view(-1, *[1] * (p.dim() - 1)) for name, p in module.named_parameters()}
+            else:
+                found = folded_norm(module, scale)
+                assert found is not None
+                changed = found[0]
+            for name, value in changed.items():
                 module._parameters[name] = nn.Parameter(value)
             for layer in layers:
                 model.get_submodule(layer).weight.data /= scale
         assert torch.allclose(model(ids).logits, before, atol=1e-4 * float(before.abs().max()))
+
+
+def test_channels_are_followed_only_where_their_factors_pass() -> None:
+    """A function that bends, a sum, a square, a broadcast product and a reshape across channels see the factors."""
+
+    class Between(nn.Module):
+        def __init__(self, between: Any) -> None:
+            super().__init__()
+            self.first, self.second, self.between = nn.Linear(8, 8), nn.Linear(8, 8), between
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
+            x = self.between(self.first(input_ids[..., None].float().expand(1, 4, 8)))
+            return self.second(x)
+
+    def found(between: Any) -> bool:
+        return "first" in find_folds(Between(between).to("meta"))
+
+    pieces = torch.rand(1, 4, 8, device="meta")
+    passing = [lambda x: x * 2, lambda x: x * pieces, torch.relu, lambda x: x.view(1, 4, 2, 4).reshape(1, 4, 8)]
+    passing += [lambda x: x.view(1, 4, 2, 4).transpose(1, 2).contiguous().transpose(1, 2).reshape(1, 4, 8)]
+    seeing = [
+        torch.tanh,
+        lambda x: x + pieces,
+        lambda x: x * x,
+        lambda x: x * x[:, :1],
+        lambda x: x.mT.reshape(1, 4, 8),
+    ]
+    seeing += [lambda x: x.view(1, 4, 2, 4).transpose(2, 3).reshape(1, 4, 8), lambda x: x.flip(-1), lambda x: x.mT @ x]
+    assert all(found(between) for between in passing)
+    assert not any(found(between) for between in seeing)
 
 
 def test_norms_that_do_not_scale_with_their_weight_are_not_believed() -> None:
@@ -163,11 +213,12 @@ def test_smoothquant_repairs_what_an_outlier_breaks(outlier: Path, tmp_path: Pat
 
 
 def test_what_is_stored_and_how_it_loads(outlier: Path, tmp_path: Path) -> None:
-    """Norms take the factors of what they feed; the other layers store theirs. Both loaders and `convert` agree."""
+    """Norms and up projections take the factors of what they feed; output projections, whose heads share values, store
+    theirs. Both loaders and `convert` agree."""
     folder = quantized(outlier, tmp_path / "q", format="int8", transform="smooth:0.5", act="int8")
     names = set(bitfold.checkpoints.native.SafetensorsSource(folder).names())
     scaled = {name.split(".")[-2 - 1] for name in names if name.endswith("input_scale")}
-    assert scaled == {"o_proj", "down_proj"}
+    assert scaled == {"o_proj"}
     ours, plain = bitfold.load(folder), LlamaForCausalLM.from_pretrained(outlier)
     norm = "model.layers.0.input_layernorm"
     ratio = ours.get_submodule(norm).weight.detach() / plain.get_submodule(norm).weight.detach()

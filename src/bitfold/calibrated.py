@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -146,17 +146,22 @@ def solve_blocks(
 def _solve_block(
     walk: BlockWalk, index: int, wanted: dict[str, Decision], plan: Plan, calibration: Calibration, seed: int
 ) -> Iterator[Solved | Folded]:
-    """Group by group; what is tuned together comes last."""
+    """Group by group; a layer that may still take factors of a later one waits; what is tuned together comes last."""
     prefix, learned = f"{walk.path}.{index}.", list[Solved]()
+    takers, waiting = {f"{d.fold}.weight" for d in wanted.values()}, dict[str | None, Solved]()
     layers, stacks = _inside(prefix, wanted)
     tuned = {name: d for name, d in _tuned(prefix, wanted).items() if name in layers}
     tuner = partial(_learn, tuned, learned, seed) if tuned else None
     known = partial(_statistics_of, wanted, calibration, seed)
     for group, statistics in walk.block(index, [n for n in layers if n not in tuned], stacks, tuner, known):
         decisions = [wanted.get(f"{name}.weight") or wanted[name] for name in group]
-        together = Group(walk.model, decisions, statistics, _norm_before(decisions, plan))
-        yield from solve_group(together, drift=calibration.drift, seed=seed)
-    yield from learned
+        together = Group(walk.model, decisions, statistics, *_before(decisions, plan, waiting))
+        for one in solve_group(together, drift=calibration.drift, seed=seed):
+            if isinstance(one, Solved) and one.decision.tensor in takers:
+                waiting[one.decision.tensor] = one
+            else:
+                yield one
+    yield from (*waiting.values(), *learned)
 
 
 def _statistics_of(wanted: dict[str, Decision], calibration: Calibration, seed: int, layer: str) -> Wanted:
@@ -242,10 +247,13 @@ def _inside(prefix: str, wanted: dict[str, Decision]) -> tuple[list[str], list[s
     return [s.module for s in sites if s.kind != EXPERTS], [s.tensor for s in sites if s.kind == EXPERTS]
 
 
-def _norm_before(decisions: list[Decision], plan: Plan) -> dict[str, Decision]:
-    """What was decided about the parameters of the norm that takes these layers' factors, by parameter."""
-    norms = {d.fold for d in decisions if d.fold is not None}
-    return {d.tensor.rpartition(".")[2]: d for d in plan.decisions if d.tensor.rpartition(".")[0] in norms}
+def _before(
+    decisions: list[Decision], plan: Plan, waiting: Mapping[str | None, Solved]
+) -> tuple[dict[str, Decision], Solved | None]:
+    """What was decided about the norm or layer that takes these layers' factors, by parameter; the layer as solved."""
+    paths = {d.fold for d in decisions if d.fold is not None}
+    before = {d.tensor.rpartition(".")[2]: d for d in plan.decisions if d.tensor.rpartition(".")[0] in paths}
+    return before, next((waiting[f"{path}.weight"] for path in paths if f"{path}.weight" in waiting), None)
 
 
 def _fitting(calibration: Calibration, model: Any) -> Calibration:

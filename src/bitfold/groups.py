@@ -7,7 +7,7 @@ rows to fill its vectors, and the feedback runs once instead of once for each la
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from bitfold.solving import solve
 from bitfold.transforms import Diagonal, Transform, read_wish
 
 _RIDGE = 0.02  # of the mean diagonal, in the drift correction
+_WIDEST = 256.0  # factor of a row before whose scales are stored in 16 bits
 _FEW = 4  # fewer tokens than a layer's inputs divided by this say too little about them
 
 
@@ -55,7 +56,7 @@ class Solved:
 
 @dataclass(frozen=True)
 class Folded:
-    """A parameter of a norm that took over factors of the layers behind it, as it is to be stored."""
+    """A parameter of a norm, or a bias, that took over factors of the layers behind it, as it is to be stored."""
 
     decision: Decision
     value: torch.Tensor
@@ -69,20 +70,22 @@ class Group:
         model: with the weights of these layers in memory, float32; it gets the quantized ones.
         decisions: one for each layer, each with a rule; or a single one, for a stack of experts.
         statistics: of their input; one for each expert of a stack, which may be measured only when it is asked for.
-        norm: decisions about the parameters of the norm that takes their factors, by name of the parameter.
+        before: decisions about the parameters of the norm or layer that takes their factors, by name of the parameter.
+        feeding: that layer as it was solved, if it is one.
     """
 
     model: nn.Module
     decisions: Sequence[Decision]
     statistics: Iterable[Statistics]
-    norm: Mapping[str, Decision] = field(default_factory=dict)
+    before: Mapping[str, Decision] = field(default_factory=dict)
+    feeding: Solved | None = None
 
 
 def solve_group(group: Group, *, drift: float, seed: int) -> Iterator[Solved | Folded]:
     """Quantize the layers of one input.
 
     Args:
-        group: the layers.
+        group: the layers. The layer before them that took their factors, if one did, is yielded again as it is then.
         drift: strength of the drift correction, 0 to 1.
         seed: of rotations and solvers.
 
@@ -169,8 +172,8 @@ def _too_few(statistics: Statistics) -> tuple[str, ...]:
 
 def _basis(
     group: Group, statistics: Statistics, decisions: list[Decision], weights: list[torch.Tensor], seed: int
-) -> tuple[Transform | None, list[Folded]]:
-    """The transform, and the parameters of the norm that take it over."""
+) -> tuple[Transform | None, list[Solved | Folded]]:
+    """The transform, and what took it over: the parameters of the norm before, or the layer before."""
     rule = _rule(decisions[0])
     wish = read_wish(rule.transform)
     assert decisions[0].site is not None
@@ -180,19 +183,37 @@ def _basis(
     scale = torch.ones(weights[0].shape[1]) if scale is None else scale
     if decisions[0].fold is None:
         return Diagonal.stored(scale), []
-    return _fold(group, decisions[0].fold, scale)
+    return _fold_norm(group, decisions[0].fold, scale) if group.feeding is None else _fold_rows(group, scale)
 
 
-def _fold(group: Group, path: str, scale: torch.Tensor) -> tuple[Diagonal, list[Folded]]:
+def _fold_rows(group: Group, scale: torch.Tensor) -> tuple[Diagonal, list[Solved | Folded]]:
+    """Factors in the rows of the layer before, as far as its scales can store them."""
+    assert group.feeding is not None
+    q, wished = group.feeding.qtensor, scale.clamp(1 / _WIDEST, _WIDEST)[:, None]
+    format: Any = q.format  # the plan saw to it that it can
+    after = QTensor(q.format, q.shape, format.rescaled(q.fields, wished))
+    old, new = q.dequantize(), after.dequantize()
+    energy = old.square().sum(1)
+    effective = torch.where(energy > 0, (old * new).sum(1) / energy.clamp_min(1e-30), wished[:, 0])
+    done: list[Solved | Folded] = [
+        replace(group.feeding, qtensor=after, weight=group.feeding.weight * effective[:, None])
+    ]
+    if (bias := group.before.get("bias")) is not None:
+        value = group.model.get_parameter(bias.tensor).detach() * effective
+        done.append(Folded(bias, value.to(bias.info.dtype)))
+    return Diagonal(len(scale), effective), done
+
+
+def _fold_norm(group: Group, path: str, scale: torch.Tensor) -> tuple[Diagonal, list[Solved | Folded]]:
     """Factors as the norm can store them: what it will multiply by, over what it multiplied by."""
     norm: Any = group.model.get_submodule(path)
     found = folded_norm(norm, scale)
     assert found is not None, "the plan tried this norm on random parameters"
     changed, added = found
-    stored = {name: value.to(group.norm[name].info.dtype) for name, value in changed.items()}
+    stored = {name: value.to(group.before[name].info.dtype) for name, value in changed.items()}
     exact = (stored["weight"].float() + added) / (norm.weight.detach().float() + added)
     effective = torch.where(torch.isfinite(exact) & (exact > 0), exact, 1.0)
-    return Diagonal(len(scale), effective), [Folded(group.norm[name], value) for name, value in stored.items()]
+    return Diagonal(len(scale), effective), [Folded(group.before[name], value) for name, value in stored.items()]
 
 
 def _act_scale(rule: Rule, statistics: Statistics, transform: Transform | None) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from torch import nn
 from bitfold.acts import MEASURED
 from bitfold.checkpoints import Source
 from bitfold.errors import BitfoldError, FormatError, ModelError
-from bitfold.formats import get_format
+from bitfold.formats import get_format, rows_rescale
 from bitfold.methods import check_block
 from bitfold.models.folding import find_folds, scales_with_weight
 from bitfold.models.mapping import Target, map_names
@@ -38,7 +38,8 @@ class Decision:
         reason: in words.
         alias_of: the tensor it is tied to, which stands for both.
         used: False when the model class has no place for it.
-        fold: path of the norm whose weight takes the factors of its input channels, where the rule wants factors.
+        fold: path of the norm or linear layer whose weight takes the factors of its input channels, where the rule
+            wants factors.
     """
 
     tensor: str
@@ -246,25 +247,40 @@ def _check(decision: Decision) -> None:
 
 
 def place_factors(plan: Plan, model: nn.Module | None) -> Plan:
-    """Say which norms take the factors of the layers behind them; stacks of experts go without factors."""
+    """Say which norms and layers take the factors of the layers behind them; stacks of experts go without factors."""
     decisions = {d.tensor: d for d in plan.decisions}
     wanting = {name: d for name, d in decisions.items() if _wants_factors(d)}
     if not wanting:
         return plan
     changed = {name: _without_factors(d) for name, d in wanting.items() if d.site is None or d.site.kind != LINEAR}
-    for norm, layers in ({} if model is None else find_folds(model)).items():
+    for source, layers in ({} if model is None else find_folds(model)).items():
         behind = [wanting.get(f"{layer}.weight") for layer in layers]
         rules = {d.rule for d in behind if d is not None}
-        own = [d for name, d in decisions.items() if name.rpartition(".")[0] == norm]
-        kept = all(d.rule is None and d.used and d.alias_of is None for d in own)
-        if None in behind or len(rules) != 1 or not kept or model is None or not _same_block(norm, layers):
+        own = {name.rpartition(".")[2]: d for name, d in decisions.items() if name.rpartition(".")[0] == source}
+        if None in behind or len(rules) != 1 or model is None or not _same_block(source, layers):
             continue
-        if scales_with_weight(model.get_submodule(norm)):
-            changed |= {d.tensor: replace(d, fold=norm) for d in behind if d is not None}
+        if _takes_rows(own) or (_kept(own) and scales_with_weight(model.get_submodule(source))):
+            changed |= {d.tensor: replace(d, fold=source) for d in behind if d is not None}
     items = [
         Item(item.target, {name: changed.get(name, d) for name, d in item.decisions.items()}) for item in plan.items
     ]
     return Plan(tuple(items))
+
+
+def _kept(own: Mapping[str, Decision]) -> bool:
+    """Whether a norm goes into the output with nothing but its factors changed."""
+    vector = all(len(d.info.shape) == 1 for d in own.values())
+    return bool(own) and vector and all(d.rule is None and d.used and d.alias_of is None for d in own.values())
+
+
+def _takes_rows(own: Mapping[str, Decision]) -> bool:
+    """Whether a linear layer is solved before the layer behind it, and keeps a scale for each row."""
+    weight, others = own.get("weight"), {name: d for name, d in own.items() if name != "weight"}
+    if weight is None or weight.rule is None or weight.site is None or not set(others) <= {"bias"}:
+        return False
+    solved = weight.rule.needs_text and not weight.rule.solver.startswith("signround") and weight.site.kind == LINEAR
+    plain = not weight.site.transposed and weight.alias_of is None and not weight.site.aliases
+    return solved and plain and rows_rescale(get_format(weight.rule.format)) and (not others or _kept(others))
 
 
 def _wants_factors(decision: Decision) -> bool:

@@ -156,6 +156,13 @@ def get_format(format: str | AnyFormat) -> AnyFormat:
     return found
 
 
+def rows_rescale(format: AnyFormat) -> bool:
+    """Whether each row of a weight can be multiplied by a factor through its scales alone, the codes as they are."""
+    scale = format.scale
+    whole = scale is not None and (scale.block[0] != 1 or isinstance(scale.store, Grid))
+    return hasattr(format, "rescaled") and not whole
+
+
 def read_description(name: str, description: Mapping[str, Any]) -> AnyFormat:
     """The format that a checkpoint describes; the description is the law, the name only a label.
 

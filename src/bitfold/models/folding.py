@@ -1,9 +1,10 @@
-"""Norms that can take over the factors of input channels of the layers behind them.
+"""Norms and linear layers that can take over the factors of input channels of the layers behind them.
 
 A norm ends in a product with its weight, channel by channel, so factors can move into that weight and cost nothing at
-run time; but only if nothing but those layers sees its output. Both are found out, not looked up by model family: the
-model is run on the meta device, where nothing is computed, and every use of a norm's output is noted; and a norm is
-believed to scale with its weight when a copy of it with random weights does.
+run time; so they can into the rows of a linear layer whose outputs reach the next one merely multiplied, reshaped or
+mixed over tokens (see channels.py). But only if nothing but those layers sees the output. Both are found out, not
+looked up by model family: the model is run on the meta device, where nothing is computed, and every use of an output
+is noted; and a norm is believed to scale with its weight when a copy of it with random weights does.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from bitfold.models.channels import Dims, carried
+
 _METADATA = {"__get__", "size", "dim", "ndimension", "numel", "is_contiguous"}
 _OTHER = ""  # a use that is no linear layer
 
 
 def find_folds(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Norms of a model by path, each with the paths of the linear layers that alone use its output.
+    """Norms and linear layers of a model by path, each with the paths of the linear layers that alone use its output.
 
     Args:
         model: a transformers model whose parameters are on the meta device.
@@ -36,8 +39,10 @@ def find_folds(model: nn.Module) -> dict[str, tuple[str, ...]]:
         if any(p is not None and p.dim() == 3 for p in module._parameters.values()):
             # A stack of experts sends tokens by numbers that are not there; its output looks like its input.
             module.__dict__["forward"] = lambda x, *_args, **_kwargs: torch.empty_like(x)
-    uses = _Uses({id(m.weight): path for path, m in model.named_modules() if isinstance(m, nn.Linear)})
+    linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+    uses = _Uses({id(m.weight): path for path, m in linears.items()})
     handles = [m.register_forward_hook(uses.note(path)) for path, m in model.named_modules() if _may_fold(m)]
+    handles += [m.register_forward_hook(uses.note(path)) for path, m in linears.items()]
     try:
         with torch.no_grad(), uses:
             any_model: Any = model
@@ -47,12 +52,12 @@ def find_folds(model: nn.Module) -> dict[str, tuple[str, ...]]:
     finally:
         for handle in handles:
             handle.remove()
-    # A layer that hears two norms (or one twice) cannot give its factors to one of them.
+    # A layer that hears two of them (or one twice) cannot give its factors to one.
     once = {layer for layer, count in _counted(uses.found.values()).items() if count == 1}
     return {
-        norm: tuple(layers)
-        for norm, layers in uses.found.items()
-        if layers and all(layer in once for layer in layers) and uses.calls[norm] == 1
+        source: tuple(layers)
+        for source, layers in uses.found.items()
+        if layers and all(layer in once for layer in layers) and uses.calls[source] == 1
     }
 
 
@@ -64,41 +69,54 @@ def _counted(groups: Any) -> dict[str, int]:
 
 
 class _Uses(TorchFunctionMode):
-    """Notes who uses the outputs of norms."""
+    """Notes who uses the outputs of norms and linear layers, and of what merely carries their channels on."""
 
     def __init__(self, layers: Mapping[int, str]) -> None:
         super().__init__()
         self._layers = layers
-        self._norms: dict[int, str] = {}
+        self._channels: dict[int, list[tuple[str, Dims]]] = {}  # by tensor: whose outputs it carries, and where
         self._alive: list[torch.Tensor] = []  # so that no two outputs get the same id
         self.found: dict[str, list[str]] = {}
         self.calls: dict[str, int] = {}
 
     def note(self, path: str) -> Any:
-        """A forward hook for the norm of that path."""
+        """A forward hook for the norm or layer of that path."""
 
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             self.calls[path] = self.calls.get(path, 0) + 1
             self.found.setdefault(path, [])
             if isinstance(output, torch.Tensor):
-                self._alive.append(output)
-                self._norms[id(output)] = path
+                self._carry(output, path, (output.dim() - 1,))
             else:
                 self.found[path].append(_OTHER)
 
         return hook
 
+    def _carry(self, tensor: torch.Tensor, path: str, dims: Dims) -> None:
+        self._alive.append(tensor)
+        carries = self._channels.setdefault(id(tensor), [])
+        if (path, dims) not in carries:  # an operation may return what it was given
+            carries.append((path, dims))
+
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if getattr(func, "__name__", "") not in _METADATA:
-            for tensor in _tensors((args, list(kwargs.values()))):
-                norm = self._norms.get(id(tensor))
-                if norm is not None:
-                    linear = func is F.linear and tensor is args[0] and len(args) > 1
-                    self.found[norm].append(self._layers.get(id(args[1]), _OTHER) if linear else _OTHER)
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name in _METADATA and not isinstance(out, torch.Tensor):  # x.shape, but not x.mT
+            return out
+        tensors = list(_tensors((args, list(kwargs.values()))))
+        for tensor in {id(t): t for t in tensors}.values():
+            alone = sum(t is tensor for t in tensors) == 1
+            for path, dims in list(self._channels.get(id(tensor), [])):
+                if func is F.linear and tensor is args[0] and len(args) > 1 and dims == (tensor.dim() - 1,):
+                    self.found[path].append(self._layers.get(id(args[1]), _OTHER))
+                elif alone and (after := carried(name, args, kwargs, tensor, dims, out)) is not None:
+                    self._carry(out, path, after)
+                else:
+                    self.found[path].append(_OTHER)
+        return out
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:
