@@ -97,7 +97,7 @@ neon: ## the native tests on an emulated AArch64
 	cmake -S . -B build/neon -DBITFOLD_TESTS=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
 	  -DCMAKE_CXX_COMPILER=$(NEON_CXX) -DCMAKE_EXE_LINKER_FLAGS=-static > /dev/null
 	cmake --build build/neon --parallel 2
-	$(QEMU) -cpu max build/neon/bitfold_test scalar neon
+	$(QEMU) -cpu max build/neon/bitfold_test scalar neon neon_i8mm
 
 clean: ## remove what was built (not .venv)
 	rm -rf build dist site $(VENV)/.native.stamp

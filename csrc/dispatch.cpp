@@ -13,6 +13,9 @@
 #if defined(__linux__) && defined(__aarch64__)
 #include <sys/auxv.h>
 #endif
+#if defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 #if defined(__linux__) && defined(__x86_64__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -22,6 +25,7 @@ namespace bitfold {
 
 extern const Table table_scalar, table_avx2, table_avx512, table_neon;
 void use_amx(Table& t);
+void use_i8mm(Table& t);
 
 namespace {
 
@@ -83,6 +87,23 @@ struct Cpu {
 };
 #endif
 
+#if BITFOLD_WITH_NEON
+#if defined(__linux__)
+bool has_dotprod() { return getauxval(AT_HWCAP) >> 20 & 1; }                 // HWCAP_ASIMDDP
+[[maybe_unused]] bool has_i8mm() { return getauxval(AT_HWCAP2) >> 13 & 1; }  // HWCAP2_I8MM
+#elif defined(__APPLE__)
+bool has_dotprod() { return true; }
+[[maybe_unused]] bool has_i8mm() {
+  int yes = 0;
+  size_t size = sizeof(yes);
+  return sysctlbyname("hw.optional.arm.FEAT_I8MM", &yes, &size, nullptr, 0) == 0 && yes;
+}
+#else
+bool has_dotprod() { return true; }
+[[maybe_unused]] bool has_i8mm() { return false; }
+#endif
+#endif
+
 std::vector<const Table*> available() {
   std::vector<const Table*> all{&table_scalar};
 #if BITFOLD_X86
@@ -103,10 +124,14 @@ std::vector<const Table*> available() {
 #endif
 #endif
 #if BITFOLD_WITH_NEON
-#if defined(__linux__)
-  if (getauxval(AT_HWCAP) >> 20 & 1) all.push_back(&table_neon);  // HWCAP_ASIMDDP
-#else
-  all.push_back(&table_neon);
+  if (has_dotprod()) all.push_back(&table_neon);
+#if BITFOLD_WITH_NEON_I8MM
+  static const Table table_i8mm = [] {
+    Table t = table_neon;
+    use_i8mm(t);
+    return t;
+  }();
+  if (has_dotprod() && has_i8mm()) all.push_back(&table_i8mm);
 #endif
 #endif
   return all;

@@ -73,7 +73,7 @@ void gemv8(const Table& t, const Weight& w, const float* x, float* y, int thread
   parallel_for(w.n, kRowGrain, threads, [&](size_t begin, size_t end) { t.gemv8(w, a, begin, end, y); });
 }
 
-void gemvf(const Table& t, const Weight& w, const float* x, float* y, int threads) {
+void gemvf(const Table& t, const Weight& w, const float* x, const float* scale, float* y, int threads) {
   ActF a;
   a.m = 1;
   a.padded = round_up(w.k, kPad);
@@ -82,7 +82,10 @@ void gemvf(const Table& t, const Weight& w, const float* x, float* y, int thread
   t.arrange(w, x, a.padded, out, sums);
   a.x = out;
   a.sums = sums;
-  parallel_for(w.n, kRowGrain, threads, [&](size_t begin, size_t end) { t.gemvf(w, a, begin, end, y); });
+  parallel_for(w.n, kRowGrain, threads, [&](size_t begin, size_t end) {
+    t.gemvf(w, a, begin, end, y);
+    for (size_t n = begin; scale && n < end; ++n) y[n] *= *scale;
+  });
 }
 
 // Numbers kept for every row and chunk: chunks are at least as long as the shortest group.
@@ -133,7 +136,7 @@ void rounded(const Table& t, const Weight& w, const float* x, size_t m, float* y
   const int8_t* rows = quantize_rows(t, w, x, m, padded, scales);
   for (size_t i = 0; i < m; ++i)
     for (size_t c = 0; c < w.k; ++c) codes[i * w.k + c] = rows[i * padded + c];
-  gemmf(t, w, codes, m, scales, y, threads);
+  m > 1 ? gemmf(t, w, codes, m, scales, y, threads) : gemvf(t, w, codes, scales, y, threads);
 }
 
 }  // namespace
@@ -154,7 +157,7 @@ void matmul(const Weight& w, const float* x, size_t m, bool int8, float* y, int 
     } else if (rows > 1) {
       int8 ? gemm8(t, w, from, rows, to, threads) : gemmf(t, w, from, rows, nullptr, to, threads);
     } else {
-      int8 ? gemv8(t, w, from, to, threads) : gemvf(t, w, from, to, threads);
+      int8 ? gemv8(t, w, from, to, threads) : gemvf(t, w, from, nullptr, to, threads);
     }
   }
 }

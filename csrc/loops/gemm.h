@@ -1,6 +1,6 @@
 // Several rows of activations: a panel of the weight is decoded into the cache and used for all of them.
 //
-// Activations lie in blocks of R rows, one column (4 columns if they are bytes) of each row in turn. Products are
+// Activations lie in blocks of R rows, one column (S::kGemmColumns if they are bytes) of each row in turn. Products are
 // summed over a chunk of columns that share scales, then scaled into float accumulators that stay in the cache.
 #pragma once
 #include "loops/panel.h"
@@ -42,7 +42,7 @@ struct Plan {
   }
 };
 
-// x (m, padded) -> out: blocks x padded/4 x rows x 4 bytes; start, sums: blocks x chunks x rows.
+// x (m, padded) -> out: blocks x padded/kGemmColumns x rows x kGemmColumns bytes; start, sums: blocks x chunks x rows.
 template <class S>
 void arrange_bytes(const Weight& w, const int8_t* x, size_t m, size_t padded, int8_t* out, int32_t* start,
                    float* sums) {
@@ -51,12 +51,13 @@ void arrange_bytes(const Weight& w, const int8_t* x, size_t m, size_t padded, in
   const int offset = w.offset - S::centre(w.bits);
   for (size_t row = 0; row < g.blocks * R; ++row) {
     const int8_t* from = x + row * padded;
-    int8_t* to = out + row / R * padded * R + row % R * 4;
-    for (size_t c = 0; c < padded; c += 4) {
+    constexpr size_t kColumns = S::kGemmColumns;
+    int8_t* to = out + row / R * padded * R + row % R * kColumns;
+    for (size_t c = 0; c < padded; c += kColumns) {
       if (row < m) {
-        memcpy(to + c * R, from + c, 4);
+        memcpy(to + c * R, from + c, kColumns);
       } else {
-        memset(to + c * R, 0, 4);
+        memset(to + c * R, 0, kColumns);
       }
     }
     for (size_t i = 0; i < g.chunks; ++i) {
@@ -97,13 +98,19 @@ void tile_scales(const Weight& w, const Plan& g, size_t row, size_t chunk, float
   }
 }
 
-// The two ways to multiply 4 columns of a tile by R rows of activations.
-template <class S, bool Wide>
+// The ways to multiply some columns of a tile by R rows of activations.
+template <class S, bool Wide, size_t Columns = S::kGemmColumns>
 struct ByteProducts {
   using Acc = typename S::I;
   using X = int8_t;
+  static constexpr size_t kColumns = 4;
   explicit ByteProducts(const Weight&) {}
-  BITFOLD_INLINE static Acc start(const int32_t* at) { return S::broadcast4(at); }
+  template <int R>
+  BITFOLD_INLINE static void start(const int32_t* at, Acc (&acc)[R][2]) {
+    repeat<R>([&](auto r) BITFOLD_INLINE { acc[r.value][0] = acc[r.value][1] = S::broadcast4(at + r.value); });
+  }
+  template <int R>
+  BITFOLD_INLINE static void finish(Acc (&)[R][2]) {}
   BITFOLD_INLINE static typename S::F total(Acc acc) { return S::to_float(acc); }
   template <int R>
   BITFOLD_INLINE void step(const uint8_t* tile, const int8_t* x, Acc (&acc)[R][2]) const {
@@ -116,14 +123,64 @@ struct ByteProducts {
   }
 };
 
+// With products of 2 x 8 by 8 x 2 matrices: until `finish`, rows 2p and 2p + 1 of acc hold four of 2 x 2 numbers, for
+// two rows of activations and two rows of the tile each.
+template <class S, bool Wide>
+struct ByteProducts<S, Wide, 8> {
+  using Acc = typename S::I;
+  using X = int8_t;
+  static constexpr size_t kColumns = 8;
+  explicit ByteProducts(const Weight&) {}
+  template <int R>
+  BITFOLD_INLINE static void start(const int32_t* at, Acc (&acc)[R][2]) {
+    repeat<R / 2>([&](auto p) BITFOLD_INLINE {
+      const Acc both = S::broadcast8(at + 2 * p.value);
+      repeat<4>([&](auto i) BITFOLD_INLINE { acc[2 * p.value + i.value / 2][i.value % 2] = both; });
+    });
+  }
+  template <int R>
+  BITFOLD_INLINE void step(const uint8_t* tile, const int8_t* x, Acc (&acc)[R][2]) const {
+    Acc w[4];
+    repeat<2>([&](auto h) BITFOLD_INLINE {
+      S::template zip_rows<Wide>(S::load(tile + h.value * 4 * S::L), S::load(tile + (2 + h.value) * 4 * S::L),
+                                 w + 2 * h.value);
+    });
+    repeat<R / 2>([&](auto p) BITFOLD_INLINE {
+      const Acc xp = S::load(x + 16 * p.value);
+      repeat<4>([&](auto i) BITFOLD_INLINE {
+        Acc& to = acc[2 * p.value + i.value / 2][i.value % 2];
+        to = S::dot2x2(to, w[i.value], xp);
+      });
+    });
+  }
+  template <int R>
+  BITFOLD_INLINE static void finish(Acc (&acc)[R][2]) {
+    repeat<R / 2>([&](auto p) BITFOLD_INLINE {
+      Acc(&a)[2] = acc[2 * p.value], (&b)[2] = acc[2 * p.value + 1];
+      const Acc even0 = S::even(a[0], a[1]), even1 = S::even(b[0], b[1]);
+      b[1] = S::odd(b[0], b[1]);
+      b[0] = S::odd(a[0], a[1]);
+      a[0] = even0;
+      a[1] = even1;
+    });
+  }
+  BITFOLD_INLINE static typename S::F total(Acc acc) { return S::to_float(acc); }
+};
+
 template <class S, bool Table>
 struct FloatProducts {
   using Acc = typename S::F;
   using X = float;
+  static constexpr size_t kColumns = 4;
   using V = Values<S, Table ? 4 : 8, Table>;
   V values;
   explicit FloatProducts(const Weight& w) : values(w) {}
-  BITFOLD_INLINE static Acc start(const int32_t*) { return S::zerof(); }
+  template <int R>
+  BITFOLD_INLINE static void start(const int32_t*, Acc (&acc)[R][2]) {
+    repeat<R>([&](auto r) BITFOLD_INLINE { acc[r.value][0] = acc[r.value][1] = S::zerof(); });
+  }
+  template <int R>
+  BITFOLD_INLINE static void finish(Acc (&)[R][2]) {}
   BITFOLD_INLINE static Acc total(Acc acc) { return acc; }
   template <int R>
   BITFOLD_INLINE void step(const uint8_t* tile, const float* x, Acc (&acc)[R][2]) const {
@@ -151,11 +208,14 @@ struct RegisterBlock {
     using F = typename S::F;
     for (size_t done = 0; done < depth; done += g.chunk) {
       typename P::Acc acc[R][2];
-      repeat<R>([&](auto r) BITFOLD_INLINE { acc[r.value][0] = acc[r.value][1] = P::start(start + r.value); });
-      for (size_t i = smaller(g.chunk, depth - done) / 4; i > 0; --i, tile += 8 * S::L, x += 4 * R) {
+      P::template start<R>(start, acc);
+      constexpr size_t kColumns = P::kColumns;
+      for (size_t i = smaller(g.chunk, depth - done) / kColumns; i > 0; --i, tile += 2 * kColumns * S::L) {
         products.template step<R>(tile, x, acc);
-        fetch.some<S>();
+        x += kColumns * R;
+        for (size_t j = 0; j < kColumns; j += 4) fetch.some<S>();
       }
+      P::template finish<R>(acc);
       const F s0 = S::loadf(scales), s1 = S::loadf(scales + S::L);
       repeat<R>([&](auto r) BITFOLD_INLINE {
         float* to = c + r.value * 2 * S::L;

@@ -4,7 +4,7 @@
 // Values are bytes with 128 added, as dot() wants them. A tile of random bytes is a valid tile: whatever a damaged file
 // holds, the loops compute with it and read nothing else.
 #pragma once
-#include "loops/panel.h"
+#include "loops/gemm.h"
 
 namespace bitfold {
 namespace BITFOLD_NS {
@@ -160,6 +160,13 @@ Decoder decoder(const Weight& w) {
     with_bits<DenseDecoder<S>>(w.bits, w, &d);
   }
   return d;
+}
+
+// Several rows of activations, in bytes.
+template <class S>
+void gemm_bytes(const Weight& w, const Act8& a, size_t begin, size_t end, float* y, void* scratch) {
+  if (w.bits == 8) return gemm_with<S, ByteProducts<S, true>>(w, a, begin, end, y, scratch, decoder<S>(w));
+  gemm_with<S, ByteProducts<S, false>>(w, a, begin, end, y, scratch, decoder<S>(w));
 }
 
 }  // namespace BITFOLD_NS

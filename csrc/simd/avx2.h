@@ -64,6 +64,7 @@ struct Simd {
   static constexpr int L = 8, W = 32;
   static constexpr bool kFastTable = false;
   static constexpr int kGemmRows = 4;
+  static constexpr size_t kGemmColumns = 4;  // of a dot product
   static constexpr int kRegisters = 16;
   static constexpr bool kFew = false;  // few.h has the registers it needs
   using I = __m256i;

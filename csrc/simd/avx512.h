@@ -33,8 +33,9 @@ constexpr Bytes bit_offsets(int B) {
 
 struct Simd {
   static constexpr int L = 16, W = 64;
-  static constexpr bool kFastTable = true;  // 16-entry float tables are as fast as integer conversion
-  static constexpr int kGemmRows = 12;      // rows of activations held in registers by gemm
+  static constexpr bool kFastTable = true;   // 16-entry float tables are as fast as integer conversion
+  static constexpr int kGemmRows = 12;       // rows of activations held in registers by gemm
+  static constexpr size_t kGemmColumns = 4;  // of a dot product
   static constexpr int kRegisters = 32;
   static constexpr bool kFew = true;  // few.h has the registers it needs
   using I = __m512i;

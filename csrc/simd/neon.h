@@ -36,6 +36,11 @@ struct Simd {
   static constexpr int L = 4, W = 16;
   static constexpr bool kFastTable = false;
   static constexpr int kGemmRows = 8;
+#if defined(BITFOLD_I8MM)
+  static constexpr size_t kGemmColumns = 8;  // of a dot product
+#else
+  static constexpr size_t kGemmColumns = 4;
+#endif
   static constexpr int kRegisters = 32;
   static constexpr bool kFew = false;  // few.h has the registers it needs
   using I = uint8x16_t;
@@ -86,6 +91,30 @@ struct Simd {
     if constexpr (B == 8) u = veorq_u8(u, vdupq_n_u8(128));
     return bytes(vdotq_s32(words(acc), vreinterpretq_s8_u8(u), vreinterpretq_s8_u8(x)));
   }
+
+#if defined(BITFOLD_I8MM)
+  // Rows of 4 bytes of a and b side by side: 8 columns of rows 0 and 1, and of rows 2 and 3.
+  template <bool Wide>
+  BITFOLD_INLINE static void zip_rows(I a, I b, I* out) {
+    if constexpr (Wide) {
+      a = veorq_u8(a, vdupq_n_u8(128));
+      b = veorq_u8(b, vdupq_n_u8(128));
+    }
+    out[0] = bytes(vzip1q_s32(words(a), words(b)));
+    out[1] = bytes(vzip2q_s32(words(a), words(b)));
+  }
+  // acc[i][j] += row i of w times row j of x, 8 columns of each.
+  static I dot2x2(I acc, I w, I x) {
+    return bytes(vmmlaq_s32(words(acc), vreinterpretq_s8_u8(w), vreinterpretq_s8_u8(x)));
+  }
+  static I broadcast8(const void* p) {
+    int64_t x;
+    memcpy(&x, p, 8);
+    return vreinterpretq_u8_s64(vdupq_n_s64(x));
+  }
+  static I even(I a, I b) { return bytes(vuzp1q_s32(words(a), words(b))); }
+  static I odd(I a, I b) { return bytes(vuzp2q_s32(words(a), words(b))); }
+#endif
 
   static I once(I x) { return x; }
 

@@ -9,6 +9,7 @@ struct Simd {
   static constexpr int L = 4, W = 16;
   static constexpr bool kFastTable = true;
   static constexpr int kGemmRows = 4;
+  static constexpr size_t kGemmColumns = 4;  // of a dot product
   static constexpr int kRegisters = 16;
   static constexpr bool kFew = false;  // few.h has the registers it needs
   union I {

@@ -51,7 +51,7 @@ const ViterbiKernel& choose_kernel(size_t tiles, int threads) {
   if (!std::strcmp(isa, "avx2")) return viterbi_avx2_kernel;
 #endif
 #if BITFOLD_WITH_NEON
-  if (!std::strcmp(isa, "neon")) return viterbi_neon_kernel;
+  if (!std::strncmp(isa, "neon", 4)) return viterbi_neon_kernel;
 #endif
   return viterbi_scalar_kernel;
 }
