@@ -14,6 +14,9 @@ import torch
 from bitfold.errors import UsageError
 from bitfold.formats import Fit, Format, Params
 
+# Half-quadratic quantization: rounds, weight of the splitting and its growth, norm of the error.
+_ROUNDS, _BETA, _GROWTH, _NORM = 20, 10.0, 1.01, 0.7
+
 
 @dataclass
 class _View:
@@ -167,10 +170,12 @@ def hqq(w: torch.Tensor, format: Format, importance: torch.Tensor | None = None)
     """
     view = _view(w, format, importance)
     params = minmax(w, format)
-    beta, p = 10.0, 0.7
+    if format.scale is not None and isinstance(format.scale.offset, torch.dtype):
+        return Params(params.scale, _half_quadratic_zero(view, params))
+    beta, p = _BETA, _NORM
     best = torch.full_like(params.scale, torch.inf)
     kept = Params(params.scale, params.zero_point)
-    for _ in range(20):
+    for _ in range(_ROUNDS):
         points = view.points(params)
         error = view.w - points * params.scale[..., None]
         norm = view.mean(error.abs())
@@ -184,8 +189,40 @@ def hqq(w: torch.Tensor, format: Format, importance: torch.Tensor | None = None)
         # In units of the step, so that the result does not depend on the magnitude of the weights.
         step = params.scale.abs().clamp_min(1e-30)[..., None]
         _half_quadratic_step(view, params, points, _shrink_lp(error / step, beta, p) * step, norm <= best)
-        beta *= 1.01
+        beta *= _GROWTH
     return kept
+
+
+def _half_quadratic_zero(view: _View, params: Params) -> torch.Tensor:
+    """The zero points (down, across) alone, scales as they are: everything in units of the step.
+
+    With e what rounding leaves, the shrinkage takes sign(e) min(|e|, |e|^(p - 1) / beta) off it, and the closed form
+    moves the zero point by the mean of that. Blocks that no longer gain drop out.
+    """
+    assert params.zero_point is not None
+    scale, start = params.scale.flatten(), params.zero_point.flatten()
+    x = view.w.flatten(0, 1) * torch.where(scale == 0, 0.0, 1 / scale)[:, None]
+    parts = _View(x, None if view.importance is None else view.importance.expand_as(view.w).flatten(0, 1), view.format)
+    active, zero, kept = torch.arange(len(x)), start, start.clone()
+    best, beta = torch.full_like(scale, torch.inf), _BETA
+    for _ in range(_ROUNDS):
+        error = parts.w + zero[:, None]
+        error -= view.format.grid.nearest(error.clone())
+        size = error.abs()
+        norm = parts.mean(size)
+        better = (norm < best).nonzero()[:, 0]
+        if not len(better):
+            break
+        active, best, zero = active[better], norm[better], zero[better]
+        size, error, parts.w = (t.index_select(0, better) for t in (size, error, parts.w))
+        parts.importance = None if parts.importance is None else parts.importance.index_select(0, better)
+        kept[active] = zero
+        # |e|^(p - 1) / beta, five times as fast as a power
+        taken = size.clamp_min(1e-12).log_().mul_(_NORM - 1).sub_(math.log(beta)).exp_()
+        taken = torch.minimum(taken, size, out=taken).copysign_(error)
+        zero = zero - parts.mean(taken)
+        beta *= _GROWTH
+    return kept.view(params.zero_point.shape)
 
 
 def _shrink_lp(x: torch.Tensor, beta: float, p: float) -> torch.Tensor:
