@@ -37,7 +37,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 RUN = """
-import json, sys, warnings
+import json, sys, time
 import torch
 torch.set_num_threads(1)
 import bitfold
@@ -46,16 +46,18 @@ options = json.loads(sys.argv[3])
 if "calibration" in options:
     options["calibration"] = Calibration(**options["calibration"])
 plan = bitfold.quantize(sys.argv[1], sys.argv[2], **options, dry_run=True)
+before = time.process_time()
 report = bitfold.quantize(sys.argv[1], sys.argv[2], **options)
-print(json.dumps([plan.preflight, report.seconds, report.peak_memory]))
+seconds = time.process_time() - before
+print(json.dumps([report.preflight, plan.preflight["seconds"], seconds, report.peak_memory]))
 """
 
 
-def measured(source: Path, out: Path, options: dict[str, Any]) -> tuple[dict[str, Any], float, int]:
-    """The estimate, and what a fresh process needed: seconds and bytes."""
+def measured(source: Path, out: Path, options: dict[str, Any]) -> tuple[dict[str, Any], float, float, int]:
+    """The estimate, seconds announced, and what a fresh process needed with one thread: seconds of work, and bytes."""
     command = [sys.executable, "-c", RUN, str(source), str(out), json.dumps(options)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found: tuple[dict[str, Any], float, int] = tuple(json.loads(done.stdout.splitlines()[-1]))
+    found: tuple[dict[str, Any], float, float, int] = tuple(json.loads(done.stdout.splitlines()[-1]))
     return found
 
 
@@ -68,17 +70,16 @@ def calibrated(source: Path) -> dict[str, Any]:
 @LINUX
 @pytest.mark.parametrize("kind", ["data-free", "calibrated"])
 def test_estimates_are_near_the_truth(source: Path, tmp_path: Path, kind: str) -> None:
-    """Size exact, memory within a fifth, time within a factor of two (once in three tries: others may be at work)."""
+    """Size exact, memory within a fifth, time within a factor of two, at the first try.
+
+    Time is that of the processor: on a machine with other work it is what the estimate is about, see timing.py.
+    """
     options = {"format": "int4-asym-g64"} if kind == "data-free" else calibrated(source)
-    found, seconds, peak = measured(source, tmp_path / "out", options)
+    found, announced, seconds, peak = measured(source, tmp_path / "out", options)
     size = sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
     assert found["output_bytes"] == size
-    assert 0.8 * peak <= found["peak_memory"] <= 1.25 * peak
-    for attempt in range(3):
-        if (seconds + 1) / 2 <= found["seconds"] + 1 <= 2 * (seconds + 1):
-            return
-        found, seconds, _ = measured(source, tmp_path / f"again-{attempt}", options)
-    pytest.fail(f"{found['seconds']:.1f} s were announced, {seconds:.1f} s it took")
+    assert 0.8 * peak <= found["peak_memory"] <= 1.2 * peak
+    assert seconds / 2 <= announced <= 2 * seconds, f"{announced:.1f} s were announced, {seconds:.1f} s it took"
 
 
 def test_what_is_said(source: Path, tmp_path: Path) -> None:
