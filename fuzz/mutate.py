@@ -77,7 +77,7 @@ def _wound(value: Any, random: random.Random) -> None:
 
 def mutated(name: str, seed: bytes, random: random.Random) -> bytes:
     """An input for a target, from one of its seeds."""
-    if name in ("index", "config"):
+    if name in ("index", "config", "manifest"):
         return damage_json(seed, random)
     if name == "header" and random.random() < 0.7:
         length = struct.unpack("<Q", seed[:8])[0]

@@ -14,6 +14,8 @@ from safetensors.torch import save, save_file
 
 from bitfold.checkpoints.native import QUANT_METHOD, VERSION
 from bitfold.formats import get_format
+from bitfold.manifest import FILE as MANIFEST
+from bitfold.manifest import write_manifest
 from bitfold.methods import quantize_tensor
 from bitfold.transforms import Hadamard
 
@@ -94,4 +96,12 @@ def seeds(name: str) -> list[bytes]:
             return [quantized_folder(Path(folder))]
     if name == "gguf":
         return [gguf_file()]
+    if name == "manifest":
+        with tempfile.TemporaryDirectory() as folder:
+            quantized_folder(Path(folder))
+            totals = {"all": {"tensors": 9, "bytes": 99}, "quantized": {"tensors": 9, "bytes": 99}}
+            write_manifest(Path(folder), totals)
+            return [(Path(folder) / MANIFEST).read_bytes()]
+    if name == "text":
+        return [b'{"text": "one line"}\n{"text": "and another", "more": [1, {"a": null}]}\n']
     return [RECIPE]

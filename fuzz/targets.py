@@ -15,7 +15,10 @@ from pathlib import Path
 from bitfold.checkpoints.gguf import GgufSource
 from bitfold.checkpoints.native import QuantizedSource, quantization_config
 from bitfold.checkpoints.safetensors import INDEX, SINGLE, SafetensorsSource, read_header
+from bitfold.documents import documents
 from bitfold.errors import BitfoldError
+from bitfold.manifest import FILE as MANIFEST
+from bitfold.manifest import verify
 from bitfold.models.swap import read_entries
 from bitfold.recipe import Recipe
 
@@ -75,7 +78,29 @@ def recipe(data: bytes, folder: Path) -> None:
     Recipe.load(file)
 
 
-TARGETS: dict[str, Target] = {"header": header, "index": index, "config": config, "gguf": gguf, "recipe": recipe}
+def manifest(data: bytes, folder: Path) -> None:
+    """The manifest of a quantized folder, which is checked against it."""
+    (folder / MANIFEST).write_bytes(data)
+    verify(folder)
+
+
+def text(data: bytes, folder: Path) -> None:
+    """A calibration text in JSON lines."""
+    file = folder / "text.jsonl"
+    file.write_bytes(data)
+    for _ in documents(str(file), split="train"):
+        pass
+
+
+TARGETS: dict[str, Target] = {
+    "header": header,
+    "index": index,
+    "config": config,
+    "gguf": gguf,
+    "recipe": recipe,
+    "manifest": manifest,
+    "text": text,
+}
 
 
 class Broken(AssertionError):
@@ -115,6 +140,6 @@ def prepare(name: str, folder: Path) -> Path:
     if name == "index":
         (folder / "config.json").write_text("{}")
         (folder / "a.safetensors").write_bytes(shard())
-    if name == "config":
+    if name in ("config", "manifest"):
         quantized_folder(folder)
     return folder

@@ -61,7 +61,7 @@ def _file(path: Path) -> Iterator[str]:
 def _line(line: str, number: int, path: Path) -> str:
     try:
         text = json.loads(line)[COLUMN]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"line {number} has no `{COLUMN}`: {error}", where=str(path)) from error
     if not isinstance(text, str):
         raise UsageError(f"the `{COLUMN}` of line {number} is no text", where=str(path))
