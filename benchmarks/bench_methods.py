@@ -1,10 +1,11 @@
 """Every method at 8, 4, 3 and 2 bits on one model, ours and those of others: `make bench-methods`.
 
-Ours run as `bitfold quantize --json` in a process of its own. A peer lives in a virtual environment of its own
-(.cache/peers/methods-NAME) and runs benchmarks/methods/peer_NAME.py, which leaves the model with its weights
-dequantized, as an ordinary folder, and says how long it took, its peak of memory and the bits of everything it would
-store. Then `bitfold.evaluate` judges either kind of folder. Both get the same calibration text, windows and groups (64
-weights; 8 bits a row). Activations that a peer would round at run time are not: those rows are of its weights.
+Each row is quantized by a script in a process of its own: benchmarks/methods/ours.py, or for a peer peer_NAME.py in a
+virtual environment of its own (.cache/peers/methods-NAME, made when it is first asked for), which leaves the model with
+its weights dequantized, as an ordinary folder. The script says how long it took (importing, for a peer also loading
+and writing, not counted), its peak of memory and the bits of everything that is stored. Then `bitfold.evaluate`
+judges either kind of folder; activations that a peer would round at run time are rounded for it.
+Both get the same calibration text, windows, groups (64 weights; 8 bits a row), steps and threads.
 
 Each row is appended to build/methods/rows.jsonl when it is measured and not measured again; --fresh forgets them all.
 
@@ -26,8 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM
+
 import bitfold
 from bitfold.catalog import METHODS
+from bitfold.kernels.activations import quantize_tokens
 
 HERE = Path(__file__).parent
 WORK = HERE.parent / "build" / "methods"
@@ -35,17 +40,25 @@ DATA = HERE.parent / "src" / "bitfold" / "data"
 ENVIRONMENTS = HERE.parent / ".cache" / "peers"
 TORCH = os.environ.get("TORCH", "torch")
 BITS = (8, 4, 3, 2)
+EASY = {"wanda": (8, 4), "sparsegpt": (8, 4), "signround": (4, 3, 2)}  # where other numbers of bits say nothing
 COMMON = [TORCH, "transformers safetensors numpy"]
+# It asks for a newer torch than it needs, and with it for gigabytes of CUDA.
+GPTQMODEL = [
+    "accelerate threadpoolctl device-smi protobuf pypcre tokenicer logbar datasets torchao defuser setuptools wheel",
+    "--no-deps --no-build-isolation gptqmodel",
+]
 # What each environment installs, in this order, and the methods and bits it is asked for.
 PEERS: dict[str, tuple[list[str], dict[str, tuple[int, ...]]]] = {
     "hqq": ([*COMMON, "hqq"], {"hqq": BITS}),
     "quanto": ([*COMMON, "optimum-quanto"], {"rtn": (8, 4, 2)}),
     "bitsandbytes": ([*COMMON, "bitsandbytes"], {"nf4": (4,), "llm-int8": (8,)}),
-    "gptqmodel": ([*COMMON, "gptqmodel"], {"gptq": BITS, "awq": (4,)}),
+    "gptqmodel": ([*COMMON, *GPTQMODEL], {"gptq": BITS, "awq": (4,)}),
     "autoround": ([*COMMON, "auto-round"], {"signround": (4, 3, 2)}),
     "llmcompressor": ([*COMMON, "llmcompressor"], {"gptq": (8, 4), "awq": (4,), "smoothquant": (8,)}),
     "torchao": ([*COMMON, "torchao"], {"rtn": (8, 4)}),
 }
+# Peers whose inputs are rounded to 8 bits at run time, and the magnitude from which on a column is not.
+ROUNDED = {"bitsandbytes:llm-int8": 6.0, "llmcompressor:smoothquant": float("inf")}
 
 
 @dataclass(frozen=True)
@@ -63,10 +76,11 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """All rows, methods together."""
-    ours = [Case("bitfold", "auto", bits) for bits in BITS]
+    """All rows, methods together; `auto` is rtn from 5 bits on and trellis below, so it has none of its own."""
+    ours: list[Case] = []
     for name, method in METHODS.items():
-        ours += [Case("bitfold", name, bits) for bits in BITS if not method.formats or bits in method.formats]
+        bits = EASY.get(name) or [b for b in BITS if not method.formats or b in method.formats]
+        ours += [Case("bitfold", name, b) for b in bits]
     theirs = [Case(peer, m, b) for peer, (_, methods) in PEERS.items() for m, bits in methods.items() for b in bits]
     return ours + theirs
 
@@ -85,52 +99,58 @@ def environment(peer: str) -> Path:
 
 
 def quantize(case: Case, model: Path, out: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Make the folder; seconds, peak memory and bits per weight of it."""
-    text = ["--calibration", str(DATA / "wikitext2-valid.txt"), "--nsamples", str(options.nsamples)]
-    text += ["--seqlen", str(options.seqlen)]
-    if case.peer != "bitfold":
-        script = str(HERE / "methods" / f"peer_{case.peer}.py")
-        command = [str(environment(case.peer)), script, str(model), str(out), case.method, str(case.bits), *text]
-        found: dict[str, Any] = json.loads(last_line(command))
-        return found
-    needs = case.method == "auto" or METHODS[case.method].needs_text
-    command = [
-        sys.executable,
-        "-m",
-        "bitfold",
-        "quantize",
-        str(model),
-        "-o",
-        str(out),
-        "--json",
-        "--bits",
-        str(case.bits),
-    ]
-    command += ["--method", case.method, *(text if needs else [])]
-    report = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
-    return {"seconds": report["seconds"], "peak_memory": report["peak_memory"], "bpw": report["bpw_quantized"]}
-
-
-def last_line(command: list[str]) -> str:
-    """What a script says at its end; RuntimeError with the end of its complaints."""
-    done = subprocess.run(command, capture_output=True, text=True)
+    """Make the folder; wall and CPU seconds, peak memory and bits per weight of it."""
+    ours = case.peer == "bitfold"
+    script = HERE / "methods" / ("ours.py" if ours else f"peer_{case.peer}.py")
+    command = [sys.executable if ours else environment(case.peer), script, model, out, case.method, case.bits]
+    command += ["--calibration", DATA / "wikitext2-valid.txt", "--nsamples", options.nsamples]
+    command += ["--seqlen", options.seqlen, "--steps", options.steps]
+    log = WORK / "logs" / f"{case.name.replace(':', '-')}.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as complaints:
+        done = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, stderr=complaints, text=True)
     if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or ["no words"])[-1][:200])
-    return done.stdout.strip().splitlines()[-1]
+        last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no words"])[-1]
+        raise RuntimeError(last)
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def rounding(threshold: float) -> Any:
+    """A hook that rounds the inputs of a layer to int8, token by token; columns that reach the threshold stay."""
+
+    def hook(_layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        x = inputs[0].flatten(0, -2)
+        large = (x.abs() >= threshold).any(0)
+        codes, scale = quantize_tokens(torch.where(large, 0.0, x))
+        return (torch.where(large, x, codes * scale).view_as(inputs[0]),)
+
+    return hook
+
+
+def judge(case: Case, out: Path, model: Path, tokens: int) -> dict[str, Any]:
+    """KL, perplexity and agreement of the folder."""
+    judged: Any = out
+    threshold = ROUNDED.get(f"{case.peer}:{case.method}")
+    if threshold is not None:
+        judged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+        for name, layer in judged.named_modules():
+            if isinstance(layer, torch.nn.Linear) and ".layers." in name:
+                layer.register_forward_pre_hook(rounding(threshold))
+    text = DATA / "wikitext2-test.txt"
+    found = bitfold.evaluate(judged, model, text, max_tokens=tokens, cache_dir=WORK / "reference")
+    return {"kl": found.kl_mean, "perplexity": found.perplexity, "top1": found.top1}
 
 
 def measure(case: Case, model: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The row; one that could not be measured says why."""
     row: dict[str, Any] = {"name": case.name, "peer": case.peer, "method": case.method, "bits": case.bits}
-    out = WORK / "out"
-    shutil.rmtree(out, ignore_errors=True)
+    out = WORK / f"out-{os.getpid()}"
     try:
         row |= quantize(case, model, out, options)
-        text = DATA / "wikitext2-test.txt"
-        found = bitfold.evaluate(out, model, text, max_tokens=options.tokens, cache_dir=WORK / "reference")
-        return {**row, "kl": found.kl_mean, "perplexity": found.perplexity, "top1": found.top1}
+        return row | judge(case, out, model, options.tokens)
     except (RuntimeError, OSError, ValueError, subprocess.CalledProcessError, bitfold.errors.BitfoldError) as error:
-        return {**row, "missing": str(error).splitlines()[0][:200]}
+        return {**row, "missing": (str(error).splitlines() or [repr(error)])[0][:200]}
     finally:
         shutil.rmtree(out, ignore_errors=True)
 
@@ -142,12 +162,13 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
         if not here:
             continue
         yield f"\n**{bits} bits**\n"
-        yield "| method | by | bits per weight | KL | perplexity | same top token | seconds | peak memory |"
-        yield "|---" * 8 + "|"
+        yield "| method | by | bits per weight | KL | perplexity | same top token | seconds | CPU | peak memory |"
+        yield "|---" * 9 + "|"
         for r in here:
             yield (
                 f"| {r['method']} | {r['peer']} | {r['bpw']:.3f} | {r['kl']:.4f} | {r['perplexity']:.2f}"
-                f" | {100 * r['top1']:.1f} % | {r['seconds']:.0f} | {r['peak_memory'] / 2**30:.2f} GiB |"
+                f" | {100 * r['top1']:.1f} % | {r['seconds']:.0f} | {r['cpu']:.0f}"
+                f" | {r['peak_memory'] / 2**30:.2f} GiB |"
             )
     absent = [r for r in rows if "missing" in r]
     if absent:
@@ -161,9 +182,10 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", default=["*"], help="names or globs of rows, see --list")
     parser.add_argument("--ours", action="store_true", help="no peers")
     parser.add_argument("--peers", action="store_true", help="peers only")
-    parser.add_argument("--tokens", type=int, default=8192, help="of text to judge on")
+    parser.add_argument("--tokens", type=int, default=4096, help="of text to judge on")
     parser.add_argument("--nsamples", type=int, default=16, help="windows of calibration text")
     parser.add_argument("--seqlen", type=int, default=512, help="tokens of a window")
+    parser.add_argument("--steps", type=int, default=40, help="of signround and AutoRound, two windows each")
     parser.add_argument("--fresh", action="store_true", help="forget the rows that are there")
     parser.add_argument("--list", action="store_true", help="name the rows and stop")
     options = parser.parse_args()

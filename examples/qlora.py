@@ -1,8 +1,9 @@
 """QLoRA on a laptop: train the same adapters on a 16-bit base and on packed ones, and compare the losses.
 
-    python examples/qlora.py MODEL_FOLDER [--steps 100] [--text notes.txt] [--save adapter]
+    python examples/qlora.py MODEL_FOLDER [--steps 96] [--text notes.txt] [--bases 16-bit trellis-3] [--work folder]
 
-Needs `pip install bitfold[finetune]`. A model of 135M parameters takes a few minutes on two cores.
+The text is read in batches, several times over; the first and the last loss are means over one reading. Needs
+`pip install bitfold[finetune]`.
 """
 
 from __future__ import annotations
@@ -11,26 +12,31 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import bitfold
+from bitfold import Calibration
 from bitfold.calibration import calibration_tokens
 
-BASES = {
+CALIBRATION = Calibration(nsamples=8, seqlen=512, fisher=False)
+BASES: dict[str, dict[str, Any] | None] = {
     "16-bit": None,
-    "nf4-dq": {"format": "nf4-dq"},
-    "trellis-3": {"format": "trellis-3", "transform": "hadamard"},
+    "nf4-dq": {"solver": "nf4"},
+    "nf4-dq, calibrated": {"solver": "ldlq", "format": "nf4-dq", "calibration": CALIBRATION},
+    "trellis-3": {"solver": "trellis", "bits": 3, "act": "float", "calibration": CALIBRATION},
 }
 
 
-def load_base(model: str, options: dict[str, str] | None, folder: Path) -> torch.nn.Module:
-    """The model as it is, or quantized into a folder first."""
+def load_base(model: str, options: dict[str, Any] | None, folder: Path) -> torch.nn.Module:
+    """The model as it is, or quantized into a folder first, if it is not there."""
     if options is None:
         return AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
-    bitfold.quantize(model, folder, **options)
+    if not folder.exists():
+        bitfold.quantize(model, folder, **options)
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
@@ -65,28 +71,31 @@ def main() -> None:
     """Train on each base in turn and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
+    parser.add_argument("--bases", nargs="*", default=list(BASES), choices=list(BASES))
     parser.add_argument("--text", default="default", help="a .txt file (default: the text that comes with bitfold)")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=128, help="of a window")
-    parser.add_argument("--save", type=Path, help="folder for the adapter trained on nf4-dq")
+    parser.add_argument("--steps", type=int, default=96)
+    parser.add_argument("--batches", type=int, default=12, help="of different text")
+    parser.add_argument("--batch", type=int, default=2, help="windows")
+    parser.add_argument("--tokens", type=int, default=96, help="of a window")
+    parser.add_argument("--work", type=Path, help="keep the quantized bases here (default: a temporary folder)")
+    parser.add_argument("--save", type=Path, help="folder for the adapter trained on the last base")
     options = parser.parse_args()
-    windows = min(options.steps, 8) * options.batch  # a small text, read several times
+    windows = options.batches * options.batch
     tokens = calibration_tokens(Path(options.model), options.text, nsamples=windows, seqlen=options.tokens)
-    print(f"{'base':<10} {'MB':>6} {'first loss':>10} {'last loss':>10} {'s/step':>7}")
-    for name, quantization in BASES.items():
-        with tempfile.TemporaryDirectory() as folder:
-            model = add_adapters(load_base(options.model, quantization, Path(folder) / "base"))
+    with tempfile.TemporaryDirectory() as temporary:
+        print(f"{'base':<20} {'MB':>6} {'first loss':>10} {'last loss':>10} {'s/step':>7}")
+        for name in options.bases:
+            folder = (options.work or Path(temporary)) / name.replace(", ", "-")
+            model = add_adapters(load_base(options.model, BASES[name], folder))
             started = time.perf_counter()
             losses = train(model, tokens, options.steps, options.batch)
             seconds = (time.perf_counter() - started) / options.steps
-            last = sum(losses[-windows // options.batch :]) / len(losses[-windows // options.batch :])
+            first, last = (sum(part) / len(part) for part in (losses[: options.batches], losses[-options.batches :]))
             print(
-                f"{name:<10} {weight_bytes(model) / 1e6:>6.0f} {losses[0]:>10.4f} {last:>10.4f} {seconds:>7.2f}",
-                flush=True,
+                f"{name:<20} {weight_bytes(model) / 1e6:>6.0f} {first:>10.4f} {last:>10.4f} {seconds:>7.2f}", flush=True
             )
-            if options.save is not None and name == "nf4-dq":
-                model.save_pretrained(options.save)
+    if options.save is not None:
+        model.save_pretrained(options.save)
 
 
 if __name__ == "__main__":

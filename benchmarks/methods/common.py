@@ -22,33 +22,30 @@ class Run:
     """One quantization by a peer.
 
     Args:
-        options: model, out, method, bits, calibration, nsamples, seqlen.
-        started: when the work began, loading not counted.
+        options: what `arguments` read.
+        started: when the work began (wall clock, CPU time), loading not counted.
         bits: stored bits of all quantized weights, and their number.
     """
 
     options: argparse.Namespace
-    started: float = 0.0
+    started: tuple[float, float] = (0.0, 0.0)
     bits: list[tuple[float, int]] = field(default_factory=list)
 
     @classmethod
     def begin(cls) -> Run:
         """Read the command line."""
-        parser = argparse.ArgumentParser()
-        for name in ("model", "out", "method"):
-            parser.add_argument(name)
-        parser.add_argument("bits", type=int)
-        parser.add_argument("--calibration")
-        parser.add_argument("--nsamples", type=int)
-        parser.add_argument("--seqlen", type=int)
         torch.manual_seed(0)
-        return cls(parser.parse_args())
+        return cls(arguments())
 
     def load(self) -> Any:
         """The model in float32; the clock starts."""
         model = AutoModelForCausalLM.from_pretrained(self.options.model, dtype=torch.float32).eval()
-        self.started = time.perf_counter()
+        self.start()
         return model
+
+    def start(self) -> None:
+        """The clock starts (again)."""
+        self.started = (time.perf_counter(), time.process_time())
 
     def tokens(self) -> list[torch.Tensor]:
         """Calibration windows (1, seqlen), the first of the text, as bitfold takes them."""
@@ -68,7 +65,7 @@ class Run:
 
     def finish(self, weights: dict[str, torch.Tensor]) -> None:
         """Write the original model with these weights in their places (float32), and say what it took."""
-        seconds = time.perf_counter() - self.started
+        seconds, cpu = time.perf_counter() - self.started[0], time.process_time() - self.started[1]
         model = AutoModelForCausalLM.from_pretrained(self.options.model, dtype=torch.float32)
         with torch.no_grad():
             for name, w in weights.items():
@@ -76,7 +73,19 @@ class Run:
         model.save_pretrained(self.options.out)
         AutoTokenizer.from_pretrained(self.options.model).save_pretrained(self.options.out)
         bpw = sum(b for b, _ in self.bits) / sum(n for _, n in self.bits)
-        print(json.dumps({"seconds": seconds, "peak_memory": peak(), "bpw": bpw}), flush=True)
+        print(json.dumps({"seconds": seconds, "cpu": cpu, "peak_memory": peak(), "bpw": bpw}), flush=True)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line of all scripts."""
+    parser = argparse.ArgumentParser()
+    for name in ("model", "out", "method"):
+        parser.add_argument(name)
+    parser.add_argument("bits", type=int)
+    parser.add_argument("--calibration")
+    for name in ("--nsamples", "--seqlen", "--steps"):
+        parser.add_argument(name, type=int)
+    return parser.parse_args()
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -37,7 +37,7 @@ def _plan(size: int, seed: int) -> Plan:
     dense = [h for h in parts if len(h) & (len(h) - 1)]
     width = math.prod(len(h) for h in parts) // math.prod(len(h) for h in dense)
     order = len(dense[0]) if dense else 1
-    matrix = dense[0].float().sign().contiguous() if dense else torch.empty(0)
+    matrix = dense[0].float().sign().contiguous() if dense else torch.empty(0, 0)
     scale = 1 / math.sqrt(order * width)
     return Plan(width, order, matrix, matrix.T.contiguous(), signs(size, seed).float().contiguous(), scale)
 
