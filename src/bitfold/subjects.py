@@ -111,7 +111,7 @@ class Subject:
     def require_kind(self, auto_class: str) -> None:
         """`require_causal` or `require_masked`, whichever transformers' "AutoModelFor..." class is for."""
         if auto_class == "AutoModelForMaskedLM":
-            self.require_masked("masked language models only; causal ones: bitfold eval --metric lm")
+            self.require_masked("causal language models: bitfold eval --metric lm; other encoders: --metric embedding")
         else:
             self.require_causal(_NOT_CAUSAL)
 

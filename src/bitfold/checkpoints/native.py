@@ -88,7 +88,9 @@ class QuantizedSource:
         self.path = Path(path)
         found = quantization_config(self.path)
         if found is None:
-            raise CheckpointError("was not written by bitfold", where=str(path))
+            raise CheckpointError(
+                "was not written by bitfold", where=str(path), hint="`bitfold quantize` makes such folders"
+            )
         self.quantization = found
         self._stored = SafetensorsSource(self.path)
         self.config = {k: v for k, v in self._stored.config.items() if k != "quantization_config"}

@@ -25,7 +25,7 @@ _ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if
 # As they are used.
 _ORDER = (
     *("quantize", "eval", "layers", "compare", "report"),
-    *("generate", "chat", "inspect", "verify", "formats", "convert", "upload"),
+    *("generate", "chat", "inspect", "verify", "formats", "methods", "convert", "upload"),
 )
 
 
@@ -63,7 +63,8 @@ def _describe(error: BitfoldError) -> str:
 def _misspelt(error: Any) -> str:
     """What typer says of flags, in the words and the one place of all other errors."""
     path = error.ctx.command_path if getattr(error, "ctx", None) is not None else "bitfold"
-    return f"error: {error.format_message()}\n  hint: see `{path} --help`"
+    message = error.format_message().replace("Value error, ", "")
+    return f"error: {message}\n  hint: see `{path} --help`"
 
 
 def _unexpected(error: Exception) -> str:

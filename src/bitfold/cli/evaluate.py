@@ -103,6 +103,8 @@ def evaluate(
             raise UsageError("embeddings have no limits, no tasks and no record", where="--metric embedding")
         _embedding(model, reference, text, batch, json=json)
         return
+    if reference is None and (max_kl is not None or min_top1 is not None):
+        raise UsageError("a limit on the KL divergence or agreement needs a reference", hint="give --reference")
     options = {
         "metric": metric.value,
         "context": context,

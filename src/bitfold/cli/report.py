@@ -79,9 +79,11 @@ def report(
     from bitfold.reporting import Measuring, gather, save_plots, write_report
     from bitfold.reporting import plots as all_plots
     from bitfold.reporting.data import PROMPTS
+    from bitfold.reporting.page import check_output
 
     if reference is None and (text or prompt or swaps or context):
         raise UsageError("what is measured needs the original", where="--reference")
+    check_output(output)
     options = {"context": context, "max_tokens": max_tokens or None}
     measuring = None if reference is None else Measuring(reference, text, options, swaps, tuple(prompt or PROMPTS))
     data = gather(folders, measuring)

@@ -124,15 +124,15 @@ def pareto_plot(comparison: Comparison) -> Plot:
 
 def _sizes(runs: Sequence[RunData]) -> Plot:
     names, quantized, kept = [], [], []
-    before = max((run.bytes_before for run in runs if run.bytes_before), default=0)
-    if before:
-        names, quantized, kept = ["original"], [0.0], [before / 1e6]
+    if originals := [before for run in runs if (before := run.bytes_before)]:
+        packed, whole = max(originals, key=lambda pair: pair[1])
+        names, quantized, kept = ["original"], [packed / 1e6], [(whole - packed) / 1e6]
     for run in runs:
         names.append(run.name)
         packed = sum(t.nbytes for t in run.inspection.tensors if t.quantized)
         quantized.append(packed / 1e6)
         kept.append((run.inspection.nbytes - packed) / 1e6)
-    parts = {"quantized": tuple(quantized), "kept as it was": tuple(kept)}
+    parts = {"weights that are quantized": tuple(quantized), "kept as they were": tuple(kept)}
     caption = "Bytes of the tensors, scales and zero points counted."
     return Plot("sizes", "Size before and after", caption, {"sizes": Bars(tuple(names), parts, "MB")})
 

@@ -35,7 +35,6 @@ class TensorFacts:
     weight_error: float | None = None
     output_error: float | None = None
     swap_kl: float | None = None
-    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,13 @@ class RunData:
     record: Mapping[str, Any]
 
     @property
-    def bytes_before(self) -> int | None:
-        """Size of the original's tensors; None when the folder does not say."""
-        size = self.record.get("quantize", {}).get("bytes_before")
-        return None if size is None else int(size)
+    def bytes_before(self) -> tuple[int, int] | None:
+        """Bytes in the original of what was quantized, and of all tensors; None when the folder does not say."""
+        made = self.record.get("quantize", {})
+        if not made.get("bytes_before"):
+            return None
+        quantized = sum(t["bytes_before"] for t in made.get("tensors", []) if t.get("format") is not None)
+        return int(quantized), int(made["bytes_before"])
 
     @property
     def tensors(self) -> list[TensorFacts]:
@@ -80,7 +82,6 @@ def _facts(row: Any, made: Mapping[str, Any], measured: Mapping[str, Any]) -> Te
         measured.get("weight_error", made.get("error") if row.quantized else None),
         measured.get("output_error", made.get("output_error")),
         measured.get("swap_kl"),
-        made.get("seconds"),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from bitfold.errors import UsageError
@@ -69,10 +70,15 @@ def _scatter(chart: Scatter) -> tuple[list[dict[str, Any]], dict[str, Any], int]
     logs = [math.log10(p.y) for p in chart.points]
     layout = {
         "xaxis": _axis(chart.x_label, range=[low - room, high + room]),
-        "yaxis": _axis(chart.y_label, type="log", range=[min(logs) - 0.25, max(logs) + 0.35], dtick=1,
-                       exponentformat="power"),
+        "yaxis": _axis(chart.y_label, type="log", range=[min(logs) - 0.25, max(logs) + 0.35],
+                       dtick=_log_ticks(logs), exponentformat="power"),
     }  # fmt: skip
     return [line, dots], layout, 420
+
+
+def _log_ticks(logs: Sequence[float]) -> int | str:
+    """plotly's `dtick`: every power of ten where the values span a few, else 1, 2, 5, 10."""
+    return 1 if max(logs) - min(logs) > 2.5 else "D2"
 
 
 def _heat_map(chart: Heatmap) -> tuple[list[dict[str, Any]], dict[str, Any], int]:
@@ -114,10 +120,11 @@ def _lines(chart: Lines) -> tuple[list[dict[str, Any]], dict[str, Any], int]:
          "hovertemplate": "%{y:.4g}"}
         for name, values in chart.series.items()
     ]  # fmt: skip
+    logs = [math.log10(value) for values in chart.series.values() for value in values]
     layout = {
         "hovermode": "x unified",
         "xaxis": _axis(chart.x_label),
-        "yaxis": _axis(chart.y_label, type="log", exponentformat="power"),
+        "yaxis": _axis(chart.y_label, type="log", dtick=_log_ticks(logs), exponentformat="power"),
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
     }
     return data, layout, 400

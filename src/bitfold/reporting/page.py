@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bitfold.comparison import Run
-from bitfold.errors import CheckpointError
+from bitfold.errors import CheckpointError, UsageError
+from bitfold.progress import duration
 from bitfold.recipe import Recipe, Rule
 from bitfold.reporting.charts import Plot, plots
 from bitfold.reporting.data import ReportData, RunData, TensorFacts
@@ -22,6 +23,19 @@ from bitfold.version import __version__
 # Nothing is fetched, whatever a model's name or text may contain. Plotly styles elements itself.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 _DIGITS = 4
+
+
+def check_output(output: str | Path) -> None:
+    """To be asked before anything is measured.
+
+    Raises:
+        UsageError: plotly is not installed, or the file has no folder to be in.
+    """
+    library()
+    if not Path(output).parent.is_dir():
+        raise UsageError("there is no such folder", where=str(Path(output).parent), hint="make it first")
+    if Path(output).is_dir():
+        raise UsageError("is a folder", where=str(output), hint="name the file to write, such as report.html")
 
 
 def write_report(data: ReportData, output: str | Path) -> Path:
@@ -97,7 +111,7 @@ def _plot(plot: Plot) -> str:
 
 def _number(value: float | None, digits: int = _DIGITS) -> tuple[str, str]:
     """What is shown, and what is sorted by."""
-    return ("", "") if value is None else (f"{value:.{digits}g}", repr(float(value)))
+    return ("", "") if value is None else (f"{value:#.{digits}g}".rstrip("."), repr(float(value)))
 
 
 def _table(key: str, caption: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, filtered: bool) -> str:
@@ -125,8 +139,8 @@ def _cell(value: Any) -> str:
 def _summary(data: ReportData) -> str:
     measured = {run.name: run for run in data.comparison.runs} if data.comparison else {}
     rows = [_summary_row(run, measured.get(run.name)) for run in data.runs]
-    columns = ("run", "formats", "tensors", "bits/weight", "whole file", "KL mean", "KL median", "KL 99 %",
-               "perplexity", "same top token", "top five shared")  # fmt: skip
+    columns = ("run", "formats", "size", "bits/weight", "of all", "KL mean", "KL median", "KL 99 %",
+               "perplexity", "same top", "top 5 shared")  # fmt: skip
     return _setting(data) + _table("summary", "Runs", columns, rows, filtered=False)
 
 
@@ -157,7 +171,7 @@ def _samples(data: ReportData) -> str:
     parts = ["<p>Greedy continuations of the same prompts, side by side.</p>"]
     for prompt, texts in data.samples:
         cells = "".join(
-            f'<figure><figcaption>{escape(who)}</figcaption><p lang="">{escape(text)}</p></figure>'
+            f'<figure><figcaption>{escape(who)}</figcaption><p lang="">{escape(text.strip())}</p></figure>'
             for who, text in texts
         )
         parts.append(f'<h3 class="prompt">{escape(prompt)} …</h3><div class="samples">{cells}</div>')
@@ -209,9 +223,17 @@ def _environment(data: ReportData) -> str:
 def _made(run: RunData) -> dict[str, str]:
     """What is known of how a folder came to be."""
     made = run.record.get("quantize", {})
-    facts = {key: str(made[key]) for key in ("source", "seed", "seconds") if made.get(key) is not None}
+    facts = {key: str(made[key]) for key in ("source", "seed") if made.get(key) is not None}
+    if made.get("method"):
+        facts["method, chosen by bitfold"] = made["method"]
+    if made.get("seconds") is not None:
+        facts["time"] = duration(made["seconds"])
     if made.get("peak_memory"):
         facts["peak memory"] = size_text(made["peak_memory"])
     if calibration := made.get("calibration"):
-        facts["calibration"] = ", ".join(f"{key} {value}" for key, value in calibration.items())
+        facts["calibration"] = ", ".join(f"{key} {value}" for key, value in calibration.items() if value is not None)
+    if acts := made.get("acts"):
+        facts["activations, measured"] = (
+            f"{acts['choice']}: KL {acts['kl_int8']:.4f} with int8, {acts['kl_float']:.4f} with float"
+        )
     return {**facts, **run.record.get("environment", {})}
