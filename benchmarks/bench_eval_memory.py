@@ -1,10 +1,11 @@
 """Peak memory of judging a model against a reference of the same size, beside the memory of one of them.
 
-    python benchmarks/bench_eval_memory.py [--layers 16] [--tokens 1024] [--context 512]
+    python benchmarks/bench_eval_memory.py [--layers 16] [--tokens 1024] [--context 512] [--bits 4] [--dtype float32]
 
 Makes two bfloat16 checkpoints of random weights in the shape of Llama-3.2-1B (1.24 billion parameters, tied output
-head, vocabulary 128256), evaluates one against the other in a process of its own, and prints the peak resident memory
-over that of an interpreter that has only imported the libraries, divided by the bytes of one model in float32.
+head, vocabulary 128256), evaluates one against the other in a process of its own, and prints the peak resident memory,
+and that over an interpreter that has only imported the libraries, divided by the bytes of one model in the dtype that
+is computed in. With --bits the model judged is the second one, rounded to so many bits.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from bitfold import quantize
 from bitfold.checkpoints.safetensors import ShardWriter, write_json
 
 HIDDEN, INTERMEDIATE, VOCABULARY, HEADS, KEYS = 2048, 8192, 128256, 32, 8
@@ -33,7 +35,7 @@ class Tokenizer:
         return {"input_ids": ids.tolist()}
 before = peak_memory()
 result = fidelity.evaluate(sys.argv[1], sys.argv[2], "random ids" * 200, context=int(sys.argv[4]), max_tokens=None,
-                           tokenizer=Tokenizer())
+                           tokenizer=Tokenizer(), dtype=sys.argv[5])
 print(json.dumps([before, peak_memory(), result.kl_mean, result.seconds]))
 """
 
@@ -79,16 +81,25 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--bits", type=int, help="judge the reference rounded to so many bits, not another model")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folders = [Path(temporary) / name for name in ("model", "reference")]
-        weights = max(make(folder, options.layers, seed) for seed, folder in enumerate(folders))
-        arguments = [*map(str, folders), str(options.tokens), str(options.context)]
+        weights = make(folders[1], options.layers, 1)
+        if options.bits is None:
+            make(folders[0], options.layers, 0)
+        else:
+            quantize(folders[1], folders[0], bits=options.bits, solver="rtn", fit="minmax")
+        packed = sum(file.stat().st_size for file in folders[0].glob("*.safetensors"))
+        arguments = [*map(str, folders), str(options.tokens), str(options.context), options.dtype]
         done = subprocess.run([sys.executable, "-c", STEP, *arguments], stdout=subprocess.PIPE, text=True, check=True)
     before, after, kl, seconds = json.loads(done.stdout.splitlines()[-1])
-    print(f"one model: {weights / 1e9:.2f} billion weights, {4 * weights / 1e6:.0f} MB in float32")
-    print(f"evaluating it: peak {after / 1e6:.0f} MB, {before / 1e6:.0f} MB of it the interpreter and its libraries")
-    print(f"the rest is {(after - before) / (4 * weights):.2f} times one model (KL {kl:.4f}, {seconds:.0f} s)")
+    one = weights * (4 if options.dtype == "float32" else 2)
+    print(f"one model: {weights / 1e9:.2f} billion weights, {one / 1e6:.0f} MB in {options.dtype}")
+    print(f"the model judged: {packed / 1e6:.0f} MB on disk; KL {kl:.4f}, {seconds:.0f} s")
+    print(f"peak {after / 1e6:.0f} MB, {after / one:.3f} times one model")
+    print(f"without the {before / 1e6:.0f} MB of interpreter and libraries: {(after - before) / one:.3f} times")
 
 
 if __name__ == "__main__":
