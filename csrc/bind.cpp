@@ -10,6 +10,7 @@
 
 #include "bandwidth.h"
 #include "dispatch.h"
+#include "lattice/bind.h"
 #include "linear.h"
 #include "packing.h"
 #include "viterbi/bind.h"
@@ -164,4 +165,5 @@ NB_MODULE(_native, m) {
         bitfold::dequantize(w, begin, end, at<float>(out), threads);
       },
       "weight"_a, "begin"_a, "end"_a, "out"_a, "threads"_a, "Rows of the weight as float32.");
+  bind_lattice(m);
 }

@@ -33,6 +33,20 @@ def test_the_codebook_is_a_piece_of_e8() -> None:
     assert (halves.sum(1) % 4 == 0).all()
 
 
+def test_every_code_decodes_to_its_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Natively and in PyTorch; rows whose last block is cut off leave their neighbours alone."""
+    code = torch.arange(1 << 16)
+    packed = torch.stack([code & 255, code >> 8], -1).to(torch.uint8).view(64, -1)
+    whole = QTensor(FORMAT, (64, 8192), {"codes": packed, "scale": torch.full((64, 1), 0.5).bfloat16()})
+    cut = QTensor(FORMAT, (64, 8187), whole.fields)
+    decoded = whole.dequantize(), cut.dequantize()
+    assert torch.equal(decoded[0].view(-1, 8), points() / 2)
+    assert torch.equal(decoded[1], decoded[0][:, :8187])
+    monkeypatch.setattr("bitfold.native.core", lambda: None)
+    assert torch.equal(whole.dequantize(), decoded[0])
+    assert torch.equal(cut.dequantize(), decoded[1])
+
+
 def test_magnitudes() -> None:
     """227 vectors of norm**2 at most 10, all there are, and 29 of norm**2 12; the first and the last of the order."""
     norms = magnitudes().square().sum(1)

@@ -101,6 +101,14 @@ def test_native_kernels_stay_within_the_bound(isa, name, act):
 
 
 @pytest.mark.parametrize("act", kernels.ACTS)
+def test_lattice_weights_stay_within_the_bound(isa, act):
+    """Pieces of rows that do not divide, edges of blocks of eight, one row of activations and more."""
+    for n, k in [(1, 1), (37, 211), (66, 64), (300, 2053)]:
+        for m in (1, 3, 16, 40):
+            check(sample("e8p", n, k), activations(m, k), act, "lattice")
+
+
+@pytest.mark.parametrize("act", kernels.ACTS)
 @pytest.mark.parametrize("name", [n for n in ENCODABLE if n[:3] not in ("int", "tre") or n in ("int4", "int8")])
 def test_the_reference_accepts_everything(name, act):
     check(sample(name, 19, 256), activations(3, 256), act, "reference")

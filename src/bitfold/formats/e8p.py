@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bitfold import native
 from bitfold.errors import FormatError, WeightError
 from bitfold.formats.base import Params, Scale
 from bitfold.formats.rowscale import check_rows, gaussian_row_scale, store_row_scale
@@ -46,6 +47,11 @@ def magnitudes() -> Tensor:
     normed = [(sum(v * v for v in a), a) for a in every]
     kept = sorted((norm, a) for norm, a in normed if norm <= 10 or (norm == 12 and 2.5 not in a))
     return torch.tensor([a for _, a in kept[:256]])
+
+
+@functools.cache
+def _quarters() -> Tensor:
+    return (4 * magnitudes()).to(torch.uint8)
 
 
 @functools.cache
@@ -238,6 +244,8 @@ class E8PFormat:
         """float32 weight of that shape: point times scale."""
         k = shape[-1]
         codes = fields["codes"].reshape(-1, fields["codes"].shape[-1])
+        if codes.device.type == "cpu" and hasattr(native.core(), "LatticeWeight"):
+            return _decode_native(codes, fields["scale"], k).view(shape)
         scale = fields["scale"].reshape(-1, 1).float()
         out = torch.empty(len(codes), k, dtype=torch.float32)
         step = max(1, _CHUNK * BLOCK // max(1, k))
@@ -248,6 +256,10 @@ class E8PFormat:
 
         parallel_map(job, range(0, len(codes), step))
         return out.view(shape)
+
+    def magnitudes(self) -> Tensor:
+        """uint8 (256, 8): four times the magnitudes, in the order of the low byte of a code."""
+        return _quarters()
 
     def decode_rows(self, fields: Mapping[str, Tensor], shape: tuple[int, ...], index: Tensor) -> Tensor:
         """float32 rows (len(index), k) of an (n, k) weight."""
@@ -309,6 +321,17 @@ def _decode_rows(packed: Tensor) -> Tensor:
     """int8 (n, 8 c) of uint8 (n, 2 c)."""
     pairs = packed.view(len(packed), -1, 2).int()
     return points().view(torch.int64)[:, 0][pairs[..., 0] | pairs[..., 1] << 8].view(torch.int8).view(len(packed), -1)
+
+
+def _decode_native(codes: Tensor, scale: Tensor, k: int) -> Tensor:
+    """float32 (n, k) of packed codes (n, bytes) and as many bfloat16 scales."""
+    core = native.core()
+    assert core is not None
+    n, codes, scale = len(codes), codes.contiguous(), F.pad(scale.reshape(-1), (0, 8))
+    weight = core.LatticeWeight(codes.data_ptr(), n, k, scale.data_ptr(), _quarters().data_ptr())
+    out = torch.empty(n, k, dtype=torch.float32)
+    core.dequantize(weight, 0, n, out.data_ptr(), native.threads())
+    return out
 
 
 def read_e8p(name: str, description: Mapping[str, Any]) -> E8PFormat:
