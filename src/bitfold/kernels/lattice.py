@@ -1,4 +1,4 @@
-"""The native kernel for lattice weights (`e8p`): some rows at a time become bytes in the cache and are multiplied there.
+"""The native kernel for lattice weights (`e8p`): some rows at a time become bytes in the cache, multiplied there.
 
 A format shows that it is one by having `magnitudes`: the table that the low byte of its codes looks up.
 """
