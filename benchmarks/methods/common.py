@@ -95,6 +95,14 @@ def linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
+def others(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of the norms of the blocks: methods with factors change them too."""
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if ".layers." in name and isinstance(weight, torch.Tensor) and weight.dim() == 1:
+            yield name, weight.detach().float()
+
+
 def peak() -> int:
     """Largest resident memory of this process; taken before the result is written would be the same."""
     for line in Path("/proc/self/status").read_text().splitlines():

@@ -6,7 +6,7 @@ import os
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # with fewer it does not start on a machine with two cores
 
-from common import GROUP, Run, linears
+from common import GROUP, Run, linears, others
 from gptqmodel import GPTQModel, QuantizeConfig
 
 run = Run.begin()
@@ -23,7 +23,7 @@ model = GPTQModel.load(run.options.model, config)
 data = [{"input_ids": ids[0].tolist(), "attention_mask": [1] * ids.shape[1]} for ids in run.tokens()]
 run.start()
 model.quantize(data, batch_size=1)
-weights = {}
+weights = dict(others(model.model))  # norms have taken factors of AWQ
 for name in names:
     layer = model.model.get_submodule(name)
     weights[name] = layer.dequantize_weight().T.float()

@@ -1,13 +1,15 @@
-"""llm-compressor: GPTQ, AWQ, SmoothQuant (weights only: its rounded activations are not played back)."""
+"""llm-compressor: GPTQ, AWQ, SmoothQuant (its rounded activations are played back by the judge)."""
 
 from __future__ import annotations
 
-from common import GROUP, Run, linears
+import torch
+from common import GROUP, Run, linears, others
 from datasets import Dataset
 from llmcompressor import oneshot
-from llmcompressor.modifiers.awq import AWQModifier
-from llmcompressor.modifiers.quantization import GPTQModifier
-from llmcompressor.modifiers.smoothquant import SmoothQuantModifier
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
 run = Run.begin()
 model = run.load()
@@ -19,14 +21,18 @@ weights_config = {
     "strategy": "channel" if bits == 8 else "group",
     **({} if bits == 8 else {"group_size": GROUP}),
 }
-scheme = {"group_0": {"targets": ["Linear"], "weights": weights_config}}
-common = {"config_groups": scheme, "ignore": ["lm_head"]}
+common = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights_config}}, "ignore": ["lm_head"]}
 recipe = {
-    "gptq": [GPTQModifier(**common)],
-    "awq": [AWQModifier(**common)],
-    "smoothquant": [SmoothQuantModifier(smoothing_strength=0.5), GPTQModifier(**common)],
-}[method]
+    "gptq": lambda: [GPTQModifier(**common)],
+    "awq": lambda: [AWQModifier(), QuantizationModifier(**common)],
+    "smoothquant": lambda: [SmoothQuantModifier(smoothing_strength=0.5), QuantizationModifier(**common)],
+}[method]()
 data = Dataset.from_list([{"input_ids": ids[0].tolist()} for ids in run.tokens()])
+run.start()
 oneshot(model=model, dataset=data, recipe=recipe, max_seq_length=run.options.seqlen, num_calibration_samples=len(data))
 run.nominal(bits + (16 / 576 if bits == 8 else (16 + bits) / GROUP), model)
-run.finish({name: layer.weight.detach().float() for name, layer in linears(model)})
+weights = dict(others(model))  # norms have taken factors
+with torch.no_grad():
+    for name, layer in linears(model):  # scales are applied as the layer runs
+        weights[name] = layer(torch.eye(layer.in_features)).T.contiguous()
+run.finish(weights)
