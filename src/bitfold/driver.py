@@ -228,7 +228,8 @@ def _write(run: Run, report: QuantizeReport, manner: _Manner, on_tensor: OnTenso
         return
     try:
         with Events(manner.events) as events:
-            facts = {"source": report.source, "output": report.output, "recipe": report.recipe}
+            facts: dict[str, Any] = {"source": report.source, "output": report.output, "recipe": report.recipe}
+            facts["preflight"] = report.preflight
             events.write("begin", totals=report.account, **facts)
             writing = Writing(run, work, events, on_tensor)
             writing.ceiling = Ceiling(manner.max_memory)
