@@ -65,6 +65,7 @@ class Run:
 
     def finish(self, weights: dict[str, torch.Tensor]) -> None:
         """Write the original model with these weights in their places (float32), and say what it took."""
+        memory = peak()  # the second copy of the model below is not the peer's
         seconds, cpu = time.perf_counter() - self.started[0], time.process_time() - self.started[1]
         model = AutoModelForCausalLM.from_pretrained(self.options.model, dtype=torch.float32)
         with torch.no_grad():
@@ -73,7 +74,7 @@ class Run:
         model.save_pretrained(self.options.out)
         AutoTokenizer.from_pretrained(self.options.model).save_pretrained(self.options.out)
         bpw = sum(b for b, _ in self.bits) / sum(n for _, n in self.bits)
-        print(json.dumps({"seconds": seconds, "cpu": cpu, "peak_memory": peak(), "bpw": bpw}), flush=True)
+        print(json.dumps({"seconds": seconds, "cpu": cpu, "peak_memory": memory, "bpw": bpw}), flush=True)
 
 
 def arguments() -> argparse.Namespace:
@@ -104,7 +105,7 @@ def others(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def peak() -> int:
-    """Largest resident memory of this process; taken before the result is written would be the same."""
+    """Largest resident memory of this process so far."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
