@@ -176,8 +176,8 @@ def show(original: Path, measured: list[dict[str, Any]]) -> None:
     console.print(
         "The embedding, a fifth of so small a model, stays in bf16: hence the bits of the whole file. Rounding each\n"
         "weight by itself is nearly free at 8 bits, costs something at 4 and ruins so small a model at 3 and 2. The\n"
-        "last row is what `--bits 2` does by itself, trellis codes on rotated inputs with error feedback, but quickly:\n"
-        "calibrated on 2048 tokens, without token weights. README.md has what more text gives.",
+        "last row is what `--bits 2` does by itself, trellis codes on rotated inputs with error feedback, but in a\n"
+        "hurry: calibrated on 2048 tokens, without token weights. README.md has what more text gives.",
         style="dim",
     )
 
