@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import bitfold
 import bitfold.groups
 import tiny_lm
 from bitfold import Calibration, memory
-from bitfold.calibration import Statistics, Wanted, calibration_tokens
+from bitfold.calibration import BlockWalk, Statistics, Wanted, calibration_tokens
+from bitfold.calibration.blocks import HESSIANS
 from bitfold.calibration.statistics import Sums
 from bitfold.checkpoints import convert
 from bitfold.economy import NARROWEST
@@ -228,6 +229,35 @@ def test_what_is_free_changes_no_byte(source: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(ResourceError, match="are left") as caught:
         bitfold.quantize(source, tmp_path / "other", **GPTQ, calibration=text(source))
     assert "--max-memory" in (caught.value.hint or "")
+
+
+def test_experts_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no room for more than one Hessian the bytes are those of a run that holds them all."""
+    config = MixtralConfig(
+        vocab_size=257, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2, max_position_embeddings=128,
+        bos_token_id=None, eos_token_id=256, pad_token_id=256,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    source = tiny_lm.folder(tmp_path / "source", MixtralForCausalLM(config))
+    (source / "text.txt").write_text(tiny_lm.TEXT, encoding="utf-8")
+    settings = Calibration(str(source / "text.txt"), nsamples=4, seqlen=64, fisher=False)
+    passes: list[int] = []
+    measure = BlockWalk._measure_experts
+
+    def counted(walk: BlockWalk, *args: Any) -> Any:
+        passes.append(walk._hessians)
+        return measure(walk, *args)
+
+    monkeypatch.setattr(BlockWalk, "_measure_experts", counted)
+    options: dict[str, Any] = {"format": "int4-g32", "solver": "ldlq", "calibration": settings}
+    bitfold.quantize(source, tmp_path / "all", **options)
+    monkeypatch.setattr(memory, "default_ceiling", lambda: 1)
+    report = bitfold.quantize(source, tmp_path / "one", **options)
+    assert set(passes) == {HESSIANS, 1}
+    assert all(t.output_error is not None for t in report.quantized)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("all", "one")]
+    assert files[0] == files[1]
 
 
 # Where the system holds the limit
