@@ -136,6 +136,7 @@ def solve_blocks(
             for one in _solve_block(walk, index, wanted, plan, calibration, seed):
                 solved.append(one.decision.tensor)
                 yield one
+                del one  # it holds the weight as it was, and the next group needs the room
             if bookmarks is not None:
                 bookmarks.turn(index, solved, walk)
             bar.advance(1, f"{walk.path}.{index}")
@@ -161,6 +162,7 @@ def _solve_block(
                 waiting[one.decision.tensor] = one
             else:
                 yield one
+            del one
     yield from (*waiting.values(), *learned)
 
 

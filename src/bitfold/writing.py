@@ -131,6 +131,7 @@ class Writing:
                     yield self._finish(solved.decision, {solved.decision.tensor: solved.value})
                 else:
                     yield self._write_solved(solved)
+                del solved  # it holds the weight as it was
         for item in self.run.plan.items:
             if any(d.alias_of is None and name not in self.done.reports for name, d in item.decisions.items()):
                 yield from self._write_item(item)

@@ -176,9 +176,10 @@ class Sums:
         n = max(1, self.tokens)
         for matrix in (*self._hessian, *self._cross):
             matrix.div_(n)
-        cross = _joined(self._cross) if self._cross else None
+        hessian, cross = _joined(self._hessian), _joined(self._cross) if self._cross else None
+        self._hessian, self._cross = [], []  # whoever has the result may let go of them
         turned = self._wanted.basis is not None
-        return Statistics(_joined(self._hessian), cross, self.tokens, self._absmax, self._sum / n, turned)
+        return Statistics(hessian, cross, self.tokens, self._absmax, self._sum / n, turned)
 
 
 def _joined(parts: list[torch.Tensor]) -> Moments:
