@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from bitfold.fits import minmax, mse
+from bitfold.fits import minmax, mse, view_blocks
 from bitfold.formats import Fit, Format, Params
 
 _STEPS, _SMALLEST = 16, 0.4  # ranges tried, and the smallest as a share of the whole one
@@ -38,17 +38,16 @@ class _Cost:
     """d^T H d of each block under some scales."""
 
     def __init__(self, w: torch.Tensor, hessian: torch.Tensor, format: Format) -> None:
-        self._w, self._format = w, format
-        self._blocks = format.blocks(tuple(w.shape))
-        across, cols = self._blocks.grid[1], self._blocks.cols
+        self._view = view_blocks(w, format, None)
+        blocks = format.blocks((w.shape[0], w.shape[1]))
+        across, cols = blocks.grid[1], blocks.cols
         padded = torch.nn.functional.pad(hessian.float(), (0, across * cols - w.shape[1]) * 2)
         square = padded.view(across, cols, across, cols)
         self._grams = torch.stack([square[i, :, i] for i in range(across)])  # (across, cols, cols)
 
     def __call__(self, params: Params) -> torch.Tensor:
         """(n, across)."""
-        codes = self._format.codes_of(self._w, params)
-        d = self._blocks.split(self._w - self._format.values_of(codes, params)).transpose(0, 1)
+        d = self._view.difference(params).transpose(0, 1)
         return ((d @ self._grams) * d).sum(-1).T
 
 

@@ -19,7 +19,7 @@ _ROUNDS, _BETA, _GROWTH, _NORM = 20, 10.0, 1.01, 0.7
 
 
 @dataclass
-class _View:
+class BlockView:
     """A weight in blocks, with the weight of each element in the error (0 on padding)."""
 
     w: torch.Tensor
@@ -41,9 +41,13 @@ class _View:
         zero = params.zero_point[..., None]
         return self.format.grid.nearest(scaled.add_(zero)).sub_(zero)
 
+    def difference(self, params: Params) -> torch.Tensor:
+        """Nearest values under params, less the weights."""
+        return self.points(params).mul_(params.scale[..., None]).sub_(self.w)
+
     def error(self, params: Params) -> torch.Tensor:
         """Weighted mean square error of each block."""
-        return self.mean(self.points(params).mul_(params.scale[..., None]).sub_(self.w).square_())
+        return self.mean(self.difference(params).square_())
 
     def round_zero(self, zero: torch.Tensor) -> torch.Tensor:
         """Zero points as the format will store them."""
@@ -53,17 +57,18 @@ class _View:
         return offset.decode(offset.encode(zero))
 
 
-def _view(w: torch.Tensor, format: Format, importance: torch.Tensor | None) -> _View:
+def view_blocks(w: torch.Tensor, format: Format, importance: torch.Tensor | None) -> BlockView:
+    """A weight (n, k) in the blocks of a format, each element weighted by importance (n, k) or (k,)."""
     blocks = format.blocks(tuple(w.shape))
     mask = blocks.mask(w.device)
     if importance is not None:
         mask = blocks.split(importance.float().expand(w.shape))
-    return _View(blocks.split(w.float()), mask, format)
+    return BlockView(blocks.split(w.float()), mask, format)
 
 
 def absmax(w: torch.Tensor, format: Format, importance: torch.Tensor | None = None) -> Params:
     """The smallest scale that clips nothing; formats with a zero point put it where 0 sits in the middle."""
-    view = _view(w, format, None)
+    view = view_blocks(w, format, None)
     low, high = format.grid.span
     if format.scale is not None and format.scale.offset is not None:
         bound = view.w.abs().amax(-1)
@@ -76,11 +81,11 @@ def minmax(w: torch.Tensor, format: Format, importance: torch.Tensor | None = No
     """The range of each block onto the range of the grid (0 always inside); without a zero point the same as absmax."""
     if format.scale is None or format.scale.offset is None:
         return absmax(w, format)
-    view = _view(w, format, None)
+    view = view_blocks(w, format, None)
     return _affine(view, view.w.amin(-1).clamp_max(0), view.w.amax(-1).clamp_min(0))
 
 
-def _affine(view: _View, low: torch.Tensor, high: torch.Tensor) -> Params:
+def _affine(view: BlockView, low: torch.Tensor, high: torch.Tensor) -> Params:
     first, last = view.format.grid.span
     scale = (high - low) / (last - first)
     zero = torch.where(scale == 0, 0.0, first - low / torch.where(scale == 0, 1.0, scale))
@@ -94,7 +99,7 @@ def mse(w: torch.Tensor, format: Format, importance: torch.Tensor | None = None)
     Each candidate is a shrunken range; the best is refined by solving for the scale (and zero point) with the codes
     fixed, as Lloyd's algorithm does. Never worse than minmax (absmax without a zero point).
     """
-    view = _view(w, format, importance)
+    view = view_blocks(w, format, importance)
     best = minmax(w, format)
     best_error = view.error(best)
     start = Params(best.scale, best.zero_point)
@@ -127,7 +132,7 @@ def _shrink(levels: int, block: int) -> list[float]:
     return [floor + (1 - floor) * i / steps for i in range(steps)]
 
 
-def _scaled(view: _View, start: Params, factor: float) -> Params:
+def _scaled(view: BlockView, start: Params, factor: float) -> Params:
     scale = start.scale * factor
     if start.zero_point is None:
         return Params(scale)
@@ -136,7 +141,7 @@ def _scaled(view: _View, start: Params, factor: float) -> Params:
     return Params(scale, view.round_zero(centre + (start.zero_point - centre) / factor))
 
 
-def _keep_better(view: _View, best: Params, best_error: torch.Tensor, other: Params) -> torch.Tensor:
+def _keep_better(view: BlockView, best: Params, best_error: torch.Tensor, other: Params) -> torch.Tensor:
     """Put the better of the two into `best`, block by block; returns its error."""
     error = view.error(other)
     better = error < best_error
@@ -146,7 +151,7 @@ def _keep_better(view: _View, best: Params, best_error: torch.Tensor, other: Par
     return torch.where(better, error, best_error)
 
 
-def _least_squares(view: _View, params: Params) -> Params:
+def _least_squares(view: BlockView, params: Params) -> Params:
     """Scale (and zero point) that fit the blocks best with the codes of `params`."""
     points = view.points(params)
     if params.zero_point is None:
@@ -168,7 +173,7 @@ def hqq(w: torch.Tensor, format: Format, importance: torch.Tensor | None = None)
     Alternates the shrinkage of the error towards its large entries with a closed-form zero point; in formats without
     a zero point, or with an integer one, the scale takes its place. Each block keeps the best of at most 20 rounds.
     """
-    view = _view(w, format, importance)
+    view = view_blocks(w, format, importance)
     params = minmax(w, format)
     if format.scale is not None and isinstance(format.scale.offset, torch.dtype):
         return Params(params.scale, _half_quadratic_zero(view, params))
@@ -193,7 +198,7 @@ def hqq(w: torch.Tensor, format: Format, importance: torch.Tensor | None = None)
     return kept
 
 
-def _half_quadratic_zero(view: _View, params: Params) -> torch.Tensor:
+def _half_quadratic_zero(view: BlockView, params: Params) -> torch.Tensor:
     """The zero points (down, across) alone, scales as they are: everything in units of the step.
 
     With e what rounding leaves, the shrinkage takes sign(e) min(|e|, |e|^(p - 1) / beta) off it, and the closed form
@@ -202,7 +207,9 @@ def _half_quadratic_zero(view: _View, params: Params) -> torch.Tensor:
     assert params.zero_point is not None
     scale, start = params.scale.flatten(), params.zero_point.flatten()
     x = view.w.flatten(0, 1) * torch.where(scale == 0, 0.0, 1 / scale)[:, None]
-    parts = _View(x, None if view.importance is None else view.importance.expand_as(view.w).flatten(0, 1), view.format)
+    parts = BlockView(
+        x, None if view.importance is None else view.importance.expand_as(view.w).flatten(0, 1), view.format
+    )
     active, zero, kept = torch.arange(len(x)), start, start.clone()
     best, beta = torch.full_like(scale, torch.inf), _BETA
     for _ in range(_ROUNDS):
@@ -231,7 +238,7 @@ def _shrink_lp(x: torch.Tensor, beta: float, p: float) -> torch.Tensor:
 
 
 def _half_quadratic_step(
-    view: _View, params: Params, points: torch.Tensor, outliers: torch.Tensor, move: torch.Tensor
+    view: BlockView, params: Params, points: torch.Tensor, outliers: torch.Tensor, move: torch.Tensor
 ) -> None:
     target = view.w - outliers
     whole = view.format.scale is not None and not isinstance(view.format.scale.offset, torch.dtype)
