@@ -63,7 +63,7 @@ class Scores:
 
     def add(self, piece: Piece, reference: Predictions | None, name: str) -> None:
         """Count the predictions of a piece, a few rows at a time."""
-        for logits, targets in zip(*(t.split(TOGETHER) for t in (piece.logits, piece.targets)), strict=True):
+        for logits, targets in _few_rows(piece):
             q = torch.log_softmax(logits, -1)
             self.nll -= _likelihood(q, targets)
             self.done += len(q)
@@ -84,6 +84,11 @@ class Scores:
     def divergences(self) -> Floats | None:
         """KL of every prediction; None without a reference."""
         return torch.cat(self.kl).numpy() if self.kl else None
+
+
+def _few_rows(piece: Piece) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Logits and targets of a piece, a few rows at a time: temporaries stay small."""
+    yield from zip(torch.split(piece.logits, TOGETHER), torch.split(piece.targets, TOGETHER), strict=True)
 
 
 def _likelihood(log_probabilities: torch.Tensor, targets: torch.Tensor) -> float:
@@ -171,7 +176,7 @@ def _write_predictions(reference: Subject, setting: Setting, path: Path) -> dict
     try:
         with progress.bar("reference", setting.passages.total) as bar:
             for piece in setting.passages.read(model, setting.batch):
-                for logits, targets in zip(*(t.split(TOGETHER) for t in (piece.logits, piece.targets)), strict=True):
+                for logits, targets in _few_rows(piece):
                     nll -= _likelihood(torch.log_softmax(logits, -1), targets)
                 writer.append(piece.logits)
                 vocabulary = int(piece.logits.shape[-1])
