@@ -5,7 +5,7 @@ a CPU nobody has seen yet, loses speed and nothing else. The loss is said once.
 
 Environment:
     BITFOLD_NATIVE=0        act as if the core were not there (tests use it to compare both paths).
-    BITFOLD_ISA=NAME        use this set: scalar, avx2, avx512, amx, neon, neon_i8mm; an error where it is not available.
+    BITFOLD_ISA=NAME        use this set: scalar, avx2, avx512, amx, neon, neon_i8mm. An error if it is not available.
 """
 
 from __future__ import annotations
