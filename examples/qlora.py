@@ -9,6 +9,7 @@ The text is read in batches, several times over; the first and the last loss are
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -48,7 +49,8 @@ def add_adapters(model: torch.nn.Module) -> PeftModel:
 
 
 def train(model: PeftModel, tokens: torch.Tensor, steps: int, batch: int) -> list[float]:
-    """The loss of every step."""
+    """The loss of every step; means over each reading of the text are shown as they come."""
+    reading = len(tokens) // batch
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
     losses = []
     for step in range(steps):
@@ -58,6 +60,8 @@ def train(model: PeftModel, tokens: torch.Tensor, steps: int, batch: int) -> lis
         loss.backward()
         optimiser.step()
         losses.append(float(loss.detach()))
+        if len(losses) % reading == 0:
+            print(f"  step {len(losses)}: {sum(losses[-reading:]) / reading:.4f}", file=sys.stderr, flush=True)
     return losses
 
 

@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # with fewer it does not start on a machine with two cores
 
+import torch
 from common import GROUP, Run, linears, others
 from gptqmodel import GPTQModel, QuantizeConfig
 
@@ -17,6 +18,7 @@ config = QuantizeConfig(
     group_size=-1 if bits == 8 else GROUP,
     sym=bits == 8,
     device="cpu",
+    offload_to_disk=False,
     **({"quant_method": "awq", "format": "gemm"} if awq else {}),
 )
 model = GPTQModel.load(run.options.model, config)
@@ -26,6 +28,7 @@ model.quantize(data, batch_size=1)
 weights = dict(others(model.model))  # norms have taken factors of AWQ
 for name in names:
     layer = model.model.get_submodule(name)
-    weights[name] = layer.dequantize_weight().T.float()
-    run.stored([layer.qweight, layer.qzeros, layer.scales], weights[name].numel())
+    run.stored([layer.qweight, layer.qzeros, layer.scales], layer.in_features * layer.out_features)
+    with torch.no_grad():  # its packed layout depends on the CPU: what the layer does is what it means
+        weights[name] = layer(torch.eye(layer.in_features)[None])[0].T.float().contiguous()
 run.finish(weights)
