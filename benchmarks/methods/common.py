@@ -25,11 +25,13 @@ class Run:
         options: what `arguments` read.
         started: when the work began (wall clock, CPU time), loading not counted.
         bits: stored bits of all quantized weights, and their number.
+        took: wall-clock and CPU seconds of the work, once it is done.
     """
 
     options: argparse.Namespace
     started: tuple[float, float] = (0.0, 0.0)
     bits: list[tuple[float, int]] = field(default_factory=list)
+    took: tuple[float, float] | None = None
 
     @classmethod
     def begin(cls) -> Run:
@@ -46,6 +48,10 @@ class Run:
     def start(self) -> None:
         """The clock starts (again)."""
         self.started = (time.perf_counter(), time.process_time())
+
+    def stop(self) -> None:
+        """The clock stops before `finish`, where the result has to be saved and read first."""
+        self.took = (time.perf_counter() - self.started[0], time.process_time() - self.started[1])
 
     def tokens(self) -> list[torch.Tensor]:
         """Calibration windows (1, seqlen), the first of the text, as bitfold takes them."""
@@ -66,7 +72,10 @@ class Run:
     def finish(self, weights: dict[str, torch.Tensor]) -> None:
         """Write the original model with these weights in their places (float32), and say what it took."""
         memory = peak()  # the second copy of the model below is not the peer's
-        seconds, cpu = time.perf_counter() - self.started[0], time.process_time() - self.started[1]
+        if self.took is None:
+            self.stop()
+        assert self.took is not None
+        seconds, cpu = self.took
         model = AutoModelForCausalLM.from_pretrained(self.options.model, dtype=torch.float32)
         with torch.no_grad():
             for name, w in weights.items():

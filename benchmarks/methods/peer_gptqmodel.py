@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # with fewer it does not start on a machine with two cores
 
@@ -25,6 +26,11 @@ model = GPTQModel.load(run.options.model, config)
 data = [{"input_ids": ids[0].tolist(), "attention_mask": [1] * ids.shape[1]} for ids in run.tokens()]
 run.start()
 model.quantize(data, batch_size=1)
+run.stop()
+packed = run.options.out + "-packed"
+model.save(packed)  # in memory its layers are not yet what they will be: zero points are stored another way
+model = GPTQModel.load(packed, device="cpu")
+shutil.rmtree(packed)
 weights = dict(others(model.model))  # norms have taken factors of AWQ
 for name in names:
     layer = model.model.get_submodule(name)
