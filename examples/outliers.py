@@ -69,7 +69,8 @@ def main() -> None:
         for number, (name, how) in enumerate(WAYS.items()):
             folder = work / str(number)
             bitfold.quantize(source, folder, **how, calibration=text if how.get("solver") == "smoothquant" else None)
-            found = bitfold.evaluate(folder, options.model, max_tokens=options.tokens, cache_dir=work / "reference")
+            sizes = {"max_tokens": options.tokens, "context": min(128, options.tokens)}
+            found = bitfold.evaluate(folder, options.model, **sizes, cache_dir=work / "reference")
             print(f"{name:<34} {found.kl_mean:>8.4f} {found.perplexity:>10.2f}", flush=True)
 
 
