@@ -1,13 +1,15 @@
 // The Python face of the native core: names and pointers, no arithmetic.
 //
-// Tensors come as addresses: the Python side (packing.py, kernels/) has checked dtype, shape, device and contiguity,
-// and decoding one token makes hundreds of calls, for which the DLPack handshake would cost more than the arithmetic.
+// Tensors come as addresses (address.h): the Python side (packing.py, kernels/) has checked dtype, shape, device and
+// contiguity, and decoding one token makes hundreds of calls, for which the DLPack handshake would cost more than the
+// arithmetic.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <stdexcept>
 
+#include "address.h"
 #include "bandwidth.h"
 #include "dispatch.h"
 #include "lattice/bind.h"
@@ -16,15 +18,7 @@
 #include "viterbi/bind.h"
 #include "viterbi/viterbi.h"
 
-namespace nb = nanobind;
-using namespace nb::literals;
-
 namespace {
-
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // A weight that owns the copy of its last rows, or its trellis code.
 struct OwnedWeight : bitfold::Weight {

@@ -1,4 +1,4 @@
-"""AutoRound with its defaults of steps, on the CPU."""
+"""AutoRound on the CPU, with as many steps of two windows as ours takes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ tuned = AutoRound(
     sym=False,
     device_map="cpu",
     dataset=run.tokens(),
+    iters=run.options.steps,
+    batch_size=2,
     nsamples=run.options.nsamples,
     seqlen=run.options.seqlen,
 )

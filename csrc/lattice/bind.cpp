@@ -1,18 +1,7 @@
 #include "lattice/bind.h"
 
+#include "address.h"
 #include "lattice/e8p.h"
-
-namespace nb = nanobind;
-using namespace nb::literals;
-
-namespace {
-
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-}  // namespace
 
 void bind_lattice(nb::module_& m) {
   using Weight = bitfold::LatticeWeight;

@@ -19,3 +19,4 @@ void test_packing(const char* isa);
 void test_linear(const char* isa);
 void test_viterbi(const char* isa);
 void test_trellis(const char* isa);
+void test_lattice(const char* isa);

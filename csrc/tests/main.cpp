@@ -33,6 +33,7 @@ int main(int argc, char** argv) {
     test_linear(name.c_str());
     test_viterbi(name.c_str());
     test_trellis(name.c_str());
+    test_lattice(name.c_str());
 #if BITFOLD_WITH_AVX512
     if (name == "avx512") test_emulated_amx();
 #endif

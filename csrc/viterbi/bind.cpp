@@ -1,16 +1,9 @@
 #include "viterbi/bind.h"
 
+#include "address.h"
 #include "viterbi/viterbi.h"
 
-namespace nb = nanobind;
-using namespace nb::literals;
-
 namespace {
-
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 bitfold::TrellisCode code_of(int bits, int window, int index_bits, int gain, uintptr_t columns, uintptr_t levels) {
   return {bits, window, index_bits, gain, at<const uint8_t>(columns), at<const int16_t>(levels)};

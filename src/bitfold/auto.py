@@ -17,10 +17,6 @@ from bitfold.errors import CheckpointError, UsageError
 from bitfold.memory import available
 
 _EASY = 5  # bits from which on rounding to nearest is enough
-_ENCODER = {1: 0.4e-6, 2: 0.6e-6, 3: 0.7e-6, 4: 0.8e-6}  # seconds a weight of one core for the trellis
-_FLOPS = 4e10  # of one core, float32 matrix products
-_PASSES = 8  # passes of the calibration text over the weights: forward, backward, statistics, replays
-_FEEDBACK = 13_000  # operations a weight in factorizations and feedback, as measured (docs/log.md)
 _COPIES = 4  # of a block in float32: its weights, their targets, errors, and what is solved
 
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from bitfold.tensorinfo import TensorInfo
@@ -139,8 +138,3 @@ def _guess(name: str, module: str, shape: tuple[int, ...], conv1d: bool) -> Site
         return Site(name, EMBEDDING, shape, "embedding")
     keep = "output head" if _HEAD.search(module) else _router(module)
     return Site(name, LINEAR, shape, keep, transposed=conv1d and bool(_CONV1D_NAME.search(module)))
-
-
-def is_float_matrix(tensor: torch.Tensor) -> bool:
-    """Whether a tensor could be a weight at all."""
-    return tensor.is_floating_point() and tensor.dim() in (2, 3)

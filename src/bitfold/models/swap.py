@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -243,11 +243,6 @@ def _numel(site: Site) -> int:
     for size in site.shape:
         count *= size
     return count
-
-
-def formats_of(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Descriptions of formats for a checkpoint."""
-    return {name: get_format(name).describe() for name in sorted(set(names))}
 
 
 __all__ = ["EMBEDDING", "EXPERTS", "Entry", "Outcome", "decide", "quantize_", "read_entries", "swap", "swap_entries"]
