@@ -64,7 +64,9 @@ class Calibration:
         if not 0 <= self.drift <= 1:
             raise UsageError(f"a drift correction of {self.drift} makes no sense", hint="0 to 1")
         if self.columns is not None and self.columns < ALIGNED:
-            raise UsageError(f"ranges of {self.columns} inputs are too narrow", hint=f"at least {ALIGNED}")
+            raise UsageError(
+                f"ranges of {self.columns} inputs are too narrow", where="columns", hint=f"at least {ALIGNED}"
+            )
 
 
 def settings(
