@@ -9,7 +9,8 @@
 namespace bitfold {
 
 // Calls work(begin, end) on disjoint ranges that cover [0, count), from at most `threads` threads, the caller being one
-// of them, and returns when all are done. Ranges are as equal as can be, in units of `grain`. work must not throw.
+// of them, and returns when all are done. Ranges are some for each thread, as equal as can be, in units of `grain`;
+// which thread gets which depends on who has time. work must not throw.
 void parallel_for(size_t count, size_t grain, int threads, const std::function<void(size_t, size_t)>& work);
 
 }  // namespace bitfold

@@ -55,6 +55,7 @@ size_t few_params(const Weight& w, const Plan& g) {
 template <class S, class C, int M>
 struct FewRows {
   static constexpr int V = 2;
+  static constexpr size_t kColumns = S::template Quads<C::kBits>::kColumns;
   using I = typename S::I;
   using F = typename S::F;
   const Weight& w;
@@ -79,7 +80,7 @@ struct FewRows {
     for (size_t k = 0; k < a.padded; k += g.depth) {
       const size_t depth = smaller(g.depth, a.padded - k);
       const bool last = k + g.depth >= a.padded;
-      Fetch fetch(w, last ? row + V * S::L : row, V * S::L, last ? 0 : k + g.depth, g.depth, depth / 4);
+      Fetch fetch(w, last ? row + V * S::L : row, V * S::L, last ? 0 : k + g.depth, g.depth, depth / kColumns);
       stage.copy(w, row, k, depth);
       for (size_t done = 0; done < depth; done += g.chunk)
         chunk((k + done) / g.chunk, done, smaller(g.chunk, depth - done), a.x + (k + done) * M, fetch);
@@ -94,10 +95,10 @@ struct FewRows {
     repeat<M>([&](auto i)
                   BITFOLD_INLINE { acc[i.value][0] = acc[i.value][1] = S::broadcast4(a.start + index * M + i.value); });
     Fetch next = fetch;  // a copy: what f captures by reference would be written back each time
-    stage.each_quad(codec, column, columns, [&](size_t quad, I(&v)[V]) BITFOLD_INLINE {
-      few_products<S, C::kBits>(v, x + quad * 4 * M, acc);
-      next.some<S>();
-    });
+    stage.each_quad(
+        codec, column, columns,
+        [&](size_t quad, I(&v)[V]) BITFOLD_INLINE { few_products<S, C::kBits>(v, x + quad * 4 * M, acc); },
+        [&]() BITFOLD_INLINE { next.some<S>(); });
     fetch = next;
     if (w.group) fetch_params(index);
     const size_t at = w.group ? index * V * S::L : 0;

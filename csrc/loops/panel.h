@@ -11,33 +11,40 @@ namespace BITFOLD_NS {
 constexpr size_t kTiles = 4;
 constexpr size_t kPanelDepth = 1024;  // columns of a panel at most
 
-// Fetches the packed bytes of the next panel, line by line, while products are made: a burst of requests would stall.
+// Fetches the packed bytes of the next panel, some lines at a time, while products are made: a burst of requests would
+// stall. Lines are taken row by row, then the next 64 bytes of every row.
 struct Fetch {
-  const uint8_t* base;
-  size_t stride = 0;            // bytes from row to row
-  unsigned mask = 0, log2 = 0;  // rows that are read side by side: a power of two
-  size_t next = 0, lines, step;
+  const uint8_t* at;
+  size_t stride = 64, rows = ~size_t{0};  // bytes from row to row, rows that are read side by side
+  size_t row = 0, left, step;
 
   // The panel at `row` and `column`; `steps`: how often `some` will be called for it, at least.
-  Fetch(const Weight& w, size_t row, size_t rows, size_t column, size_t depth, size_t steps) {
+  Fetch(const Weight& w, size_t first, size_t count, size_t column, size_t depth, size_t steps) {
     const size_t bits = w.trellis ? static_cast<size_t>(w.trellis->bits) : static_cast<size_t>(w.bits);
     if (w.trellis) {
-      base = w.codes + row / 32 * w.row_bytes + column * 4 * bits;
-      lines = depth * 4 * bits / 64;  // of the first 32 rows: the others are fetched by decoding itself
+      at = w.codes + first / 32 * w.row_bytes + column * 4 * bits;
+      left = depth * 4 * bits / 64;  // of the first 32 rows: the others are fetched by decoding itself
     } else {
-      base = w.codes + row * w.row_bytes + column / 8 * bits;
+      at = w.codes + first * w.row_bytes + column / 8 * bits;
       stride = w.row_bytes;
-      mask = static_cast<unsigned>(rows - 1);
-      while (size_t{1} << log2 < rows) ++log2;
-      lines = rows * ((depth / 8 * bits + 63) / 64);
+      rows = count;
+      left = count * ((depth / 8 * bits + 63) / 64);
     }
-    step = (lines + steps - 1) / steps;
+    step = (left + steps - 1) / steps;
   }
 
   template <class S>
   BITFOLD_INLINE void some() {
-    for (size_t i = 0; i < step && next < lines; ++i, ++next)
-      S::prefetch_far(base + (next & mask) * stride + (next >> log2) * 64);
+    size_t now = smaller(step, left);
+    left -= now;
+    for (; now != 0; --now) {
+      S::prefetch_far(at);
+      at += stride;
+      if (++row == rows) {
+        row = 0;
+        at += 64 - rows * stride;
+      }
+    }
   }
 };
 
@@ -58,16 +65,18 @@ struct Stage {
     }
   }
 
-  // f(i, vectors) for the i-th 4 columns from `column` of what was copied, `depth` of them.
-  template <class F>
-  BITFOLD_INLINE void each_quad(const C& codec, size_t column, size_t depth, const F& f) const {
+  // f(i, vectors) for the i-th 4 columns from `column` of what was copied, `depth` of them; between() every few calls.
+  template <class F, class Between>
+  BITFOLD_INLINE void each_quad(const C& codec, size_t column, size_t depth, const F& f, const Between& between) const {
     using Quads = typename S::template Quads<C::kBits>;
     const uint8_t* at = bytes + column / 8 * C::kBits;
-    for (size_t c = 0; c < depth; c += Quads::kColumns, at += Quads::kBytes)
+    for (size_t c = 0; c < depth; c += Quads::kColumns, at += Quads::kBytes) {
       Quads::template run<V>(at, kRow, [&](size_t i, typename S::I(&v)[V]) BITFOLD_INLINE {
         repeat<V>([&](auto j) BITFOLD_INLINE { v[j.value] = codec.map(v[j.value]); });
         f(c / 4 + i, v);
       });
+      between();
+    }
   }
 };
 
@@ -101,8 +110,9 @@ void decode_panel(const Decoder&, const Weight& w, size_t row, size_t tiles, siz
     if constexpr (S::template Quads<C::kBits>::kBetter) {
       Stage<S, C, 1> stage;
       stage.copy(w, row + h * S::L, column, depth);
-      stage.each_quad(codec, 0, depth,
-                      [&](size_t i, typename S::I(&v)[1]) BITFOLD_INLINE { S::store(to + i * 8 * S::L, v[0]); });
+      stage.each_quad(
+          codec, 0, depth, [&](size_t i, typename S::I(&v)[1]) BITFOLD_INLINE { S::store(to + i * 8 * S::L, v[0]); },
+          [] {});
     } else {
       decode_rows<S>(w, codec, row + h * S::L, column, depth, to);
     }
