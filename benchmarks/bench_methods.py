@@ -9,7 +9,8 @@ Both get the same calibration text, windows, groups (64 weights; 8 bits a row), 
 
 Each row is appended to build/methods/rows.jsonl when it is measured and not measured again; --fresh forgets them all.
 
-    python benchmarks/bench_methods.py MODEL [--rows 'gptq-4' 'hqq*'] [--ours | --peers] [--tokens 20480] [--list]
+    python benchmarks/bench_methods.py MODEL [--rows 'gptq-4' 'hqq*'] [--ours | --peers] [--tokens 20480]
+                                        [--list | --show]
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ DATA = HERE.parent / "src" / "bitfold" / "data"
 ENVIRONMENTS = HERE.parent / ".cache" / "peers"
 TORCH = os.environ.get("TORCH", "torch")
 BITS = (8, 4, 3, 2)
-EASY = {"wanda": (8, 4), "sparsegpt": (8, 4), "signround": (4, 3, 2)}  # where other numbers of bits say nothing
+# Where other numbers of bits say nothing, or (aqlm: a third of an hour a row, more with more books) take too long.
+EASY = {"wanda": (8, 4), "sparsegpt": (8, 4), "signround": (4, 3, 2), "aqlm": (2,)}
 COMMON = [TORCH, "transformers safetensors numpy"]
 # It asks for a newer torch than it needs, and with it for gigabytes of CUDA.
 GPTQMODEL = [
@@ -56,6 +58,7 @@ PEERS: dict[str, tuple[list[str], dict[str, tuple[int, ...]]]] = {
     "autoround": ([*COMMON, "auto-round"], {"signround": (4, 3, 2)}),
     "llmcompressor": ([*COMMON, "llmcompressor"], {"gptq": (8, 4), "awq": (4,), "smoothquant": (8,)}),
     "torchao": ([*COMMON, "torchao"], {"rtn": (8, 4)}),
+    "llama_cpp": ([*COMMON, "llama-cpp-python gguf"], {"imatrix": BITS}),
 }
 # Peers whose inputs are rounded to 8 bits at run time, and the magnitude from which on a column is not.
 ROUNDED = {"bitsandbytes:llm-int8": 6.0, "llmcompressor:smoothquant": float("inf")}
@@ -155,6 +158,11 @@ def measure(case: Case, model: Path, options: argparse.Namespace) -> dict[str, A
         shutil.rmtree(out, ignore_errors=True)
 
 
+def number(value: float) -> str:
+    """Two decimals; of a ruined model only its size."""
+    return f"{value:.2f}" if value < 1e5 else f"{value:.0e}"
+
+
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Markdown: by bits, least loss first."""
     for bits in BITS:
@@ -162,18 +170,18 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
         if not here:
             continue
         yield f"\n**{bits} bits**\n"
-        yield "| method | by | bits per weight | KL | perplexity | same top token | seconds | CPU | peak memory |"
-        yield "|---" * 9 + "|"
+        yield "| method | by | stored bits per weight | KL | perplexity | same top token | CPU seconds | peak GiB |"
+        yield "|---" * 8 + "|"
         for r in here:
             yield (
-                f"| {r['method']} | {r['peer']} | {r['bpw']:.3f} | {r['kl']:.4f} | {r['perplexity']:.2f}"
-                f" | {100 * r['top1']:.1f} % | {r['seconds']:.0f} | {r['cpu']:.0f}"
-                f" | {r['peak_memory'] / 2**30:.2f} GiB |"
+                f"| {r['method']} | {r['peer']} | {r['bpw']:.3f} | {r['kl']:.4f} | {number(r['perplexity'])}"
+                f" | {100 * r['top1']:.1f} % | {r['cpu']:.0f} | {r['peak_memory'] / 2**30:.2f} |"
             )
-    absent = [r for r in rows if "missing" in r]
-    if absent:
-        yield "\nNot measured:\n"
-        yield from (f"* {r['name']}: {r['missing']}" for r in absent)
+    for title, key in (("What the types were", "note"), ("Not measured", "missing")):
+        there = [r for r in rows if key in r]
+        if there:
+            yield f"\n{title}:\n"
+            yield from (f"* {r['name']}: {r[key]}" for r in there)
 
 
 def main() -> None:
@@ -187,6 +195,7 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=512, help="tokens of a window")
     parser.add_argument("--steps", type=int, default=40, help="of signround and AutoRound, two windows each")
     parser.add_argument("--fresh", action="store_true", help="forget the rows that are there")
+    parser.add_argument("--show", action="store_true", help="measure nothing, show what is there")
     parser.add_argument("--list", action="store_true", help="name the rows and stop")
     options = parser.parse_args()
     wanted = [c for c in cases() if any(fnmatch.fnmatchcase(c.name, pattern) for pattern in options.rows)]
@@ -199,14 +208,15 @@ def main() -> None:
     if options.fresh:
         file.unlink(missing_ok=True)
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    for case in wanted:
+    for case in [] if options.show else wanted:
         if any(row["name"] == case.name for row in rows):
             continue
         print(case.name, "...", file=sys.stderr, flush=True)
         rows.append(measure(case, options.model, options))
         with file.open("a", encoding="utf-8") as log:
             log.write(json.dumps(rows[-1]) + "\n")
-    print(f"{options.nsamples} x {options.seqlen} tokens of calibration text, judged on {options.tokens} tokens")
+    if not options.show:
+        print(f"{options.nsamples} x {options.seqlen} tokens of calibration text, judged on {options.tokens} tokens")
     print("\n".join(table(rows)))
 
 

@@ -26,12 +26,14 @@ class Run:
         started: when the work began (wall clock, CPU time), loading not counted.
         bits: stored bits of all quantized weights, and their number.
         took: wall-clock and CPU seconds of the work, once it is done.
+        note: what else there is to say.
     """
 
     options: argparse.Namespace
     started: tuple[float, float] = (0.0, 0.0)
     bits: list[tuple[float, int]] = field(default_factory=list)
     took: tuple[float, float] | None = None
+    note: str = ""
 
     @classmethod
     def begin(cls) -> Run:
@@ -83,7 +85,8 @@ class Run:
         model.save_pretrained(self.options.out)
         AutoTokenizer.from_pretrained(self.options.model).save_pretrained(self.options.out)
         bpw = sum(b for b, _ in self.bits) / sum(n for _, n in self.bits)
-        print(json.dumps({"seconds": seconds, "cpu": cpu, "peak_memory": memory, "bpw": bpw}), flush=True)
+        facts = {"seconds": seconds, "cpu": cpu, "peak_memory": memory, "bpw": bpw}
+        print(json.dumps({**facts, "note": self.note} if self.note else facts), flush=True)
 
 
 def arguments() -> argparse.Namespace:

@@ -11,6 +11,9 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
+if not torch.cuda.is_available():  # AWQ pins memory for a GPU whether there is one or not, and would end there
+    torch.Tensor.pin_memory = lambda self, *_args: self  # type: ignore[method-assign, assignment]
+
 run = Run.begin()
 model = run.load()
 bits, method = run.options.bits, run.options.method

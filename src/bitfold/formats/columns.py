@@ -41,30 +41,39 @@ class GridCoder:
     def __init__(self, format: Format, shape: tuple[int, int], params: Params | None) -> None:
         self._format, self._shape = format, shape
         self._stored = {} if params is None else format.store_params(params)
-        self._params = format.load_params(self._stored, shape)
-        self._codes = torch.zeros(shape, dtype=torch.uint8)
+        self._codes = torch.zeros(shape[1], shape[0], dtype=torch.uint8)  # transposed: a column lies together
         blocks = format.blocks(shape)
-        self._rows, self._cols = torch.arange(shape[0]) // blocks.rows, blocks.cols
+        self._cols, rows = blocks.cols, torch.arange(shape[0]) // blocks.rows
+        self._scale = self._inverse = self._zero = None  # of each block across and each row
+        stored = format.load_params(self._stored, shape)
+        if stored is not None:
+            self._scale = stored.scale[rows].T.contiguous()
+            self._inverse = torch.where(self._scale == 0, 0.0, 1.0 / self._scale)
+            self._zero = None if stored.zero_point is None else stored.zero_point[rows].T.contiguous()
 
     def _of_columns(self, per_block: torch.Tensor, start: int, count: int) -> torch.Tensor:
-        columns = torch.arange(start, start + count) // self._cols
-        return per_block[self._rows[:, None], columns]
+        """(count, n), or (1, n) where all columns are of one block."""
+        first, last = start // self._cols, (start + count - 1) // self._cols
+        if first == last:
+            return per_block[first : first + 1]
+        return per_block[torch.arange(start, start + count) // self._cols]
 
     def encode(self, w: torch.Tensor, start: int) -> torch.Tensor:
         """See `Coder`."""
-        grid, params, count = self._format.grid, self._params, w.shape[1]
-        if params is None:
-            codes = grid.encode(w)
-            self._codes[:, start : start + count] = codes
-            return grid.decode(codes)
-        scale = self._of_columns(params.scale, start, count)
-        scaled = w * torch.where(scale == 0, 0.0, 1.0 / scale)
-        zero = None if params.zero_point is None else self._of_columns(params.zero_point, start, count)
-        codes = grid.encode(scaled if zero is None else scaled + zero)
-        self._codes[:, start : start + count] = codes
-        points = grid.decode(codes)
-        return (points if zero is None else points - zero) * scale
+        grid, count = self._format.grid, w.shape[1]
+        x = w.T
+        if self._inverse is not None:
+            x = x * self._of_columns(self._inverse, start, count)
+        zero = None if self._zero is None else self._of_columns(self._zero, start, count)
+        codes = grid.encode(x if zero is None else x.add_(zero))
+        self._codes[start : start + count] = codes
+        found = grid.decode(codes)
+        if zero is not None:
+            found.sub_(zero)
+        if self._scale is not None:
+            found.mul_(self._of_columns(self._scale, start, count))
+        return found.T
 
     def fields(self) -> dict[str, torch.Tensor]:
         """See `Coder`."""
-        return {"codes": self._format.grid.pack(self._codes), **self._stored}
+        return {"codes": self._format.grid.pack(self._codes.T.contiguous()), **self._stored}

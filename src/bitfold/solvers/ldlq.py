@@ -179,19 +179,25 @@ class _Feedback:
         self._kept[part] = pruner.mask(self._order[part], aim, pivots).T
 
     def _code(self, part: slice) -> None:
-        aim = self._target[part] + self._inverse[part.start] @ self._carried[part]
+        aim = torch.addmm(self._target[part], self._inverse[part.start], self._carried[part])
         if self._kept is not None:
             aim = aim * self._kept[part]
         found = self._coder.encode(aim.T, int(self._order[part.start])).T
         if self._kept is not None and bool((found[~self._kept[part]] != 0).any()):
             raise no_zeros()
         self.decoded[part] = found
-        self._error[part] = self._target[part] - found
+        torch.sub(self._target[part], found, out=self._error[part])
 
 
 def _diagonal_inverses(lower: torch.Tensor, step: int) -> dict[int, torch.Tensor]:
     """Inverses of the blocks on the diagonal, by the column at which each begins."""
-    return {at: torch.linalg.inv(lower[at : at + step, at : at + step]) for at in range(0, len(lower), step)}
+    whole = len(lower) // step
+    along, down, across = (lower.stride(0) + lower.stride(1)) * step, *lower.stride()
+    blocks = torch.linalg.inv(lower.as_strided((whole, step, step), (along, down, across), lower.storage_offset()))
+    found = {at * step: block for at, block in enumerate(blocks)}
+    if whole * step < len(lower):
+        found[whole * step] = torch.linalg.inv(lower[whole * step :, whole * step :])
+    return found
 
 
 def _check(hessian: Moments, k: int) -> torch.Tensor:
