@@ -9,6 +9,7 @@ from bitfold.errors import WeightError
 from bitfold.fits import get_fit
 from bitfold.formats import FORMATS, get_format
 from bitfold.methods import quantize_tensor
+from bitfold.moments import Squares
 from bitfold.qtensor import rows_stack, split_rows
 from bitfold.solvers.ldlq import _coded, _factored, ldlq, proxy_loss
 
@@ -117,6 +118,19 @@ def test_dead_and_singular_hessians() -> None:
     assert torch.isfinite(nothing.dequantize()).all()
     with pytest.raises(WeightError, match="not finite"):
         quantize_tensor(w, "int4-g64", solver="ldlq", hessian=hessian * float("nan"))
+
+
+@pytest.mark.parametrize("parts", [(1,), (1500,), (1024, 300, 1100)])
+def test_loss_is_the_quadratic_form(parts: tuple[int, ...]) -> None:
+    """Against float64, for a matrix and for squares of it, below and above the columns that are taken at a time."""
+    w, k = torch.randn(5, sum(parts)), sum(parts)
+    q = w + 0.3 * torch.randn(5, k)
+    blocks = [(x := torch.randn(2 * size, size)).T @ x / (2 * size) for size in parts]
+    whole = torch.block_diag(*blocks).double()
+    wanted = [float(((e.double() @ whole) * e.double()).sum()) for e in (w - q, w)]
+    hessian = blocks[0] if len(parts) == 1 else Squares(tuple(blocks))
+    rounding = 4 * k * torch.finfo(torch.float32).eps
+    assert proxy_loss(w, q, hessian) == pytest.approx(wanted[0] / wanted[1], rel=rounding)
 
 
 def test_odd_widths() -> None:
