@@ -84,10 +84,13 @@ build/fuzz/venv/.stamp: | $(VENV)/.native.stamp
 fuzz: build/fuzz/venv/.stamp ## coverage-guided fuzzing of every reader, FUZZ_SECONDS=60 each
 	build/fuzz/venv/bin/python fuzz/run.py $(FUZZ_SECONDS)
 
-sanitize: setup ## the native tests under AddressSanitizer and UndefinedBehaviorSanitizer
+sanitize: setup ## the native tests under AddressSanitizer and UndefinedBehaviorSanitizer, threads under ThreadSanitizer
 	cmake -S . -B build/sanitize -DBITFOLD_TESTS=ON -DBITFOLD_SANITIZE=ON > /dev/null
 	cmake --build build/sanitize --parallel 2
 	build/sanitize/bitfold_test
+	$(CXX) -std=c++17 -O1 -g -fsanitize=thread -pthread -DBITFOLD_ALONE -Icsrc \
+	  csrc/threads.cpp csrc/tests/test_threads.cpp -o build/sanitize/threads_test
+	build/sanitize/threads_test
 
 NEON_CXX ?= aarch64-linux-gnu-g++
 QEMU     ?= qemu-aarch64

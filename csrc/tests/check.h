@@ -15,6 +15,7 @@ inline int failures = 0;
     }                                                                      \
   } while (0)
 
+void test_threads();
 void test_packing(const char* isa);
 void test_linear(const char* isa);
 void test_viterbi(const char* isa);

@@ -24,6 +24,7 @@ static void test_emulated_amx() {
 int main(int argc, char** argv) {
   std::vector<std::string> names(argv + 1, argv + argc);
   if (names.empty()) names = bitfold::isas();
+  test_threads();
   for (const std::string& name : names) {
     if (!bitfold::set_isa(name)) {
       std::fprintf(stderr, "instruction set %s is not available here\n", name.c_str());
