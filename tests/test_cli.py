@@ -323,9 +323,9 @@ def test_quantize_options_reach_the_driver(bitfold: Bitfold, monkeypatch: pytest
     }  # fmt: skip
     bitfold(
         "quantize", "org/m", "-o", "o", "--bits", 3, "--method", "ldlq", "--calibration", "a.txt", "--nsamples", 4,
-        "--seqlen", 64, "--drift", 0.25, "--no-fisher",
+        "--seqlen", 64, "--drift", 0.25, "--no-fisher", "--no-refit",
     )  # fmt: skip
-    assert (seen["solver"], seen["calibration"]) == ("ldlq", Calibration("a.txt", 4, 64, 0.25, False))
+    assert (seen["solver"], seen["calibration"]) == ("ldlq", Calibration("a.txt", 4, 64, 0.25, False, refit=False))
 
 
 def test_eval(bitfold: Bitfold, model: Path, quantized: Path, text: Path, tmp_path: Path) -> None:

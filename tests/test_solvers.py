@@ -120,6 +120,22 @@ def test_dead_and_singular_hessians() -> None:
         quantize_tensor(w, "int4-g64", solver="ldlq", hessian=hessian * float("nan"))
 
 
+@pytest.mark.parametrize("name", [n for n in COLUMN_FORMATS if hasattr(get_format(n), "rescaled")])
+def test_the_refit_changes_nothing_but_scales(name: str) -> None:
+    """No row loses more than the rounding of its scales to 16 bits costs, and together they gain."""
+    w, hessian = problem()
+    refitted, plain = (ldlq(w, hessian, get_format(name), get_fit("minmax"), refit=refit) for refit in (True, False))
+    changed = {f for f in plain.fields if not torch.equal(plain.fields[f], refitted.fields[f])}
+    assert changed <= {"scale", "zero"}
+    before, after = (((e @ hessian) * e).sum(1) for e in (w - plain.dequantize(), w - refitted.dequantize()))
+    # A bf16 scale is off by 2^-9 of itself at most, each group by its own; groups have 16 weights at least.
+    parts = refitted.dequantize().view(len(w), -1, 16)
+    blocks = torch.stack([hessian[i : i + 16, i : i + 16] for i in range(0, w.shape[1], 16)])
+    rounding = 2**-9 * torch.einsum("rgi,gij,rgj->rg", parts, blocks, parts).clamp_min(0).sqrt().sum(1)
+    assert bool((after.sqrt() <= before.sqrt() + rounding).all())
+    assert float(after.sum()) <= float(before.sum())
+
+
 @pytest.mark.parametrize("parts", [(1,), (1500,), (1024, 300, 1100)])
 def test_loss_is_the_quadratic_form(parts: tuple[int, ...]) -> None:
     """Against float64, for a matrix and for squares of it, below and above the columns that are taken at a time."""

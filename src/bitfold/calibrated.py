@@ -49,6 +49,7 @@ class Calibration:
         fisher: weight tokens by the gradient of the loss; None = if the model is small enough to afford it.
         columns: inputs whose Hessian is kept whole; layers with more are solved in ranges of at most so many, which
             costs some accuracy and saves memory; None = whole, unless a ceiling of memory is named that needs this.
+        refit: error feedback ends with the row scales that cost least under the Hessian.
     """
 
     text: str = BUNDLED
@@ -57,6 +58,7 @@ class Calibration:
     drift: float = 0.5
     fisher: bool | None = None
     columns: int | None = None
+    refit: bool = True
 
     def __post_init__(self) -> None:
         if self.nsamples < 1 or (self.seqlen is not None and self.seqlen < 2):
@@ -77,6 +79,7 @@ def settings(
     drift: float | None = None,
     fisher: bool | None = None,
     columns: int | None = None,
+    refit: bool = True,
 ) -> Calibration | None:
     """The calibration that options mean: None where no text is named and the method is known to need none."""
     found = None if method is None or method == AUTO else find_method(method)
@@ -86,7 +89,7 @@ def settings(
     strength = (0.5 if corrects else 0.0) if drift is None else drift
     seqlen = seqlen or (found.seqlen if found is not None else None)
     weighed = fisher if corrects or fisher is not None else False
-    return Calibration(text or BUNDLED, nsamples, seqlen, strength, weighed, columns)
+    return Calibration(text or BUNDLED, nsamples, seqlen, strength, weighed, columns, refit)
 
 
 def solve_blocks(
@@ -159,7 +162,7 @@ def _solve_block(
     for group, statistics in walk.block(index, [n for n in layers if n not in tuned], stacks, tuner, known):
         decisions = [wanted.get(f"{name}.weight") or wanted[name] for name in group]
         together = Group(walk.model, decisions, statistics, *_before(decisions, plan, waiting))
-        for one in solve_group(together, drift=calibration.drift, seed=seed):
+        for one in solve_group(together, drift=calibration.drift, seed=seed, refit=calibration.refit):
             if isinstance(one, Solved) and one.decision.tensor in takers:
                 waiting[one.decision.tensor] = one
             else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,13 +82,14 @@ class Group:
     feeding: Solved | None = None
 
 
-def solve_group(group: Group, *, drift: float, seed: int) -> Iterator[Solved | Folded]:
+def solve_group(group: Group, *, drift: float, seed: int, refit: bool = True) -> Iterator[Solved | Folded]:
     """Quantize the layers of one input.
 
     Args:
         group: the layers. The layer before them that took their factors, if one did, is yielded again as it is then.
         drift: strength of the drift correction, 0 to 1.
         seed: of rotations and solvers.
+        refit: of the row scales, see `ldlq`.
 
     Raises:
         BitfoldError: with the name of the tensor.
@@ -95,14 +97,14 @@ def solve_group(group: Group, *, drift: float, seed: int) -> Iterator[Solved | F
     first = group.decisions[0].site
     assert first is not None
     if len(first.shape) == 3:
-        yield _solve_stack(group, seed)
+        yield _solve_stack(group, _Manner(0.0, seed, last=True, refit=refit))
         return
     (statistics,) = group.statistics
     left = list(group.decisions)
     for rule in dict.fromkeys(_rule(d) for d in group.decisions):
         left = [d for d in left if d.rule != rule]
         alike = [d for d in group.decisions if d.rule == rule]
-        yield from _solve_alike(group, statistics, alike, _Manner(drift, seed, last=not left))
+        yield from _solve_alike(group, statistics, alike, _Manner(drift, seed, not left, refit))
 
 
 def _rule(decision: Decision) -> Rule:
@@ -112,11 +114,12 @@ def _rule(decision: Decision) -> Rule:
 
 @dataclass(frozen=True)
 class _Manner:
-    """Strength of the drift correction, seed, and whether the statistics may be used up."""
+    """Strength of the drift correction, seed, whether the statistics may be used up and row scales are refitted."""
 
     drift: float
     seed: int
     last: bool
+    refit: bool
 
 
 def _solve_alike(
@@ -131,7 +134,7 @@ def _solve_alike(
     hessian = _in_basis(statistics, transform)
     if manner.last:  # a wide one is among the largest things there are
         statistics.hessian = torch.zeros(0, 0)
-    qs, flags = _code(rule, decisions, turned, None if few else hessian, manner.seed)
+    qs, flags = _code(rule, decisions, turned, None if few else hessian, manner)
     sides = {} if folded or transform is None else transform.fields()
     sides = {**sides, **_act_scale(rule, statistics, transform)}
     parts = torch.split(turned, [len(w) for w in weights])
@@ -226,32 +229,34 @@ def _act_scale(rule: Rule, statistics: Statistics, transform: Transform | None) 
 
 
 def _code(
-    rule: Rule, decisions: list[Decision], whole: torch.Tensor, hessian: Moments | None, seed: int
+    rule: Rule, decisions: list[Decision], whole: torch.Tensor, hessian: Moments | None, manner: _Manner
 ) -> tuple[list[QTensor], tuple[str, ...]]:
     """Stacked where rows can be taken apart again, one after the other elsewhere."""
     shapes = [(d.site.qshape[0], d.site.qshape[1]) for d in decisions if d.site is not None]
     # SparseGPT shares its zeros out among all rows that it sees: each layer gets its own.
     if rows_stack(get_format(rule.format), shapes) and not rule.prune.startswith("sparsegpt"):
         name = ", ".join(d.tensor for d in decisions)
-        q, flags = solve(rule, whole, hessian, seed, name)
+        q, flags = solve(rule, whole, hessian, manner.seed, name, refit=manner.refit)
         return split_rows(q, shapes), flags
     parts = torch.split(whole, [n for n, _ in shapes])
-    found = [solve(rule, p, hessian, seed, d.tensor) for d, p in zip(decisions, parts, strict=True)]
+    how = partial(solve, rule, hessian=hessian, seed=manner.seed, refit=manner.refit)
+    found = [how(p, name=d.tensor) for d, p in zip(decisions, parts, strict=True)]
     return [q for q, _ in found], tuple(dict.fromkeys(flag for _, flags in found for flag in flags))
 
 
-def _solve_stack(group: Group, seed: int) -> Solved:
+def _solve_stack(group: Group, manner: _Manner) -> Solved:
     """A stack of experts, each under the Hessian of the tokens that were sent to it."""
     (decision,) = group.decisions
     rule, whole = _rule(decision), _weight(group.model, decision)
     assert decision.site is not None
-    transform = transform_of(rule, decision.site, seed)
+    transform = transform_of(rule, decision.site, manner.seed)
     turned = whole if transform is None else transform.weights(whole)
     qs, losses, flags = [], [], []
     for expert, (w, statistics) in enumerate(zip(turned, group.statistics, strict=True)):
         few = _too_few(statistics)
         hessian = _in_basis(statistics, transform)
-        q, odd = solve(rule, w, None if few else hessian, seed, f"{decision.tensor}, expert {expert}")
+        name = f"{decision.tensor}, expert {expert}"
+        q, odd = solve(rule, w, None if few else hessian, manner.seed, name, refit=manner.refit)
         qs.append(q)
         flags += [f"expert {expert}: {flag}" for flag in (*few, *odd)]
         losses += [] if few else [proxy_loss(w, q.dequantize(), hessian)]

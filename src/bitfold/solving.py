@@ -30,7 +30,7 @@ def takes_ranges(rule: Rule) -> bool:
 
 
 def solve(
-    rule: Rule, w: torch.Tensor, hessian: Moments | None, seed: int, name: str
+    rule: Rule, w: torch.Tensor, hessian: Moments | None, seed: int, name: str, *, refit: bool = True
 ) -> tuple[QTensor, tuple[str, ...]]:
     """Quantize (and prune) a weight (n, k), in its basis, under the Hessian (k, k) of its inputs.
 
@@ -41,6 +41,7 @@ def solve(
             squares of it only for rules that `takes_ranges`.
         seed: of the solver.
         name: for errors.
+        refit: whether error feedback ends with a refit of the row scales, see `ldlq`.
 
     Returns:
         The weight, and what went otherwise than it should, in words.
@@ -57,6 +58,8 @@ def solve(
         try:
             w, kept, options = _pruned(rule, w, hessian)
             solver: Callable[..., QTensor] = get_solver(rule.solver)
+            if is_feedback(rule.solver):
+                options["refit"] = refit
             q = solver(w, hessian, format, fit, seed=seed, **options)
             if kept is not None and bool((q.dequantize()[~kept] != 0).any()):
                 raise no_zeros()

@@ -48,6 +48,9 @@ FisherOption = Annotated[
     bool | None,
     typer.Option("--fisher/--no-fisher", help="Weigh tokens by gradients (default: if the model is small)."),
 ]
+RefitOption = Annotated[
+    bool, typer.Option("--refit/--no-refit", help="End error feedback with the row scales that cost least.")
+]
 ColumnsOption = Annotated[
     int | None, typer.Option(help="Solve layers with more inputs in ranges of so many: less memory, some loss.")
 ]
@@ -96,6 +99,7 @@ def quantize(
     seqlen: SeqlenOption = None,
     drift: DriftOption = None,
     fisher: FisherOption = None,
+    refit: RefitOption = True,
     columns: ColumnsOption = None,
     act: ActOption = None,
     prune: PruneOption = None,
@@ -128,7 +132,7 @@ def quantize(
         output_dir or Path("unused"),
         **how,
         **manner,
-        calibration=settings(method, calibration, nsamples, seqlen, drift, fisher, columns),
+        calibration=settings(method, calibration, nsamples, seqlen, drift, fisher, columns, refit),
         max_memory=None if max_memory is None else parse_size(max_memory, where="--max-memory"),
         revision=revision,
         upload_repo=upload_repo,

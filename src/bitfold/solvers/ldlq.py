@@ -43,6 +43,7 @@ def ldlq(
     seed: int = 0,
     damp: float = DAMP,
     by_energy: bool = False,
+    refit: bool = True,
     pruner: Pruner | None = None,
 ) -> QTensor:
     """Code the columns of w one block after the other, errors fed forward.
@@ -57,6 +58,7 @@ def ldlq(
         damp: added to the diagonal, as a share of its mean; doubled until the matrix can be factored.
         by_energy: take the blocks of columns with the largest diagonal first (GPTQ's activation order), instead of from
             left to right. Scales stay with their columns.
+        refit: at the end, multiply each row by the number that costs least under the Hessian, where the format can.
         pruner: chooses weights that become zero on the way; needs a Hessian.
 
     Raises:
@@ -83,7 +85,7 @@ def ldlq(
         factors = factors or [_factored(c, h, damp, coder.step, grain * by_energy) for c, h in squares(hessian)]
         decoded = _coded(alive[rows], factors, coder, pruner)
         fields = coder.fields()
-        if hasattr(format, "rescaled"):
+        if refit and hasattr(format, "rescaled"):
             fields = format.rescaled(fields, _best_scale(w[rows], decoded, hessian))
         found.append(fields)
     fields = found[0] if len(found) == 1 else {name: torch.cat([f[name] for f in found]) for name in found[0]}
@@ -98,10 +100,11 @@ def gptq(
     *,
     seed: int = 0,
     damp: float = DAMP,
+    refit: bool = True,
     pruner: Pruner | None = None,
 ) -> QTensor:
     """`ldlq` in GPTQ's activation order: the columns of the largest inputs first, scales chosen beforehand."""
-    return ldlq(w, hessian, format, fit, seed=seed, damp=damp, by_energy=True, pruner=pruner)
+    return ldlq(w, hessian, format, fit, seed=seed, damp=damp, by_energy=True, refit=refit, pruner=pruner)
 
 
 def _begin(w: torch.Tensor, format: AnyFormat, fit: Fit, start: Callable[..., Coder]) -> Coder:
