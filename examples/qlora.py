@@ -2,8 +2,8 @@
 
     python examples/qlora.py MODEL_FOLDER [--steps 96] [--text notes.txt] [--bases 16-bit trellis-3] [--work folder]
 
-The text is read in batches, several times over; the first and the last loss are means over one reading. Needs
-`pip install bitfold[finetune]`.
+The text is read in batches, several times over if there are more steps than batches; the first and the last loss are
+means over a reading, or over a quarter of the steps where that is shorter. Needs `pip install bitfold[finetune]`.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def add_adapters(model: torch.nn.Module) -> PeftModel:
 
 
 def train(model: PeftModel, tokens: torch.Tensor, steps: int, batch: int) -> list[float]:
-    """The loss of every step; means over each reading of the text are shown as they come."""
-    reading = len(tokens) // batch
+    """The loss of every step; means over each reading of the text, or over 12 steps, are shown as they come."""
+    shown = min(len(tokens) // batch, 12)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
     losses = []
     for step in range(steps):
@@ -60,8 +60,8 @@ def train(model: PeftModel, tokens: torch.Tensor, steps: int, batch: int) -> lis
         loss.backward()
         optimiser.step()
         losses.append(float(loss.detach()))
-        if len(losses) % reading == 0:
-            print(f"  step {len(losses)}: {sum(losses[-reading:]) / reading:.4f}", file=sys.stderr, flush=True)
+        if len(losses) % shown == 0:
+            print(f"  step {len(losses)}: {sum(losses[-shown:]) / shown:.4f}", file=sys.stderr, flush=True)
     return losses
 
 
@@ -94,7 +94,8 @@ def main() -> None:
             started = time.perf_counter()
             losses = train(model, tokens, options.steps, options.batch)
             seconds = (time.perf_counter() - started) / options.steps
-            first, last = (sum(part) / len(part) for part in (losses[: options.batches], losses[-options.batches :]))
+            some = min(options.batches, max(options.steps // 4, 1))
+            first, last = (sum(part) / len(part) for part in (losses[:some], losses[-some:]))
             print(
                 f"{name:<20} {weight_bytes(model) / 1e6:>6.0f} {first:>10.4f} {last:>10.4f} {seconds:>7.2f}", flush=True
             )
