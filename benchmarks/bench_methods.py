@@ -10,7 +10,7 @@ Both get the same calibration text, windows, groups (64 weights; 8 bits a row), 
 Each row is appended to build/methods/rows.jsonl when it is measured and not measured again; --fresh forgets them all.
 
     python benchmarks/bench_methods.py MODEL [--rows 'gptq-4' 'hqq*'] [--ours | --peers] [--tokens 20480]
-                                        [--list | --show]
+                                        [--blocks 4] [--list | --show]
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bitfold
 from bitfold.catalog import METHODS
@@ -105,13 +105,17 @@ def quantize(case: Case, model: Path, out: Path, options: argparse.Namespace) ->
     """Make the folder; wall and CPU seconds, peak memory and bits per weight of it."""
     ours = case.peer == "bitfold"
     script = HERE / "methods" / ("ours.py" if ours else f"peer_{case.peer}.py")
-    command = [sys.executable if ours else environment(case.peer), script, model, out, case.method, case.bits]
+    command = [sys.executable if ours else environment(case.peer), script, model.resolve(), out]
+    command += [case.method, case.bits]
     command += ["--calibration", DATA / "wikitext2-valid.txt", "--nsamples", options.nsamples]
     command += ["--seqlen", options.seqlen, "--steps", options.steps]
     log = WORK / "logs" / f"{case.name.replace(':', '-')}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as complaints:
-        done = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, stderr=complaints, text=True)
+        # Some leave files of theirs where they are run.
+        done = subprocess.run(
+            [str(c) for c in command], stdout=subprocess.PIPE, stderr=complaints, text=True, cwd=log.parent
+        )
     if done.returncode:
         last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no words"])[-1]
         raise RuntimeError(last)
@@ -143,6 +147,20 @@ def judge(case: Case, out: Path, model: Path, tokens: int) -> dict[str, Any]:
     text = DATA / "wikitext2-test.txt"
     found = bitfold.evaluate(judged, model, text, max_tokens=tokens, cache_dir=WORK / "reference")
     return {"kl": found.kl_mean, "perplexity": found.perplexity, "top1": found.top1}
+
+
+def first_blocks(model: Path, count: int) -> Path:
+    """A folder with the first blocks of the model: no language model any more, but all methods meet the same layers."""
+    folder = WORK / f"first-{count}"
+    if not folder.exists():
+        whole = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        whole.model.layers = whole.model.layers[:count]
+        whole.config.num_hidden_layers = count
+        if getattr(whole.config, "layer_types", None):
+            whole.config.layer_types = whole.config.layer_types[:count]
+        whole.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return folder
 
 
 def measure(case: Case, model: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -194,6 +212,7 @@ def main() -> None:
     parser.add_argument("--nsamples", type=int, default=16, help="windows of calibration text")
     parser.add_argument("--seqlen", type=int, default=512, help="tokens of a window")
     parser.add_argument("--steps", type=int, default=40, help="of signround and AutoRound, two windows each")
+    parser.add_argument("--blocks", type=int, help="of the model only the first so many, rows kept apart")
     parser.add_argument("--fresh", action="store_true", help="forget the rows that are there")
     parser.add_argument("--show", action="store_true", help="measure nothing, show what is there")
     parser.add_argument("--list", action="store_true", help="name the rows and stop")
@@ -204,7 +223,9 @@ def main() -> None:
         print("\n".join(case.name for case in wanted))
         return
     WORK.mkdir(parents=True, exist_ok=True)
-    file = WORK / "rows.jsonl"
+    file = WORK / (f"rows-{options.blocks}.jsonl" if options.blocks else "rows.jsonl")
+    if options.blocks and not options.show:
+        options.model = first_blocks(options.model, options.blocks)
     if options.fresh:
         file.unlink(missing_ok=True)
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
