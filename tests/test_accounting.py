@@ -18,7 +18,7 @@ import tiny_lm
 from bitfold.accounting import account_for
 from bitfold.checkpoints import open_source
 from bitfold.checkpoints.safetensors import SafetensorsSource
-from bitfold.errors import AccountingError, CheckpointError
+from bitfold.errors import AccountingError, CheckpointError, ModelError
 from bitfold.flags import error_flags
 from bitfold.formats import get_format
 from bitfold.manifest import FILE, verify
@@ -268,3 +268,13 @@ def test_gguf_is_accounted_for(tmp_path: Path) -> None:
     assert totals["all"]["tensors"] == len(tensors)
     assert totals["all"]["bytes"] == sum(4 * w.size for w in tensors.values()) - 64 * 32 * 4 + 64 * 34
     source.close()
+
+
+def test_a_config_cannot_announce_endless_layers(source: Path, tmp_path: Path) -> None:
+    """A billion layers of nothing would be built one by one."""
+    folder = shutil.copytree(source, tmp_path / "endless")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**9, "layer_types": None}))
+    with pytest.raises(ModelError, match="1000000000 in num_hidden_layers"):
+        bitfold.quantize(folder, tmp_path / "out", format="int8")
+    assert not (tmp_path / "out").exists()

@@ -229,6 +229,9 @@ def test_models_that_cannot_be_read_say_what_can(tmp_path: Path):
     layers = write_gguf(tmp_path / "d.gguf", "llama", tensors, {**LLAMA, "llama.block_count": 2})
     with pytest.raises(CheckpointError, match=r"missing.*model\.layers\.1"):
         GgufSource(layers)
+    endless = write_gguf(tmp_path / "g.gguf", "llama", tensors, {**LLAMA, "llama.block_count": 2**31})
+    with pytest.raises(CheckpointError, match=r"2147483648 layers are announced, and there are"):
+        GgufSource(endless)
     facts = {k: v for k, v in LLAMA.items() if k != "llama.embedding_length"}
     with pytest.raises(CheckpointError, match=r"llama\.embedding_length is None"):
         GgufSource(write_gguf(tmp_path / "e.gguf", "llama", tensors, facts))

@@ -177,6 +177,9 @@ class GgufSource:
 
     def _check_complete(self) -> None:
         count = self.config["num_hidden_layers"]
+        if count > len(self._names):  # before a list is made for a damaged file's billion
+            what = f"{count} layers are announced, and there are {len(self._names)} tensors"
+            raise CheckpointError(what, where=str(self.path), hint="one part of a split model, or a damaged file")
         needed = [f"model.layers.{i}.{part}.weight" for i in range(count) for part in self._arch.layer.values()]
         missing = [n for n in ("model.embed_tokens.weight", "model.norm.weight", *needed) if n not in self._names]
         if missing:

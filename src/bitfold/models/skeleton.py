@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -16,6 +17,9 @@ import torch
 from torch import nn
 
 from bitfold.errors import ModelError
+
+_MOST_MODULES = 10_000
+_COUNTS = re.compile(r"(layers?|experts)$")
 
 
 @contextlib.contextmanager
@@ -67,9 +71,11 @@ def config_object(config: Mapping[str, Any], where: str) -> Any:
     """The transformers config object for the contents of a config.json; None for a model type it does not know.
 
     Raises:
-        ModelError: transformers knows the type and refuses the values.
+        ModelError: transformers knows the type and refuses the values, or would build modules for ever.
     """
     from transformers import CONFIG_MAPPING
+
+    _refuse_endless(config, where)
 
     kind = str(config.get("model_type"))
     if kind not in CONFIG_MAPPING:
@@ -80,6 +86,16 @@ def config_object(config: Mapping[str, Any], where: str) -> Any:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         first = (str(error).strip().splitlines() or [repr(error)])[0]
         raise ModelError(f"transformers refuses the config: {first}", where=where) from error
+
+
+def _refuse_endless(config: Mapping[str, Any], where: str) -> None:
+    """Layers and experts are built one by one, however little of them there is in the file."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _refuse_endless(value, where)
+        elif isinstance(value, int) and value > _MOST_MODULES and _COUNTS.search(key):
+            what = f"{value} in {key} is more than any model has"
+            raise ModelError(what, where=where, hint=f"at most {_MOST_MODULES}: a damaged config")
 
 
 def of_config(config: Mapping[str, Any], where: str, *, dtype: torch.dtype | None = None) -> nn.Module | None:
