@@ -162,8 +162,8 @@ def test_a_run_in_ranges_is_the_library_s_solution(
     """Under squares of the Hessian of the inputs that the quantized model gives, each range coded by itself."""
     seen: list[tuple[torch.Tensor, Any, torch.Tensor]] = []
 
-    def spy(rule: Any, w: torch.Tensor, hessian: Any, seed: int, name: str) -> Any:
-        q, flags = solve(rule, w, hessian, seed, name)
+    def spy(rule: Any, w: torch.Tensor, hessian: Any, seed: int, name: str, **options: Any) -> Any:
+        q, flags = solve(rule, w, hessian, seed, name, **options)
         if "layers.0.mlp.down_proj" in name:
             seen.append((w.clone(), hessian, q.fields["codes"]))
         return q, flags

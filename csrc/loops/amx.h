@@ -1,8 +1,8 @@
 // Several rows of activations on the tile registers of AMX. A panel (panel.h) is a row of B tiles already; the loops
 // around are those of gemm.h.
 //
-// T names the tile instructions, see isa/amx.cpp. Registers 0..3 hold sums, 4 and 5 activations (signed), 6 and 7 weights
-// (unsigned).
+// T names the tile instructions, see isa/amx.cpp. Registers 0..3 hold sums, 4 and 5 activations (signed), 6 and 7
+// weights (unsigned).
 #pragma once
 #include "loops/gemm.h"
 #include "loops/trellis.h"
