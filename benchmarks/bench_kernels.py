@@ -3,9 +3,11 @@
 Weights lie in DRAM: each call takes the next of several copies, more than the caches hold. `read` is the bytes of the
 weight (codes, scales, zero points) over the time, as a fraction of the read bandwidth; `peak` the products over the
 time, as a fraction of the int8 dot products that the vector units make out of registers. Both limits are measured
-again before every format, so that a neighbour on the same machine slows the limit, too.
+again before every format, so that a neighbour on the same machine slows the limit, too. With --resident there is one
+copy of a weight: what a small shape costs out of the caches, without the memory.
 
-    python benchmarks/bench_kernels.py [--threads 2] [--formats int8 int4-g64 ...] [--rows 1 8 512] [--json]
+    python benchmarks/bench_kernels.py [--threads 2] [--formats int8 int4-g64 ...] [--rows 1 8 512] [--resident]
+        [--json]
 """
 
 from __future__ import annotations
@@ -70,9 +72,9 @@ def random_weight(name: str, n: int, k: int) -> QTensor:
     return QTensor(format, (n, k), fields)
 
 
-def copies(name: str, n: int, k: int, act: str) -> list[tuple[kernels.Kernel, Any]]:
+def copies(name: str, n: int, k: int, act: str, *, resident: bool) -> list[tuple[kernels.Kernel, Any]]:
     first = random_weight(name, n, k)
-    count = max(2, WORKING_SET // first.nbytes)
+    count = 1 if resident else max(2, WORKING_SET // first.nbytes)
     kernel = kernels.select(first, act)
     states = []
     for _ in range(count):
@@ -81,9 +83,9 @@ def copies(name: str, n: int, k: int, act: str) -> list[tuple[kernels.Kernel, An
     return states
 
 
-def bench(name: str, shape: tuple[int, int], act: str, rows: list[int]) -> Iterator[dict[str, Any]]:
+def bench(name: str, shape: tuple[int, int], act: str, rows: list[int], *, resident: bool) -> Iterator[dict[str, Any]]:
     n, k = shape
-    states = copies(name, n, k, act)
+    states = copies(name, n, k, act, resident=resident)
     nbytes = random_weight(name, n, k).nbytes
     for m in rows:
         x = torch.randn(m, k)
@@ -95,7 +97,7 @@ def bench(name: str, shape: tuple[int, int], act: str, rows: list[int]) -> Itera
             at += 1
             kernel.matmul(x, state)
 
-        found = times(step, 9 if m > 64 else 3 * len(states))
+        found = times(step, 9 if m > 64 else 600 if resident else 3 * len(states))
         yield {
             "format": name,
             "kernel": states[0][0].name,
@@ -116,6 +118,7 @@ def main() -> None:
     parser.add_argument("--acts", nargs="*", default=list(kernels.ACTS))
     parser.add_argument("--rows", nargs="*", type=int, default=[1, 8, 512])
     parser.add_argument("--shapes", nargs="*", default=[f"{n}x{k}" for n, k in SHAPES])
+    parser.add_argument("--resident", action="store_true", help="one copy of each weight, which stays in the caches")
     parser.add_argument("--json", action="store_true", help="one JSON object for each line")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -133,7 +136,7 @@ def main() -> None:
         for name in args.formats:
             limits = read_bandwidth(args.threads), dot_peak(args.threads)
             for act in args.acts:
-                for row in bench(name, (n, k), act, args.rows):
+                for row in bench(name, (n, k), act, args.rows, resident=args.resident):
                     report(row, limits, as_json=args.json)
 
 
