@@ -11,7 +11,7 @@ from bitfold.formats import FORMATS, get_format
 from bitfold.methods import quantize_tensor
 from bitfold.moments import Squares
 from bitfold.qtensor import rows_stack, split_rows
-from bitfold.solvers.ldlq import _coded, _factored, ldlq, proxy_loss
+from bitfold.solvers.ldlq import _coded, _diagonal_inverses, _factored, factor, ldlq, proxy_loss
 
 COLUMN_FORMATS = [name for name, f in FORMATS.items() if hasattr(f, "coder")]
 _TRELLIS = [name for name in COLUMN_FORMATS if name.startswith("trellis")]
@@ -134,6 +134,17 @@ def test_the_refit_changes_nothing_but_scales(name: str) -> None:
     rounding = 2**-9 * torch.einsum("rgi,gij,rgj->rg", parts, blocks, parts).clamp_min(0).sqrt().sum(1)
     assert bool((after.sqrt() <= before.sqrt() + rounding).all())
     assert float(after.sum()) <= float(before.sum())
+
+
+@pytest.mark.parametrize(("step", "k"), [(1, 7), (4, 192), (4, 190), (8, 60)])
+def test_blocks_of_the_diagonal_are_inverted(step: int, k: int) -> None:
+    """Each from its own corner, the last one perhaps smaller; of the factor as it lies in memory, transposed."""
+    lower = factor(problem(k=k)[1], 0.01).T
+    found = _diagonal_inverses(lower, step)
+    assert list(found) == list(range(0, k, step))
+    for at, inverse in found.items():
+        block = lower[at : at + step, at : at + step]
+        assert torch.allclose(inverse.double() @ block.double(), torch.eye(len(block)).double(), atol=1e-4)
 
 
 @pytest.mark.parametrize("parts", [(1,), (1500,), (1024, 300, 1100)])
