@@ -15,6 +15,7 @@
 #include "lattice/bind.h"
 #include "linear.h"
 #include "packing.h"
+#include "rounding.h"
 #include "viterbi/bind.h"
 #include "viterbi/viterbi.h"
 
@@ -57,6 +58,44 @@ void fill_tables(bitfold::Weight& w, const std::vector<float>& points, const std
   for (size_t i = 0; i < 16 && w.has_lut; ++i) w.lut[i] = static_cast<uint8_t>(lut[i % lut.size()]);
 }
 
+void bind_rounding(nb::module_& m) {
+  m.def(
+      "rounding_errors",
+      [](float low, float high, uintptr_t w, size_t blocks, size_t length, uintptr_t scale, uintptr_t zero,
+         uintptr_t error, int threads) {
+        nb::gil_scoped_release released;
+        bitfold::rounding_errors({low, high}, at<const float>(w), blocks, length, at<const float>(scale),
+                                 at<const float>(zero), at<float>(error), threads);
+      },
+      "low"_a, "high"_a, "w"_a, "blocks"_a, "length"_a, "scale"_a, "zero"_a, "error"_a, "threads"_a,
+      "Mean square errors (blocks) of rounding (blocks, length) float32 to integers under one scale each.");
+  m.def(
+      "rounding_feedback",
+      [](float low, float high, size_t count, size_t rows, uintptr_t lower, size_t stride, uintptr_t target,
+         uintptr_t carried, uintptr_t places, size_t group, uintptr_t scale, uintptr_t zero, uintptr_t kept,
+         uintptr_t codes, uintptr_t decoded, uintptr_t error, int threads) {
+        nb::gil_scoped_release released;
+        const bitfold::Columns columns{count,
+                                       rows,
+                                       at<const float>(lower),
+                                       stride,
+                                       at<const float>(target),
+                                       at<const float>(carried),
+                                       at<const int64_t>(places),
+                                       group,
+                                       at<const float>(scale),
+                                       at<const float>(zero),
+                                       at<const uint8_t>(kept),
+                                       at<uint8_t>(codes),
+                                       at<float>(decoded),
+                                       at<float>(error)};
+        bitfold::rounding_feedback({low, high}, columns, threads);
+      },
+      "low"_a, "high"_a, "count"_a, "rows"_a, "lower"_a, "stride"_a, "target"_a, "carried"_a, "places"_a, "group"_a,
+      "scale"_a, "zero"_a, "kept"_a, "codes"_a, "decoded"_a, "error"_a, "threads"_a,
+      "Code columns (count, rows) to integers one after the other, errors fed forward.");
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -80,6 +119,7 @@ NB_MODULE(_native, m) {
       },
       "packed"_a, "rows"_a, "length"_a, "bits"_a, "out"_a, "threads"_a, "Unpack rows of codes to uint8.");
   bind_viterbi(m);
+  bind_rounding(m);
   m.def(
       "rotate",
       [](uintptr_t x, size_t rows, size_t size, size_t width, size_t order, uintptr_t matrix, uintptr_t signs,

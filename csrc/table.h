@@ -5,6 +5,7 @@
 // headers with inline functions, and everything they define lives in a namespace of their own (BITFOLD_NS).
 #pragma once
 #include "linear.h"
+#include "rounding.h"
 
 namespace bitfold {
 
@@ -41,6 +42,10 @@ struct Table {
   void (*decode_tiles)(const Weight& w, size_t begin, size_t end, float* out);
   // One row of activations rotated; scratch: r.size floats.
   void (*rotate)(const Rotation& r, const float* x, float* out, float* scratch);
+  // rounding.h, in one thread; feed: weights [begin, end) of every column.
+  void (*grid_errors)(const Integers& grid, const float* w, size_t blocks, size_t length, const float* scale,
+                      const float* zero, float* error);
+  void (*feed)(const Integers& grid, const Columns& columns, size_t begin, size_t end);
   // spin_dots of linear.h.
   size_t (*dots)(size_t rounds);
 };

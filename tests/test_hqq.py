@@ -78,7 +78,7 @@ def test_gains_on_every_number_of_bits(bits: int) -> None:
     assert found.mean() < ranges.mean()
 
 
-LOOKED_UP = [g for g in GRIDS.values() if not g._uniform and len(g._boundaries) > 1 and g._cells is not None]
+LOOKED_UP = [g for g in GRIDS.values() if not g.uniform and len(g._boundaries) > 1 and g._cells is not None]
 
 
 @pytest.mark.parametrize("grid", LOOKED_UP, ids=lambda g: g.name)

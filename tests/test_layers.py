@@ -23,6 +23,7 @@ RANK = {
     "version": 0,
     "packing": 1,
     "memory": 1,
+    "rounding": 1,
     "grids": 2,
     "formats": 3,
     "acts": 1,

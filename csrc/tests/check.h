@@ -21,3 +21,4 @@ void test_linear(const char* isa);
 void test_viterbi(const char* isa);
 void test_trellis(const char* isa);
 void test_lattice(const char* isa);
+void test_rounding(const char* isa);

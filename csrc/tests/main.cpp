@@ -38,6 +38,7 @@ int main(int argc, char** argv) {
     test_viterbi(name.c_str());
     test_trellis(name.c_str());
     test_lattice(name.c_str());
+    test_rounding(name.c_str());
 #if BITFOLD_WITH_AMX
     if (name == "avx512") test_amx();
 #endif

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from bitfold import rounding
 from bitfold.errors import UsageError
 from bitfold.formats import Fit, Format, Params
 
@@ -47,6 +48,8 @@ class BlockView:
 
     def error(self, params: Params) -> torch.Tensor:
         """Weighted mean square error of each block."""
+        if self.importance is None and self.format.grid.uniform and rounding.available(self.w, params.scale):
+            return rounding.block_errors(self.w, params.scale, params.zero_point, self.format.grid.span)
         return self.mean(self.difference(params).square_())
 
     def round_zero(self, zero: torch.Tensor) -> torch.Tensor:

@@ -130,7 +130,7 @@ class Grid:
         return values, [first[v] for v in values]
 
     @cached_property
-    def _uniform(self) -> bool:
+    def uniform(self) -> bool:
         """Codes 0, 1, 2 ... name consecutive integers: rounding is arithmetic and needs no search."""
         steps = {b - a for a, b in pairwise(self.points)}
         return steps == {1.0} and self.round == "nearest"
@@ -153,7 +153,7 @@ class Grid:
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """uint8 codes of the nearest points; x is float32 of any shape, values outside the span saturate."""
-        if self._uniform:
+        if self.uniform:
             low = self.points[0]
             return (x.round() - low).clamp_(0, len(self.points) - 1).to(torch.uint8)
         if self._cells is not None:
@@ -163,13 +163,13 @@ class Grid:
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """float32 values of uint8 codes of any shape."""
-        if self._uniform:
+        if self.uniform:
             return codes.to(torch.float32).add_(self.points[0])
         return torch.tensor(self.points, dtype=torch.float32)[codes.int()]
 
     def nearest(self, x: torch.Tensor) -> torch.Tensor:
         """The value that `decode(encode(x))` gives; may overwrite x, which fits try thousands of times."""
-        if self._uniform:
+        if self.uniform:
             return x.round_().clamp_(*self.span)
         if self._cells is not None:
             return self._cells.nearest(x)

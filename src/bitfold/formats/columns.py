@@ -6,19 +6,25 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from bitfold import rounding
+
 if TYPE_CHECKING:
     from bitfold.formats.base import Format, Params
 
 
 class Coder(Protocol):
-    """Takes the columns of one weight from left to right, scales fixed beforehand."""
+    """Takes the columns of one weight from left to right, scales fixed beforehand.
+
+    One that can feed errors forward by itself has two more: `at_once`, how many columns it takes together (0: it can
+    not, here), and `feed(columns: rounding.Fed)`, which codes them.
+    """
 
     step: int
 
     def encode(self, w: torch.Tensor, start: int) -> torch.Tensor:
         """Code the columns w (n, c) that begin at column `start`; returns what they decode to, float32 (n, c).
 
-        c is `step`, or what is left of the row.
+        c is `step` or `at_once`, or what is left of the row.
         """
         ...
 
@@ -50,6 +56,14 @@ class GridCoder:
             self._scale = stored.scale[rows].T.contiguous()
             self._inverse = torch.where(self._scale == 0, 0.0, 1.0 / self._scale)
             self._zero = None if stored.zero_point is None else stored.zero_point[rows].T.contiguous()
+        native = format.grid.uniform and self._scale is not None and rounding.available(self._scale, self._zero)
+        self.at_once = rounding.AT_ONCE if native else 0
+
+    def feed(self, columns: rounding.Fed) -> None:
+        """Code some columns, the errors of each fed to the next; only where `at_once` is not 0."""
+        assert self._scale is not None
+        span = self._format.grid.span
+        rounding.feed(columns, rounding.Scales(span, self._cols, self._scale, self._zero), self._codes)
 
     def _of_columns(self, per_block: torch.Tensor, start: int, count: int) -> torch.Tensor:
         """(count, n), or (1, n) where all columns are of one block."""

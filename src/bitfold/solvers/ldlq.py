@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from bitfold.formats import AnyFormat, Fit
 from bitfold.formats.columns import Coder
 from bitfold.moments import Moments, product, squares
 from bitfold.qtensor import QTensor, row_ranges
+from bitfold.rounding import Fed
 from bitfold.solvers.pruning import Pruner
 from bitfold.solvers.rtn import fit_by_rows
 
@@ -70,9 +72,10 @@ def ldlq(
         raise FormatError(f"{format.name} cannot be coded column by column", hint="use the solver rtn")
     w = w.detach().float()
     if hessian is None:
-        coder, decoded = _begin(w, format, fit, start), torch.empty_like(w)
-        for at in range(0, w.shape[1], coder.step):
-            decoded[:, at : at + coder.step] = coder.encode(w[:, at : at + coder.step], at)
+        coder = _begin(w, format, fit, start)
+        step = _at_once(coder) or coder.step
+        for at in range(0, w.shape[1], step):
+            coder.encode(w[:, at : at + step], at)
         return QTensor(format, tuple(w.shape), coder.fields())
     dead = _check(hessian, w.shape[1])
     alive = torch.where(dead, 0.0, w) if dead.any() else w
@@ -82,7 +85,8 @@ def ldlq(
     for rows in pieces:  # rows do not know each other: memory holds the errors of some at a time
         coder = _begin(alive[rows], format, fit, start)
         grain = coder.step if pruner is None else max(coder.step, pruner.group)
-        factors = factors or [_factored(c, h, damp, coder.step, grain * by_energy) for c, h in squares(hessian)]
+        step = 0 if _at_once(coder) else coder.step
+        factors = factors or [_factored(c, h, damp, step, grain * by_energy) for c, h in squares(hessian)]
         decoded = _coded(alive[rows], factors, coder, pruner)
         fields = coder.fields()
         if refit and hasattr(format, "rescaled"):
@@ -107,6 +111,12 @@ def gptq(
     return ldlq(w, hessian, format, fit, seed=seed, damp=damp, by_energy=True, refit=refit, pruner=pruner)
 
 
+def _at_once(coder: Any) -> int:
+    """Columns that it codes by itself, errors fed from one to the next; see `Coder`."""
+    columns: int = getattr(coder, "at_once", 0)
+    return columns
+
+
 def _begin(w: torch.Tensor, format: AnyFormat, fit: Fit, start: Callable[..., Coder]) -> Coder:
     return start(w, fit_by_rows(w, format, fit) if format.scale is not None else None)
 
@@ -118,7 +128,7 @@ class _Factor:
     Args:
         order: their numbers in the order in which they are coded.
         lower: (c, c) R^T of that order.
-        inverses: see `_diagonal_inverses`.
+        inverses: see `_diagonal_inverses`; none for coders that feed errors forward by themselves.
     """
 
     order: torch.Tensor
@@ -127,11 +137,15 @@ class _Factor:
 
 
 def _factored(columns: slice, hessian: torch.Tensor, damp: float, step: int, grain: int) -> _Factor:
-    """The factor of a part of the Hessian; `grain`: the blocks that activation order moves, 0 = from left to right."""
+    """The factor of a part of the Hessian.
+
+    step: columns of a block on the diagonal to be inverted, 0 = none. grain: those that activation order moves
+    together, 0 = from left to right.
+    """
     order = _order(hessian, grain) if grain else None
     lower = factor(hessian, damp, order).T
     places = torch.arange(len(hessian)) if order is None else order
-    return _Factor(places + columns.start, lower, _diagonal_inverses(lower, step))
+    return _Factor(places + columns.start, lower, _diagonal_inverses(lower, step) if step else {})
 
 
 def _coded(w: torch.Tensor, factors: list[_Factor], coder: Coder, pruner: Pruner | None) -> torch.Tensor:
@@ -150,7 +164,7 @@ class _Feedback:
     Everything is kept transposed, (k, n): the columns of the weight are then contiguous.
     """
 
-    def __init__(self, w: torch.Tensor, factor: _Factor, coder: Coder) -> None:
+    def __init__(self, w: torch.Tensor, factor: _Factor, coder: Any) -> None:
         self._order, self._lower, self._inverse = factor.order, factor.lower, factor.inverses
         self._coder = coder
         self._target = w.T[factor.order].contiguous()
@@ -165,6 +179,9 @@ class _Feedback:
         if pruner is not None and right - left <= max(pruner.span, step):
             self._prune(slice(left, right), pruner)
             pruner = None
+        if pruner is None and right - left <= _at_once(self._coder):
+            self._feed(slice(left, right))
+            return
         if right - left <= step:
             self._code(slice(left, right))
             return
@@ -181,6 +198,13 @@ class _Feedback:
         if self._kept is None:
             self._kept = torch.ones_like(self._target, dtype=torch.bool)
         self._kept[part] = pruner.mask(self._order[part], aim, pivots).T
+
+    def _feed(self, part: slice) -> None:
+        kept = None if self._kept is None else self._kept[part]
+        target, carried, decoded, error = (t[part] for t in (self._target, self._carried, self.decoded, self._error))
+        self._coder.feed(Fed(self._order[part], self._lower[part, part], target, carried, kept, decoded, error))
+        if kept is not None and bool((decoded[~kept] != 0).any()):
+            raise no_zeros()
 
     def _code(self, part: slice) -> None:
         aim = torch.addmm(self._target[part], self._inverse[part.start], self._carried[part])
