@@ -71,6 +71,26 @@ def test_both_loaders_agree_and_bytes_repeat(source: Path, tmp_path: Path) -> No
     assert torch.allclose(ours, plain, atol=1e-4 * float(plain.abs().max()))
 
 
+def test_the_original_is_not_run_in_vain(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a correction for drift its activations change not one byte, so they are not worked out."""
+    settings = Calibration(str(source / "text.txt"), **SHORT, drift=0.0, fisher=False)
+    options: dict[str, Any] = {"format": "int4-g32", "solver": "gptq", "calibration": settings}
+    runs: list[int] = []
+    original = BlockWalk._run_original
+
+    def counted(walk: BlockWalk, index: int, *rest: Any) -> Any:
+        runs.append(index)
+        return original(walk, index, *rest)
+
+    monkeypatch.setattr(BlockWalk, "_run_original", counted)
+    bitfold.quantize(source, tmp_path / "without", **options)
+    assert runs == []
+    monkeypatch.setattr("bitfold.calibrated.compares", lambda *_: True)
+    bitfold.quantize(source, tmp_path / "with", **options)
+    assert runs == [0, 1]
+    assert (tmp_path / "without/model.safetensors").read_bytes() == (tmp_path / "with/model.safetensors").read_bytes()
+
+
 def test_own_text(source: Path, tmp_path: Path) -> None:
     """No text at all: the model writes it."""
     settings = Calibration("self", nsamples=3, seqlen=24, fisher=False)

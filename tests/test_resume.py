@@ -267,9 +267,9 @@ def test_killed_at_fifty_moments() -> None:
 CALIBRATED: dict[str, Any] = {"format": "int4-g32", "solver": "ldlq"}
 
 
-def calibrated_once(source: Path, out: Path, **more: Any) -> Any:
+def calibrated_once(source: Path, out: Path, drift: float = 0.5, **more: Any) -> Any:
     """A calibrated run of the small model."""
-    text = Calibration(str(source / "calibration.txt"), nsamples=4, seqlen=32, fisher=False)
+    text = Calibration(str(source / "calibration.txt"), nsamples=4, seqlen=32, fisher=False, drift=drift)
     return bitfold.quantize(source, out, **CALIBRATED, calibration=text, **more)
 
 
@@ -282,15 +282,20 @@ def with_text(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_finished_blocks_are_not_done_again(with_text: Path, tmp_path: Path) -> None:
-    """Stopped in the second block: only that one is repeated, from the activations that were kept."""
-    calibrated_once(with_text, tmp_path / "whole")
+@pytest.mark.parametrize("drift", [0.5, 0.0])
+def test_finished_blocks_are_not_done_again(with_text: Path, tmp_path: Path, drift: float) -> None:
+    """Stopped in the second block: only that one is repeated, from the activations that were kept.
+
+    Without a correction for drift, nobody asks for those of the original model.
+    """
+    calibrated_once(with_text, tmp_path / "whole", drift)
     with pytest.raises(Stopped), pytest.warns(UserWarning, match="goes on"):
-        calibrated_once(with_text, tmp_path / "out", on_tensor=stop_after(10))
-    state = partial_of(tmp_path / "out") / "state"
-    assert {f.name for f in state.iterdir()} >= {"original-1.bin", "quantized-1.bin", "inputs.safetensors"}
+        calibrated_once(with_text, tmp_path / "out", drift, on_tensor=stop_after(10))
+    kept = {file.name for file in (partial_of(tmp_path / "out") / "state").glob("*-1.bin")}
+    assert kept == ({"original-1.bin", "quantized-1.bin"} if drift else {"quantized-1.bin"})
+    assert not list((partial_of(tmp_path / "out") / "state").glob("*-0.bin"))
     again: list[str] = []
-    calibrated_once(with_text, tmp_path / "out", on_tensor=lambda t: again.append(t.tensor))
+    calibrated_once(with_text, tmp_path / "out", drift, on_tensor=lambda t: again.append(t.tensor))
     assert not any("layers.0.mlp" in name for name in again)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 

@@ -133,6 +133,8 @@ def solve_blocks(
     undecided = {d.site.module: d for d in wanted.values() if d.site is not None and _undecided(d)}
     if undecided:
         walk.watch(lambda layer: _rounding(undecided.get(layer), seed))
+    elif not compares(wanted.values(), calibration):
+        walk.forget_original()
     first = 0 if bookmarks is None else bookmarks.enter(walk)
     with progress.bar("calibrate", len(walk)) as bar:
         bar.advance(first)
@@ -226,6 +228,11 @@ def _can_run(model: nn.Module | None, source: Source) -> nn.Module:
             hint="use a data-free method (--method rtn)",
         )
     return model
+
+
+def compares(decisions: Iterable[Decision], calibration: Calibration) -> bool:
+    """Whether the activations of the original model matter, and not those of the quantized one alone."""
+    return calibration.drift > 0 or any(is_signround(d) or _undecided(d) for d in decisions)
 
 
 def _undecided(decision: Decision) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitfold.calibrated import Calibration, weighs_tokens
+from bitfold.calibrated import Calibration, compares, weighs_tokens
 from bitfold.errors import BitfoldError
 from bitfold.estimates import blocks_of, groups_of, sequence_length
 from bitfold.models.swap import in_basis, quantize_site_tensor, transform_of
@@ -140,7 +140,7 @@ def _block(decisions: list[Decision], wanted: list[Decision], calibration: Calib
     """One block of the walk; `how`: tokens in all, and the seed."""
     tokens, seed = how
     weights, corrects = sum(d.info.numel for d in decisions), calibration.drift > 0
-    passes = 3.5  # original, quantized, and the ones that stop at a group
+    passes = 2.5 + compares(wanted, calibration)  # quantized, those that stop at a group, original
     products, factors, coding = 2.0 * passes * tokens * weights, 0.0, 0.0
     for group in groups_of(wanted):
         k, n = group.k, group.n

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from bitfold.calibration.calls import Call, shared
 from bitfold.calibration.embedded import Filled
 from bitfold.calibration.experts import Listener, one_at_a_time
 from bitfold.calibration.finished import Finished
@@ -27,7 +28,6 @@ from bitfold.nn import set_tensor
 
 HESSIANS = 2 << 30  # bytes of the Hessians of experts in memory at a time, where there is room
 Tuner = Callable[[str, Whole], None]
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 # What a model raises when its blocks answer with a tensor where it unpacks a tuple, or the other way round.
 _MISFITS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 
@@ -73,6 +73,7 @@ class BlockWalk:
         self.path, self._blocks = find_blocks(model)
         self._calls: list[list[Call]] = []  # for each block, for each sample
         self._original = self._quantized = Stream()
+        self._compared = True
         self._probe: Probe | None = None
         self._rounding: Callable[[str], Rounding] = lambda _layer: lambda x: x
 
@@ -106,14 +107,21 @@ class BlockWalk:
     @property
     def streams(self) -> dict[str, Stream]:
         """What enters the next block, in the original model, the quantized one and, if watched, with rounded inputs."""
-        found = {"original": self._original, "quantized": self._quantized}
+        found = {"quantized": self._quantized}
+        if self._compared:
+            found["original"] = self._original
         return found if self._probe is None else {**found, "rounded": self._probe.hidden}
 
     def enter(self, streams: Mapping[str, Stream]) -> None:
         """Go on with a later block, after `start` and `watch`: the activations that enter it are these."""
-        self._original, self._quantized = streams["original"], streams["quantized"]
+        self._quantized = streams["quantized"]
+        self._original = streams.get("original", self._quantized)
         if self._probe is not None:
             self._probe.hidden = streams["rounded"]
+
+    def forget_original(self) -> None:
+        """Nothing will be compared with the original model, after `start`: its blocks are not run."""
+        self._compared = False
 
     def watch(self, rounding: Callable[[str], Rounding]) -> None:
         """Measure 8-bit activations on the way, after `start`: `rounding` says what a layer's input goes through."""
@@ -167,7 +175,7 @@ class BlockWalk:
                     return answer(args[0])
                 if calls is into[0] and stream is not None:
                     stream.append(args[0])
-                calls.append(_shared((args[0].to("meta"), *args[1:]), kwargs, calls))
+                calls.append(shared((args[0].to("meta"), *args[1:]), kwargs, calls))
                 if calls is into[-1]:
                     raise _Stop
                 return answer(args[0])
@@ -225,7 +233,7 @@ class BlockWalk:
         calls = self._calls[index]
         inside, stacked = ([n.removeprefix(f"{name}.") for n in names] for names in (layers, stacks))
         groups = self._groups(block, inside, stacked, calls)
-        kept, outputs = self._run_original(index, groups, calls)
+        kept, outputs = self._run_original(index, groups, calls) if self._compared else ([], self._quantized)
         finished = Finished(block, groups, len(calls), self._spill)
         for number, group in enumerate(groups):
             finished.replay(number)
@@ -236,7 +244,8 @@ class BlockWalk:
             weights = [self._weights[layer] for layer in full if layer in self._weights]
             weight = torch.stack(weights).mean(0) if weights else None
             sums = Sums(block.get_parameter(f"{group[0]}.weight").shape, wanted(full[0]))
-            yield full, [self._measure(block, group[0], kept[number], weight, calls, sums)]
+            original = kept[number] if kept else None
+            yield full, [self._measure(block, group[0], original, weight, calls, sums)]
         if tuner is not None:
             finished.close()
             run = partial(_run_of, block, calls)
@@ -252,7 +261,7 @@ class BlockWalk:
             self._probe.advance(block, rounding, lambda i, x: _run(block, calls[i], x), into)
         for store in kept:
             store.drop()
-        self._original, self._quantized = outputs, quantized
+        self._original, self._quantized = outputs if self._compared else quantized, quantized
         self._empty(f"{name}.")
 
     def _run_original(self, index: int, groups: list[list[str]], calls: list[Call]) -> tuple[list[Keyed], Stream]:
@@ -296,7 +305,13 @@ class BlockWalk:
         return list(groups.values())
 
     def _measure(
-        self, block: nn.Module, layer: str, original: Keyed, weight: torch.Tensor | None, calls: list[Call], sums: Sums
+        self,
+        block: nn.Module,
+        layer: str,
+        original: Keyed | None,
+        weight: torch.Tensor | None,
+        calls: list[Call],
+        sums: Sums,
     ) -> Statistics:
         found: list[torch.Tensor] = []
 
@@ -310,7 +325,8 @@ class BlockWalk:
                 with contextlib.suppress(_Stop):
                     _run(block, call, x)
                 if found:  # an expert may be idle
-                    sums.add(found.pop(), original.get(i), None if weight is None else weight[i].reshape(-1, 1))
+                    before = None if original is None else original.get(i)
+                    sums.add(found.pop(), before, None if weight is None else weight[i].reshape(-1, 1))
         finally:
             handle.remove()
         return sums.statistics()
@@ -339,24 +355,6 @@ class BlockWalk:
 
 def _run_of(block: nn.Module, calls: list[Call], window: int, x: torch.Tensor) -> torch.Tensor:
     return _run(block, calls[window], x)
-
-
-def _shared(args: tuple[Any, ...], kwargs: dict[str, Any], calls: list[Call]) -> Call:
-    """A call, whose arguments are those of the call before where they are equal: masks and rotary tables mostly are."""
-    if not calls:
-        return args, kwargs
-    before = calls[-1]
-    same = tuple(_same(new, old) for new, old in zip(args[1:], before[0][1:], strict=False))
-    return (*args[:1], *same, *args[1 + len(same) :]), {k: _same(v, before[1].get(k)) for k, v in kwargs.items()}
-
-
-def _same(new: Any, old: Any) -> Any:
-    """The old value where it equals the new one."""
-    if isinstance(new, torch.Tensor) and isinstance(old, torch.Tensor):
-        return old if new is old or (new.dtype == old.dtype and torch.equal(new, old)) else new
-    if type(new) is tuple and type(old) is tuple and len(new) == len(old):
-        return tuple(_same(a, b) for a, b in zip(new, old, strict=True))
-    return new
 
 
 def _keeper(store: Keyed, outputs: Stream) -> Callable[..., None]:
