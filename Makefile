@@ -57,9 +57,9 @@ bench: setup ## speed of the native core on this machine
 bench-peers: setup ## the same beside llama.cpp, PyTorch, ONNX Runtime, OpenVINO (each in its own environment)
 	TORCH='$(TORCH)' $(PY) benchmarks/bench_peers.py
 
-bench-methods: setup ## table of all methods and bits on the demo's model, with peers (about an hour; resumable)
+bench-methods: setup ## table of all methods and bits on the demo's model, with peers (an hour a call, until all are there)
 	test -d demo/original || $(PY) examples/demo.py
-	$(PY) benchmarks/bench_methods.py $(ARGS)
+	$(PY) benchmarks/bench_methods.py --minutes 60 $(ARGS)
 
 demo: setup ## the main job on a real model, from download to generated text
 	$(PY) examples/demo.py

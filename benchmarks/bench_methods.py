@@ -8,9 +8,10 @@ judges either kind of folder; activations that a peer would round at run time ar
 Both get the same calibration text, windows, groups (64 weights; 8 bits a row), steps and threads.
 
 Each row is appended to build/methods/rows.jsonl when it is measured and not measured again; --fresh forgets them all.
+With --minutes 60 no row is begun after an hour: call again to go on. The rows that take longest come last.
 
     python benchmarks/bench_methods.py MODEL [--rows 'gptq-4' 'hqq*'] [--ours | --peers] [--tokens 20480]
-                                        [--blocks 4] [--list | --show]
+                                        [--blocks 4] [--minutes 60] [--list | --show]
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import venv
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,6 +51,8 @@ GPTQMODEL = [
     "accelerate threadpoolctl device-smi protobuf pypcre tokenicer logbar datasets torchao defuser setuptools wheel",
     "--no-deps --no-build-isolation gptqmodel",
 ]
+# A quarter of an hour and more, on a model of 135M parameters and two cores.
+LONG = ("aqlm-*", "signround-*", "autoround:*", "gptqmodel:awq-*")
 # What each environment installs, in this order, and the methods and bits it is asked for.
 PEERS: dict[str, tuple[list[str], dict[str, tuple[int, ...]]]] = {
     "hqq": ([*COMMON, "hqq"], {"hqq": BITS}),
@@ -79,13 +83,13 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """All rows, methods together; `auto` is rtn from 5 bits on and trellis below, so it has none of its own."""
+    """All rows, long ones last; `auto` is rtn from 5 bits on and trellis below, so it has none of its own."""
     ours: list[Case] = []
     for name, method in METHODS.items():
         bits = EASY.get(name) or [b for b in BITS if not method.formats or b in method.formats]
         ours += [Case("bitfold", name, b) for b in bits]
     theirs = [Case(peer, m, b) for peer, (_, methods) in PEERS.items() for m, bits in methods.items() for b in bits]
-    return ours + theirs
+    return sorted(ours + theirs, key=lambda case: any(fnmatch.fnmatchcase(case.name, long) for long in LONG))
 
 
 def environment(peer: str) -> Path:
@@ -209,10 +213,11 @@ def main() -> None:
     parser.add_argument("--ours", action="store_true", help="no peers")
     parser.add_argument("--peers", action="store_true", help="peers only")
     parser.add_argument("--tokens", type=int, default=4096, help="of text to judge on")
-    parser.add_argument("--nsamples", type=int, default=16, help="windows of calibration text")
+    parser.add_argument("--nsamples", type=int, default=8, help="windows of calibration text")
     parser.add_argument("--seqlen", type=int, default=512, help="tokens of a window")
     parser.add_argument("--steps", type=int, default=40, help="of signround and AutoRound, two windows each")
     parser.add_argument("--blocks", type=int, help="of the model only the first so many, rows kept apart")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no row is begun")
     parser.add_argument("--fresh", action="store_true", help="forget the rows that are there")
     parser.add_argument("--show", action="store_true", help="measure nothing, show what is there")
     parser.add_argument("--list", action="store_true", help="name the rows and stop")
@@ -229,9 +234,12 @@ def main() -> None:
     if options.fresh:
         file.unlink(missing_ok=True)
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    for case in [] if options.show else wanted:
-        if any(row["name"] == case.name for row in rows):
-            continue
+    known, started = {row["name"] for row in rows}, time.monotonic()
+    left = [] if options.show else [case for case in wanted if case.name not in known]
+    for number, case in enumerate(left):
+        if time.monotonic() - started > 60 * options.minutes:
+            print(f"{len(left) - number} rows are left; the same command goes on with them", file=sys.stderr)
+            break
         print(case.name, "...", file=sys.stderr, flush=True)
         rows.append(measure(case, options.model, options))
         with file.open("a", encoding="utf-8") as log:
