@@ -79,6 +79,9 @@ def test_every_method_of_the_field_is_there() -> None:
     names = "rtn hqq nf4 ldlq gptq awq smoothquant llm-int8 quip quip-sharp aqlm signround trellis wanda sparsegpt"
     assert set(METHODS) == set(names.split())
     assert choose_recipe(solver="gptq:0.05", bits=4).rules == (Rule("*", "int4-asym-g64", "gptq:0.05"),)
+    assert choose_recipe(solver="gptq", bits=8).rules == (Rule("*", "int8", "gptq", "minmax"),)
+    assert choose_recipe(solver="gptq", bits=8, fit="mse").rules == (Rule("*", "int8", "gptq", "mse"),)
+    assert choose_recipe(solver="gptq", bits=8, transform="hadamard").rules[0].fit == "mse"
     assert choose_recipe(solver="trellis:0.02", bits=2).rules[0].solver == "ldlq:0.02"
     assert choose_recipe(solver="awq", bits=4).rules == (Rule("*", "int4-asym-g64", fit="clip", transform="awq"),)
     smooth = Rule("*", "int8", fit="absmax", transform="smooth:0.5", act="int8")

@@ -21,6 +21,7 @@ config = QuantizeConfig(
     device="cpu",
     offload_to_disk=False,
     **({"quant_method": "awq", "format": "gemm"} if awq else {}),
+    **({"act_group_aware": False, "desc_act": True} if bits == 8 else {}),  # its default order wants groups
 )
 model = GPTQModel.load(run.options.model, config)
 data = [{"input_ids": ids[0].tolist(), "attention_mask": [1] * ids.shape[1]} for ids in run.tokens()]

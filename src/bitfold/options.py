@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from bitfold.catalog import AUTO, find_method
 from bitfold.errors import FormatError, UsageError
 from bitfold.formats import get_format
 from bitfold.recipe import Recipe
+from bitfold.solvers import is_feedback
 
 DEFAULT_GROUP = 64
+_FINE = 256  # levels
 
 
 def choose_recipe(
@@ -33,7 +35,7 @@ def choose_recipe(
             a scale for each group of 64. Methods with formats of their own (see METHODS) take those.
         format: a format name instead of bits.
         group_size: weights that share a scale; -1 or 0 = one scale a row.
-        fit: see FITS; default: the method's, mostly "mse".
+        fit: see FITS; default: the method's, mostly "mse"; with feedback on 256 levels "minmax".
         solver: the name of a method (see METHODS) or of a solver (see SOLVERS); default "rtn".
         transform: "none", "hadamard", "smooth:0.5" or "awq"; default: the method's.
         act: "float", "int8" or "int8-mixed:6.0"; default: the method's, mostly "float".
@@ -68,7 +70,16 @@ def choose_recipe(
         name = _with_group(name, group_size)
     asked = {"fit": fit, "transform": transform, "act": act, "prune": prune}
     choices = {**method.choices, **{key: value for key, value in asked.items() if value is not None}}
+    choices = {**_fit_of(choices, name), **choices}
     return Recipe.of(name, **choices).ignoring(ignore)
+
+
+def _fit_of(choices: Mapping[str, str], format: str) -> dict[str, str]:
+    """With error feedback and levels so fine that rounding hardly counts, what is clipped counts (docs/log.md)."""
+    grid = getattr(get_format(format), "grid", None)
+    fine = grid is not None and grid.uniform and grid.levels >= _FINE
+    plain = is_feedback(choices.get("solver", "rtn")) and choices.get("transform", "none") == "none"
+    return {"fit": "minmax"} if fine and plain else {}
 
 
 def leaves_the_choice(bits: int | None, solver: str | None, others: Iterable[object]) -> bool:
