@@ -1,14 +1,18 @@
 """QLoRA on a laptop: train the same adapters on a 16-bit base and on packed ones, and compare the losses.
 
-    python examples/qlora.py MODEL_FOLDER [--steps 96] [--text notes.txt] [--bases 16-bit trellis-3] [--work folder]
+    python examples/qlora.py MODEL_FOLDER [--steps 72] [--text notes.txt] [--bases 16-bit trellis-3] [--work folder]
 
-The text is read in batches, several times over if there are more steps than batches; the first and the last loss are
-means over a reading, or over a quarter of the steps where that is shorter. Needs `pip install bitfold[finetune]`.
+The task is to turn short notes into records; the script makes them up, no two alike (--text records). Or name a text
+of your own. It is read in batches, several times over if there are more steps than batches; the first and the last loss
+are means over a reading, or over a quarter of the steps where that is shorter. Needs `pip install bitfold[finetune]`.
 """
 
 from __future__ import annotations
 
 import argparse
+import calendar
+import json
+import random
 import sys
 import tempfile
 import time
@@ -23,6 +27,14 @@ import bitfold
 from bitfold import Calibration
 from bitfold.calibration import calibration_tokens
 
+FIRST = ["Ada", "Bela", "Carla", "Elif", "Farid", "Greta", "Hugo", "Ines", "Kofi", "Lena", "Mara", "Noor"]
+LAST = ["Adeyemi", "Berg", "Castro", "Dubois", "Fischer", "Garcia", "Haddad", "Ivanova", "Kaya", "Moreau"]
+THINGS = ["lamps", "chairs", "tables", "shelves", "mirrors", "carpets", "stools", "benches"]
+NOTES = (
+    "{name} called on {day} {month} and ordered {a} {x} and {b} {y}.",
+    "On {month} {day}, {a} {x} and {b} {y} were ordered by {name}.",
+    "Please send {name} {a} {x} as well as {b} {y}, order of {day} {month}.",
+)
 CALIBRATION = Calibration(nsamples=8, seqlen=512, fisher=False)
 BASES: dict[str, dict[str, Any] | None] = {
     "16-bit": None,
@@ -34,11 +46,26 @@ BASES: dict[str, dict[str, Any] | None] = {
 
 def load_base(model: str, options: dict[str, Any] | None, folder: Path) -> torch.nn.Module:
     """The model as it is, or quantized into a folder first, if it is not there."""
-    if options is None:
-        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    if options is None:  # 16-bit weights; float32 arithmetic, as on the packed bases
+        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     if not folder.exists():
         bitfold.quantize(model, folder, **options)
     return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def write_records(file: Path, count: int) -> Path:
+    """Notes and the records that they should become."""
+    draw = random.Random(0)
+    with file.open("w", encoding="utf-8") as out:
+        for _ in range(count):
+            month, day = draw.randint(1, 12), draw.randint(1, 28)
+            x, y = draw.sample(THINGS, 2)
+            a, b = draw.randint(2, 30), draw.randint(2, 30)
+            name = f"{draw.choice(FIRST)} {draw.choice(LAST)}"
+            note = draw.choice(NOTES).format(name=name, day=day, month=calendar.month_name[month], a=a, b=b, x=x, y=y)
+            record = json.dumps({"name": name, "date": f"{month:02}-{day:02}", "order": {x: a, y: b}})
+            out.write(f"Note: {note}\nRecord: {record}\n\n")
+    return file
 
 
 def add_adapters(model: torch.nn.Module) -> PeftModel:
@@ -66,9 +93,9 @@ def train(model: PeftModel, tokens: torch.Tensor, steps: int, batch: int) -> lis
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
-    """Bytes of the frozen base: parameters without gradient, and packed fields."""
+    """Bytes of the frozen base: parameters without gradient, 16 bits each as they are stored, and packed fields."""
     frozen = [p for p in model.parameters() if not p.requires_grad]
-    return sum(t.numel() * t.element_size() for t in [*frozen, *model.buffers()])
+    return sum(2 * p.numel() for p in frozen) + sum(b.numel() * b.element_size() for b in model.buffers())
 
 
 def main() -> None:
@@ -76,17 +103,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--bases", nargs="*", default=list(BASES), choices=list(BASES))
-    parser.add_argument("--text", default="default", help="a .txt file (default: the text that comes with bitfold)")
-    parser.add_argument("--steps", type=int, default=96)
-    parser.add_argument("--batches", type=int, default=12, help="of different text")
-    parser.add_argument("--batch", type=int, default=2, help="windows")
+    parser.add_argument("--text", default="records", help='a .txt file, or "default": the text that comes with bitfold')
+    parser.add_argument("--steps", type=int, default=72)
+    parser.add_argument("--batches", type=int, help="of different text (default: as many as steps)")
+    parser.add_argument("--batch", type=int, default=4, help="windows")
     parser.add_argument("--tokens", type=int, default=96, help="of a window")
     parser.add_argument("--work", type=Path, help="keep the quantized bases here (default: a temporary folder)")
     parser.add_argument("--save", type=Path, help="folder for the adapter trained on the last base")
     options = parser.parse_args()
+    options.batches = options.batches or options.steps
     windows = options.batches * options.batch
-    tokens = calibration_tokens(Path(options.model), options.text, nsamples=windows, seqlen=options.tokens)
     with tempfile.TemporaryDirectory() as temporary:
+        text = options.text
+        if text == "records":
+            text = str(write_records(Path(temporary, "records.txt"), windows * options.tokens // 40))
+        tokens = calibration_tokens(Path(options.model), text, nsamples=windows, seqlen=options.tokens)
         print(f"{'base':<20} {'MB':>6} {'first loss':>10} {'last loss':>10} {'s/step':>7}")
         for name in options.bases:
             folder = (options.work or Path(temporary)) / name.replace(", ", "-")
