@@ -21,6 +21,7 @@ void rounding_errors(const Integers& grid, const float* w, size_t blocks, size_t
 }
 
 void rounding_feedback(const Integers& grid, const Columns& columns, int threads) {
+  if (!columns.count || !columns.rows) return;
   const Table& t = table();
   const size_t enough = kGrain / (columns.count * (columns.count / 2 + 8)) + 1;
   const size_t grain = (enough + kTogether - 1) / kTogether * kTogether;

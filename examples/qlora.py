@@ -111,13 +111,18 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="keep the quantized bases here (default: a temporary folder)")
     parser.add_argument("--save", type=Path, help="folder for the adapter trained on the last base")
     options = parser.parse_args()
-    options.batches = options.batches or options.steps
-    windows = options.batches * options.batch
+    if min(options.steps, options.batch, options.tokens, options.batches or 1) < 1:
+        parser.error("steps, batches and their sizes begin at 1")
+    windows = (options.batches or options.steps) * options.batch
     with tempfile.TemporaryDirectory() as temporary:
         text = options.text
         if text == "records":
             text = str(write_records(Path(temporary, "records.txt"), windows * options.tokens // 40))
         tokens = calibration_tokens(Path(options.model), text, nsamples=windows, seqlen=options.tokens)
+        batches = len(tokens) // options.batch
+        if not batches:
+            parser.error(f"the text has but {len(tokens)} windows of {options.tokens} tokens, less than a batch")
+        tokens = tokens[: batches * options.batch]
         print(f"{'base':<20} {'MB':>6} {'first loss':>10} {'last loss':>10} {'s/step':>7}")
         for name in options.bases:
             folder = (options.work or Path(temporary)) / name.replace(", ", "-")
@@ -125,7 +130,7 @@ def main() -> None:
             started = time.perf_counter()
             losses = train(model, tokens, options.steps, options.batch)
             seconds = (time.perf_counter() - started) / options.steps
-            some = min(options.batches, max(options.steps // 4, 1))
+            some = min(batches, max(options.steps // 4, 1))
             first, last = (sum(part) / len(part) for part in (losses[:some], losses[-some:]))
             print(
                 f"{name:<20} {weight_bytes(model) / 1e6:>6.0f} {first:>10.4f} {last:>10.4f} {seconds:>7.2f}", flush=True

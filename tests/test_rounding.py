@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from bitfold import rounding
+from bitfold import native, rounding
 from bitfold.errors import FormatError
-from bitfold.fits import get_fit, mse, view_blocks
-from bitfold.formats import FORMATS, Params, get_format
-from bitfold.solvers.ldlq import factor, ldlq, proxy_loss
+from bitfold.fits import get_fit
+from bitfold.formats import FORMATS, get_format
+from bitfold.methods import quantize_tensor
+from bitfold.solvers.ldlq import factor, ldlq
 from bitfold.solvers.pruning import Fixed
 
 INTEGERS = [name for name, f in FORMATS.items() if getattr(getattr(f, "grid", None), "uniform", False) and f.scale]
@@ -24,7 +26,7 @@ def side(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """With the core and without."""
     if request.param == "torch":
         monkeypatch.setenv("BITFOLD_NATIVE", "0")
-    elif not rounding.available():
+    elif native.core() is None:
         pytest.skip("no native core")
     return str(request.param)
 
@@ -73,25 +75,32 @@ def test_every_code_is_the_nearest_to_its_aim(name: str, by_energy: bool) -> Non
     assert bool((missed <= 0.5 + slack).all()), float((missed - slack).max())
 
 
-@pytest.mark.parametrize("name", ["int2", "int4-asym-g64", "int3-affine-g64", "int8"])
-def test_both_sides_lose_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums come in another order, so near ties differ: the loss does not."""
-    w, hessian = problem(256, 256)
-    one = ldlq(w, hessian, get_format(name), get_fit("mse"))
-    monkeypatch.setenv("BITFOLD_NATIVE", "0")
-    other = ldlq(w, hessian, get_format(name), get_fit("mse"))
-    assert proxy_loss(w, one.dequantize(), hessian) == pytest.approx(
-        proxy_loss(w, other.dequantize(), hessian), rel=0.02
-    )
+@pytest.mark.parametrize("name", INTEGERS)
+@pytest.mark.parametrize("fit", ["mse", "minmax"])
+def test_the_same_bytes_without_the_core(name: str, fit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding to nearest and with feedback."""
+    if native.core() is None:
+        pytest.skip("no native core")
+    w, hessian = problem()
+    format, chosen = get_format(name), get_fit(fit)
+    found = [(quantize_tensor(w, format, fit=fit), ldlq(w, hessian, format, chosen)) for _ in _both(monkeypatch)]
+    for one, other in zip(*found, strict=True):
+        assert all(torch.equal(one.fields[field], other.fields[field]) for field in one.fields)
+
+
+def _both(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """With the core, then without."""
+    for side in SIDES:
+        monkeypatch.setenv("BITFOLD_NATIVE", str(int(side == "native")))
+        yield side
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 64, 100])
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("span", [(-8.0, 7.0), (0.0, 3.0), (-128.0, 127.0)])
+@pytest.mark.usefixtures("side")
 def test_errors_of_blocks(length: int, shifted: bool, span: tuple[float, float]) -> None:
     """Against float64 arithmetic on the same codes; a scale of zero decodes to zero."""
-    if not rounding.available():
-        pytest.skip("no native core")
     generator = torch.Generator().manual_seed(length)
     w = torch.randn(33, 5, length, generator=generator)
     scale = torch.rand(33, 5, generator=generator) * 0.5
@@ -106,18 +115,6 @@ def test_errors_of_blocks(length: int, shifted: bool, span: tuple[float, float])
     size = (points.abs().amax(-1) + (0 if zero is None else zero.abs())) * scale + w.abs().amax(-1)
     bound = (length + 8) * torch.finfo(torch.float32).eps * size.square()
     assert bool(((found - exact).abs() <= bound).all())
-
-
-@pytest.mark.parametrize("name", ["int4-g64", "int4-asym-g64", "int2-g64"])
-def test_both_sides_choose_scales_that_lose_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The search sees the same errors up to their rounding."""
-    w, format = problem(64, 256)[0], get_format(name)
-    found = mse(w, format)
-    monkeypatch.setenv("BITFOLD_NATIVE", "0")
-    plain = mse(w, format)
-    view = view_blocks(w, format, None)
-    error = [view.error(Params(p.scale, p.zero_point)).double() for p in (found, plain)]
-    assert torch.allclose(error[0], error[1], rtol=1e-4)
 
 
 @pytest.mark.usefixtures("side")

@@ -68,7 +68,7 @@ class Bookmarks:
         self._work.journal.append({"kind": "block", "index": index, "tensors": tensors, "streams": streams})
         self._work.journal.sync()
         self._events.write("block", index=index, tensors=tensors, peak_memory=peak())
-        for name in {"original", *streams}:  # the first block has but one input
+        for name in {"original", *streams}:  # original-0 is both inputs of the first block
             (self.folder / f"{name}-{index}.bin").unlink(missing_ok=True)
 
     def inputs(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]] | None:

@@ -67,7 +67,7 @@ class Calibration:
             raise UsageError(f"a drift correction of {self.drift} makes no sense", hint="0 to 1")
         if self.columns is not None and self.columns < ALIGNED:
             raise UsageError(
-                f"ranges of {self.columns} inputs are too narrow", where="columns", hint=f"at least {ALIGNED}"
+                f"ranges of {self.columns} inputs are too narrow", where="--columns", hint=f"at least {ALIGNED}"
             )
 
 

@@ -48,7 +48,7 @@ class BlockView:
 
     def error(self, params: Params) -> torch.Tensor:
         """Weighted mean square error of each block."""
-        if self.importance is None and self.format.grid.uniform and rounding.available(self.w, params.scale):
+        if self.importance is None and self.format.grid.uniform:
             return rounding.block_errors(self.w, params.scale, params.zero_point, self.format.grid.span)
         return self.mean(self.difference(params).square_())
 
@@ -266,5 +266,5 @@ def get_fit(name: str) -> Fit:
     if name in CALIBRATED_FITS:
         return mse
     if name not in FITS:
-        raise UsageError(f"unknown fit {name!r}", hint=f"known fits: {', '.join(FITS)}")
+        raise UsageError(f"unknown fit {name!r}", hint=f"known fits: {', '.join((*FITS, *CALIBRATED_FITS))}")
     return FITS[name]

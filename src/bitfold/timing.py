@@ -126,21 +126,24 @@ def _calibrated(plan: Plan, calibration: Calibration, model: nn.Module, seed: in
         # Forward, forward again inside the backward pass, gradients of activations.
         weighing = 3 * 2 * tokens * sum(d.info.numel for d in plan.decisions if d.alias_of is None)
     known: dict[tuple[Any, ...], float] = {}
+    # What the quantized model takes, the passes that stop at a group, the original.
+    passes = 2.5 + compares((d for d in plan.decisions if d.rule is not None), calibration)
     total = weighing * _product_rate()
     for decisions in blocks_of(plan).values():
         wanted = [d for d in decisions if d.rule is not None and d.rule.needs_text]
         shape = tuple((d.info.shape, d.rule) for d in decisions)
         if wanted and shape not in known:
-            known[shape] = _block(decisions, wanted, calibration, (tokens, seed))
+            known[shape] = _block(decisions, wanted, calibration, (tokens, seed, passes))
         total += known.get(shape, 0.0)
     return total
 
 
-def _block(decisions: list[Decision], wanted: list[Decision], calibration: Calibration, how: tuple[int, int]) -> float:
-    """One block of the walk; `how`: tokens in all, and the seed."""
-    tokens, seed = how
+def _block(
+    decisions: list[Decision], wanted: list[Decision], calibration: Calibration, how: tuple[int, int, float]
+) -> float:
+    """One block of the walk; `how`: tokens in all, the seed, passes."""
+    tokens, seed, passes = how
     weights, corrects = sum(d.info.numel for d in decisions), calibration.drift > 0
-    passes = 2.5 + compares(wanted, calibration)  # quantized, those that stop at a group, original
     products, factors, coding = 2.0 * passes * tokens * weights, 0.0, 0.0
     for group in groups_of(wanted):
         k, n = group.k, group.n

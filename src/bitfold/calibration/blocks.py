@@ -1,7 +1,8 @@
 """Walk a model block by block, with the weights of one block in memory.
 
 The inputs of the first block are caught once. Each block then exists twice for a while: as it was (its inputs come from
-the original model) and as it is being quantized (its inputs come from the quantized blocks before). Inside a block the
+the original model; left out where nothing is compared with it) and as it is being quantized (its inputs come from the
+quantized blocks before). Inside a block the
 layers are taken in the order in which they run, those that share an input together, so that every Hessian is
 that of the inputs the layer will really see.
 """

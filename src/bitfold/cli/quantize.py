@@ -28,7 +28,9 @@ FormatOption = Annotated[
     str | None, typer.Option("--format", "-f", help="A number format by name instead, see `bitfold formats`.")
 ]
 GroupSizeOption = Annotated[int | None, typer.Option(help="Weights of a row that share a scale; -1: the whole row.")]
-FitOption = Annotated[str | None, typer.Option(help="How scales are chosen: absmax, minmax, mse (default) or hqq.")]
+FitOption = Annotated[
+    str | None, typer.Option(help="How scales are chosen: absmax, minmax, mse (mostly the default), hqq or clip.")
+]
 MethodOption = Annotated[
     str | None,
     typer.Option(

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class Coder(Protocol):
     """Takes the columns of one weight from left to right, scales fixed beforehand.
 
-    One that can feed errors forward by itself has two more: `at_once`, how many columns it takes together (0: it can
-    not, here), and `feed(columns: rounding.Fed)`, which codes them.
+    One that can feed errors forward by itself has two more: `at_once`, how many columns it takes together (0: it
+    cannot), and `feed(columns: rounding.Fed)`, which codes them.
     """
 
     step: int
@@ -56,8 +56,7 @@ class GridCoder:
             self._scale = stored.scale[rows].T.contiguous()
             self._inverse = torch.where(self._scale == 0, 0.0, 1.0 / self._scale)
             self._zero = None if stored.zero_point is None else stored.zero_point[rows].T.contiguous()
-        native = format.grid.uniform and self._scale is not None and rounding.available(self._scale, self._zero)
-        self.at_once = rounding.AT_ONCE if native else 0
+        self.at_once = rounding.AT_ONCE if format.grid.uniform and self._scale is not None else 0
 
     def feed(self, columns: rounding.Fed) -> None:
         """Code some columns, the errors of each fed to the next; only where `at_once` is not 0."""

@@ -185,7 +185,7 @@ class _Feedback:
         if right - left <= step:
             self._code(slice(left, right))
             return
-        grain = step if pruner is None else max(step, pruner.group)
+        grain = max(step, _at_once(self._coder) if pruner is None else pruner.group)
         middle = left + (right - left + grain) // (2 * grain) * grain
         self.run(left, middle, pruner)
         self._carried[middle:right].addmm_(self._lower[middle:right, left:middle], self._error[left:middle])
