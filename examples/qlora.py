@@ -140,4 +140,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except bitfold.errors.BitfoldError as error:
+        sys.exit(f"error: {error}")
