@@ -59,7 +59,7 @@ bench-peers: setup ## the same beside llama.cpp, PyTorch, ONNX Runtime, OpenVINO
 
 bench-methods: setup ## table of all methods and bits on the demo's model, with peers (an hour a call, until all are there)
 	test -d demo/original || $(PY) examples/demo.py
-	$(PY) benchmarks/bench_methods.py --minutes 60 $(ARGS)
+	TORCH='$(TORCH)' $(PY) benchmarks/bench_methods.py --minutes 60 $(ARGS)
 
 demo: setup ## the main job on a real model, from download to generated text
 	$(PY) examples/demo.py
