@@ -158,7 +158,10 @@ def test_token_weights(source: Path) -> None:
 def test_token_weights_are_those_of_the_cross_entropy(
     source: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    """The hand-made gradient of the logits, a few tokens at a time, against autograd through torch's cross entropy."""
+    """The hand-made gradient of the logits, a few tokens at a time, against autograd through torch's cross entropy.
+
+    The weights are its root mean square over the outputs of the layer.
+    """
     model = LlamaForCausalLM.from_pretrained(source).eval()
     ids = calibration_tokens(source, str(source / "text.txt"), nsamples=3, seqlen=48)
     monkeypatch.setattr(fisher, "_CHUNK", chunk)
@@ -178,7 +181,7 @@ def test_token_weights_are_those_of_the_cross_entropy(
     for sample, label in zip(ids, labels, strict=True):
         hidden = model.get_input_embeddings()(sample[None]).detach().requires_grad_(True)
         nn.functional.cross_entropy(model(inputs_embeds=hidden).logits[0], label, reduction="sum").backward()
-    expected = torch.stack([g[0].square().mean(-1) for g in gradients])
+    expected = torch.stack([g[0].square().mean(-1).sqrt() for g in gradients])
     assert torch.allclose(found, (expected / expected.mean()).clamp(max=50), rtol=1e-3)
 
 

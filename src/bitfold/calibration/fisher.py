@@ -2,8 +2,10 @@
 
 The gradient of the cross entropy, with labels drawn from the model's own predictions, gives the diagonal of the Fisher
 information; its square, averaged over the outputs of a layer, weights the tokens in that layer's Hessian (GuidedQuant,
-Kim et al. 2025, with one group of rows). One forward and one backward pass over the calibration text; a block's
-activations exist only while the backward pass is in it (they are computed again), so that memory holds those of one.
+Kim et al. 2025, with one group of rows). One label a token is a noisy look at it, and a few heavy tokens make a noisy
+Hessian: the weights here are the square roots of those, which loses less (docs/log.md). One forward and one backward
+pass over the calibration text; a block's activations exist only while the backward pass is in it (they are computed
+again), so that memory holds those of one.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from bitfold import progress
 from bitfold.calibration.blocks import find_blocks
 
+_POWER = 0.5  # of the squared gradients
 _LARGEST = 50.0  # times the mean: a single token must not be the whole Hessian
 _CHUNK = 128  # tokens whose logits exist at a time
 _FEW = 8  # tokens on which the output layer is looked at
@@ -120,5 +123,6 @@ def _surprise(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def _normalised(weights: torch.Tensor) -> torch.Tensor:
+    weights = weights.pow(_POWER)
     weights = weights / weights.mean().clamp_min(1e-30)
     return weights.clamp(max=_LARGEST)
