@@ -49,6 +49,8 @@ class BlockView:
     def error(self, params: Params) -> torch.Tensor:
         """Weighted mean square error of each block."""
         if self.importance is None and self.format.grid.uniform:
+            if not rounding.available(self.w, params.scale, params.zero_point):
+                return rounding.mean_square(self.difference(params))
             return rounding.block_errors(self.w, params.scale, params.zero_point, self.format.grid.span)
         return self.mean(self.difference(params).square_())
 

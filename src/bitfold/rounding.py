@@ -16,7 +16,7 @@ AT_ONCE = 64  # columns that `feed` takes: more would leave the caches, fewer wo
 _SUMS = 16  # in which the core adds up squares
 
 
-def _native(*tensors: torch.Tensor | None) -> bool:
+def available(*tensors: torch.Tensor | None) -> bool:
     """Whether the core is there and these are what it takes: float32 in the memory of the CPU."""
     fit = all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensors)
     return fit and native.core() is not None
@@ -25,7 +25,7 @@ def _native(*tensors: torch.Tensor | None) -> bool:
 def block_errors(
     w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, span: tuple[float, float]
 ) -> torch.Tensor:
-    """Mean square error of each block of weights.
+    """Mean square error of each block of weights, by the core, which must be `available`.
 
     Args:
         w: float32 (..., length).
@@ -33,8 +33,6 @@ def block_errors(
         zero: float32 (...), or None.
         span: first and last integer.
     """
-    if not _native(w, scale, zero):
-        return _mean_square(_difference(w, scale, zero, span))
     w, scale = w.contiguous(), scale.contiguous()
     zero = None if zero is None else zero.contiguous()
     error = torch.empty_like(scale)
@@ -45,20 +43,8 @@ def block_errors(
     return error
 
 
-def _difference(
-    w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, span: tuple[float, float]
-) -> torch.Tensor:
-    inverse = torch.where(scale == 0, 0.0, 1 / scale)[..., None]
-    points = w * inverse
-    if zero is None:
-        points.round_().clamp_(*span)
-    else:
-        points.add_(zero[..., None]).round_().clamp_(*span).sub_(zero[..., None])
-    return points.mul_(scale[..., None]).sub_(w)
-
-
-def _mean_square(x: torch.Tensor) -> torch.Tensor:
-    """Of the last axis, by the core's partial sums."""
+def mean_square(x: torch.Tensor) -> torch.Tensor:
+    """Of the last axis of x, which is overwritten: the sums that `block_errors` makes, in the same order."""
     length = x.shape[-1]
     squares = torch.nn.functional.pad(x.square_(), (0, -length % _SUMS))
     sums = torch.zeros_like(squares[..., :_SUMS])
@@ -119,7 +105,7 @@ def feed(columns: Fed, scales: Scales, codes: torch.Tensor) -> None:
         codes: uint8 (k, n), contiguous: integer - span[0], written at the places.
     """
     c = columns
-    if not _native(c.target, c.carried, scales.scale, scales.zero):
+    if not available(c.target, c.carried, scales.scale, scales.zero):
         _feed(columns, scales, codes)
         return
     lower, places = c.lower.contiguous(), c.places.contiguous()
