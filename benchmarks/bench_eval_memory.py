@@ -26,9 +26,9 @@ HIDDEN, INTERMEDIATE, VOCABULARY, HEADS, KEYS = 2048, 8192, 128256, 32, 8
 
 STEP = """
 import json, sys, torch, transformers
-import bitfold.evaluation.fidelity as fidelity, bitfold.generate
+import bitfold.evaluation.fidelity as fidelity, bitfold.engine
 from transformers import LlamaForCausalLM
-from bitfold.report import peak_memory
+from bitfold.records.run_report import peak_memory
 ids = torch.randint(0, 128256, (int(sys.argv[3]),), generator=torch.Generator().manual_seed(0))
 class Tokenizer:
     def __call__(self, *args, **kwargs):

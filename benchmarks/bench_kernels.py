@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 
-from bitfold import kernels, native
+from bitfold import kernels
 from bitfold.formats import get_format
 from bitfold.qtensor import QTensor
+from bitfold.system import native
 
 FORMATS = ["int8", "int4", "int4-g64", "int4-asym-g64", "int3-g64", "int2-g64", "nf4", "mxfp4"]
 FORMATS += [f"trellis-{bits}" for bits in (1, 2, 3, 4)]

@@ -19,13 +19,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bitfold.calibration import Statistics, calibration_tokens
-from bitfold.calibration.text import BUNDLED
+from bitfold.calibration.shared_input import Group, Solved, solve_group
 from bitfold.errors import BitfoldError
-from bitfold.groups import Group, Solved, solve_group
 from bitfold.models.sites import Site, find_sites
-from bitfold.options import choose_recipe
-from bitfold.plan import Decision
-from bitfold.tensorinfo import TensorInfo
+from bitfold.planning.plan import Decision
+from bitfold.recipes.options import choose_recipe
+from bitfold.system.tensorinfo import TensorInfo
+from bitfold.text.tokens import BUNDLED
 
 LAYERS = ["model.layers.4.self_attn.q_proj", "model.layers.4.mlp.up_proj"]
 METHODS = ["rtn", "hqq", "awq", "gptq", "quip", "quip-sharp", "aqlm", "trellis"]

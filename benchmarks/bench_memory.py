@@ -23,9 +23,9 @@ HIDDEN, INTERMEDIATE, VOCABULARY, HEADS = 2048, 8192, 32000, 32
 
 STEP = """
 import json, sys, torch, bitfold, transformers
-import bitfold.driver, bitfold.models.load
+import bitfold.run.driver, bitfold.models.load
 from transformers import LlamaForCausalLM
-from bitfold.report import peak_memory
+from bitfold.records.run_report import peak_memory
 before = peak_memory()
 if sys.argv[1] == "quantize":
     bitfold.quantize(sys.argv[2], sys.argv[3], bits=int(sys.argv[4]), fit="absmax")

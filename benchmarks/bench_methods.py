@@ -34,12 +34,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bitfold
-from bitfold.catalog import METHODS
 from bitfold.kernels.activations import quantize_tokens
+from bitfold.recipes.catalog import METHODS
 
 HERE = Path(__file__).parent
 WORK = HERE.parent / "build" / "methods"
-DATA = HERE.parent / "src" / "bitfold" / "data"
+DATA = HERE.parent / "src" / "bitfold" / "text" / "data"
 ENVIRONMENTS = HERE.parent / ".cache" / "peers"
 TORCH = os.environ.get("TORCH", "torch")
 BITS = (8, 4, 3, 2)

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bitfold import native
-from bitfold.packing import pack, unpack
+from bitfold.formats.packing import pack, unpack
+from bitfold.system import native
 
 
 def median(f: Callable[[], Any], seconds: float = 0.5) -> float:

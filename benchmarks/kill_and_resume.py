@@ -24,12 +24,12 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
 import bitfold
-import bitfold.driver
+import bitfold.run.driver
 import tiny_lm
 from bitfold import Calibration
-from bitfold.journal import NAME
-from bitfold.records import FILE as RECORD
-from bitfold.workspace import partial_of, software
+from bitfold.records.record import FILE as RECORD
+from bitfold.workspace.folder import partial_of, software
+from bitfold.workspace.journal import NAME
 
 
 def content(folder: Path) -> dict[str, str]:

@@ -25,9 +25,10 @@ from rich.console import Console
 from rich.table import Table
 
 import bitfold
-from bitfold import Calibration, progress
+from bitfold import Calibration
 from bitfold.checkpoints import convert
 from bitfold.errors import BitfoldError
+from bitfold.system import progress
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = Path(os.environ.get("BITFOLD_CACHE", ROOT / ".cache"))
@@ -139,7 +140,7 @@ def measure(original: Path, rows: list[dict[str, Any]], tokens: int) -> list[dic
     step(4, f"What was lost, on the first {tokens} tokens of WikiText-2's test split")
     predictions = DEMO / "reference-predictions"
     measured = []
-    with as_file(files("bitfold") / "data" / "wikitext2-test.txt") as text:
+    with as_file(files("bitfold.text") / "data" / "wikitext2-test.txt") as text:
         for row in rows:
             known = DEMO / f"{row['name']}.{tokens}-tokens.json"
             if not known.is_file():

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save, save_file
 
-from bitfold.checkpoints.native import QUANT_METHOD, VERSION
+from bitfold.checkpoints.bitfold_folder import QUANT_METHOD, VERSION
+from bitfold.checkpoints.manifest import FILE as MANIFEST
+from bitfold.checkpoints.manifest import write_manifest
 from bitfold.formats import get_format
-from bitfold.manifest import FILE as MANIFEST
-from bitfold.manifest import write_manifest
-from bitfold.methods import quantize_tensor
+from bitfold.methods.quantize import quantize_tensor
 from bitfold.transforms import Hadamard
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))  # gguf_files

@@ -12,15 +12,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bitfold.checkpoints.gguf import GgufSource
-from bitfold.checkpoints.native import QuantizedSource, quantization_config
+from bitfold.checkpoints.bitfold_folder import QuantizedSource, quantization_config
+from bitfold.checkpoints.gguf.source import GgufSource
+from bitfold.checkpoints.manifest import FILE as MANIFEST
+from bitfold.checkpoints.manifest import verify
 from bitfold.checkpoints.safetensors import INDEX, SINGLE, SafetensorsSource, read_header
-from bitfold.documents import documents
+from bitfold.checkpoints.schema import read_entries
 from bitfold.errors import BitfoldError
-from bitfold.manifest import FILE as MANIFEST
-from bitfold.manifest import verify
-from bitfold.models.swap import read_entries
-from bitfold.recipe import Recipe
+from bitfold.recipes.recipe import Recipe
+from bitfold.text.documents import documents
 
 SECONDS = 1.0  # of processor time: a busy machine is nobody's fault
 MEMORY = 64 << 20

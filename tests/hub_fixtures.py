@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
 
-from bitfold.checkpoints import _hub_errors
+from bitfold.checkpoints.hub import errors as hub_errors
 from hub_repos import Clock
 from hub_server import HubServer
 
@@ -17,7 +17,7 @@ from hub_server import HubServer
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     fake = Clock()
-    monkeypatch.setattr(_hub_errors, "time", fake)
+    monkeypatch.setattr(hub_errors, "time", fake)
     return fake
 
 

@@ -39,7 +39,7 @@ def small(folder: Path) -> None:
 
     import bitfold
     from bitfold.models.load import load
-    from bitfold.report import peak_memory
+    from bitfold.records.run_report import peak_memory
 
     torch.ones(64, 64) @ torch.ones(64, 64)
     before = peak_memory()

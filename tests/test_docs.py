@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bitfold.methods import quantize_tensor
+from bitfold.methods.quantize import quantize_tensor
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,36 +13,36 @@ from bitfold.integrations import hook as _hook
 from bitfold.version import __version__
 
 _PUBLIC = {
-    "pack": "bitfold.packing",
-    "unpack": "bitfold.packing",
-    "quantize_tensor": "bitfold.methods",
+    "pack": "bitfold.formats.packing",
+    "unpack": "bitfold.formats.packing",
+    "quantize_tensor": "bitfold.methods.quantize",
     "FORMATS": "bitfold.formats",
     "QTensor": "bitfold.qtensor",
     "quantize_": "bitfold.models.swap",
-    "quantize": "bitfold.driver",
+    "quantize": "bitfold.run.driver",
     "load": "bitfold.models.load",
     "save": "bitfold.models.save",
     "evaluate": "bitfold.evaluation",
-    "Calibration": "bitfold.calibrated",
-    "Recipe": "bitfold.recipe",
-    "Rule": "bitfold.recipe",
+    "Calibration": "bitfold.calibration.session",
+    "Recipe": "bitfold.recipes.recipe",
+    "Rule": "bitfold.recipes.recipe",
     "nn": "bitfold.nn",
     "errors": "bitfold.errors",
 }
 
 if TYPE_CHECKING:
     from bitfold import errors, nn
-    from bitfold.calibrated import Calibration
-    from bitfold.driver import quantize
+    from bitfold.calibration.session import Calibration
     from bitfold.evaluation import evaluate
     from bitfold.formats import FORMATS
-    from bitfold.methods import quantize_tensor
+    from bitfold.formats.packing import pack, unpack
+    from bitfold.methods.quantize import quantize_tensor
     from bitfold.models.load import load
     from bitfold.models.save import save
     from bitfold.models.swap import quantize_
-    from bitfold.packing import pack, unpack
     from bitfold.qtensor import QTensor
-    from bitfold.recipe import Recipe, Rule
+    from bitfold.recipes.recipe import Recipe, Rule
+    from bitfold.run.driver import quantize
 
 __all__ = [
     "FORMATS",

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from bitfold import kernels
-from bitfold.acts import ACT_SCALE, read_act, round_static
 from bitfold.errors import UsageError
 from bitfold.formats import AnyFormat
-from bitfold.mixed import mixed_matmul
+from bitfold.kernels.mixed import mixed_matmul
 from bitfold.qtensor import QTensor
 from bitfold.transforms import Transform
+from bitfold.transforms.activations import ACT_SCALE, read_act, round_static
 
 
 class QWeight(nn.Module):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from bitfold.calibration.blocks import BlockWalk
 from bitfold.calibration.fisher import token_weights
 from bitfold.calibration.statistics import Statistics, Wanted, Whole
-from bitfold.calibration.text import calibration_tokens
+from bitfold.calibration.walk import BlockWalk
+from bitfold.text.tokens import calibration_tokens
 
 __all__ = ["BlockWalk", "Statistics", "Wanted", "Whole", "calibration_tokens", "token_weights"]

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bitfold import progress
-from bitfold.calibration.blocks import find_blocks
+from bitfold.calibration.walk import find_blocks
+from bitfold.system import progress
 
 _POWER = 0.5  # of the squared gradients
 _LARGEST = 50.0  # times the mean: a single token must not be the whole Hessian

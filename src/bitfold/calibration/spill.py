@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bitfold.checkpoints.planned import sync_file, written_error
 from bitfold.checkpoints.safetensors import digest_of
+from bitfold.checkpoints.shards import sync_file, written_error
 from bitfold.errors import CheckpointError
 
 _counter = itertools.count()

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from bitfold.moments import Moments, Squares, column_ranges, squares
+from bitfold.methods.hessian import Moments, Squares, column_ranges, squares
 
 _COLUMNS = 512  # of the correction worked out at a time
 _WEIGHTS = 1 << 24  # corrected at a time

@@ -20,7 +20,7 @@ def open_source(path: str | Path) -> Source:
     path = Path(path)
     if path.is_file():
         return _open_file(path)
-    from bitfold.checkpoints.native import QuantizedSource, quantization_config
+    from bitfold.checkpoints.bitfold_folder import QuantizedSource, quantization_config
     from bitfold.checkpoints.safetensors import SafetensorsSource
 
     if quantization_config(path) is not None:
@@ -32,7 +32,7 @@ def _open_file(path: Path) -> Source:
     with path.open("rb") as stream:
         magic = stream.read(4)
     if magic == b"GGUF":
-        from bitfold.checkpoints.gguf import GgufSource
+        from bitfold.checkpoints.gguf.source import GgufSource
 
         return GgufSource(path)
     if path.suffix == ".safetensors":

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from bitfold.tensorinfo import TensorInfo
+from bitfold.system.tensorinfo import TensorInfo
 
 __all__ = ["Source", "TensorInfo"]
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from bitfold import progress
 from bitfold.checkpoints.base import Source
 from bitfold.checkpoints.safetensors import ShardWriter, write_json
 from bitfold.errors import CheckpointError, UsageError
+from bitfold.system import progress
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -61,7 +61,7 @@ def _open(src: Path, dither_seed: int | None) -> Source:
         return open_source(src)
     if not src.is_file():
         raise UsageError("only the weights of a GGUF file can be dithered", where=str(src))
-    from bitfold.checkpoints.gguf import GgufSource
+    from bitfold.checkpoints.gguf.source import GgufSource
 
     return GgufSource(src, dither_seed)
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from bitfold.checkpoints.untrusted import LARGEST, parse_json_object, read_json_object, shape_of
 from bitfold.errors import CheckpointError
-from bitfold.tensorinfo import TensorInfo
+from bitfold.system.tensorinfo import TensorInfo
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

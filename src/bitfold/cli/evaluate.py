@@ -133,7 +133,7 @@ def _language(
 
         show_evaluation(result)
     if after.save:
-        from bitfold.records import add_to_record
+        from bitfold.records.record import add_to_record
 
         known = {
             "reference": reference and Path(reference).name,
@@ -142,7 +142,7 @@ def _language(
         }
         add_to_record(model, "evaluations", {**result.to_dict(), **known})
     if after.update_card:
-        from bitfold.card import add_evaluation
+        from bitfold.records.card import add_evaluation
 
         add_evaluation(Path(model), result.to_dict())
     result.require(**after.limits)
@@ -152,7 +152,7 @@ def _embedding(model: str, reference: str | None, text: str | None, batch: int, 
     if reference is None:
         raise UsageError("embeddings are compared with those of another model", where="--reference")
     from bitfold.evaluation import embedding_cosine
-    from bitfold.evaluation.text import read_lines, text_name
+    from bitfold.text.windows import read_lines, text_name
 
     result = embedding_cosine(model, reference, read_lines(text), batch=batch)
     if json:
@@ -200,6 +200,6 @@ def layers(
 
         show_layers(result)
     if save:
-        from bitfold.records import add_to_record
+        from bitfold.records.record import add_to_record
 
         add_to_record(model, "layers", result.to_dict())

@@ -43,7 +43,7 @@ def generate(
     given = [t for t in (text, prompt) if t is not None]
     if len(given) != 1:
         raise UsageError("give one text to continue", where="--prompt")
-    from bitfold.generate import Sampling, Writer
+    from bitfold.engine import Sampling, Writer
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     writer = Writer.open(model, dtype=dtype, revision=revision)
@@ -71,7 +71,7 @@ def chat(
     json: Json = False,
 ) -> None:
     """Talk with a model: a line is a message, /reset begins anew, /exit (or end of input) ends."""
-    from bitfold.generate import Sampling, Writer
+    from bitfold.engine import Sampling, Writer
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     writer = Writer.open(model, dtype=dtype, revision=revision)

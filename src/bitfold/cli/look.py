@@ -38,8 +38,8 @@ def inspect(
         return
     if len(model) != 1:
         raise UsageError("one checkpoint at a time", where="MODEL", hint="several only with --activations")
-    from bitfold.checkpoints.hub import resolve
-    from bitfold.inspection import inspect as run
+    from bitfold.checkpoints.hub.transfer import resolve
+    from bitfold.checkpoints.inspection import inspect as run
 
     result = run(resolve(model[0], revision=revision))
     if json:
@@ -68,7 +68,7 @@ def _outliers(models: list[str], text: str, sizes: dict[str, Any], *, json: bool
 @app.command()
 def formats(json: Json = False) -> None:
     """List the number formats: range, levels, exact bits per weight, error on Gaussian weights."""
-    from bitfold.evaluation.gaussian import format_table
+    from bitfold.methods.gaussian import format_table
 
     rows = format_table()
     if json:

@@ -8,7 +8,7 @@ from bitfold.cli.app import Json, app, print_json
 @app.command()
 def methods(json: Json = False) -> None:
     """List the methods: what each does and needs, and whose it is."""
-    from bitfold.catalog import AUTO, METHODS, to_rows
+    from bitfold.recipes.catalog import AUTO, METHODS, to_rows
 
     rows = to_rows()
     if json:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from bitfold.cli.app import Json, Revision, app, print_json
-from bitfold.units import parse_size
+from bitfold.system.units import parse_size
 
 
 @app.command()
@@ -32,8 +32,8 @@ def convert(
     """Write any readable checkpoint as an ordinary folder of floating-point weights."""
     shard_bytes = parse_size(max_shard_size, where="--max-shard-size")
     from bitfold.checkpoints import convert as run
-    from bitfold.checkpoints.hub import resolve
-    from bitfold.inspection import inspect
+    from bitfold.checkpoints.hub.transfer import resolve
+    from bitfold.checkpoints.inspection import inspect
 
     local = resolve(source, revision=revision)
     out = run(local, output_dir, dtype=dtype, dither_seed=dither_seed, max_shard_bytes=shard_bytes)
@@ -42,7 +42,7 @@ def convert(
         facts = {"tensors": len(result.tensors), "numel": result.numel, "bytes": result.nbytes}
         print_json({"source": source, "output": str(out), **facts})
         return
-    from bitfold.units import size_text
+    from bitfold.system.units import size_text
 
     print(f"{out}: {len(result.tensors)} tensors, {size_text(result.nbytes)}")
 
@@ -57,7 +57,7 @@ def upload(
     json: Json = False,
 ) -> None:
     """Publish a model folder on the Hugging Face Hub."""
-    from bitfold.checkpoints.hub import upload as run
+    from bitfold.checkpoints.hub.transfer import upload as run
 
     url = run(folder, repo, private=private, revision=revision, commit_message=message)
     if json:

@@ -9,7 +9,7 @@ import typer
 
 from bitfold.cli.app import Json, Revision, app, print_json
 from bitfold.errors import UsageError
-from bitfold.units import parse_size
+from bitfold.system.units import parse_size
 
 ModelOption = Annotated[
     str,
@@ -123,8 +123,8 @@ def quantize(
     if output_dir is None and not dry_run:
         raise UsageError("say where to write", where="--output-dir", hint="or try --dry-run first")
     shard_bytes = parse_size(max_shard_size, where="--max-shard-size")
-    from bitfold.calibrated import settings
-    from bitfold.driver import quantize as run
+    from bitfold.calibration.session import settings
+    from bitfold.run.driver import quantize as run
 
     how: dict[str, Any] = {"bits": bits, "format": format, "group_size": group_size, "fit": fit, "solver": method}
     how |= {"transform": transform, "act": act, "prune": prune, "ignore": ignore or (), "recipe": recipe}

@@ -38,7 +38,7 @@ def compare(
     json: Json = False,
 ) -> None:
     """Put quantized folders of one model side by side: size, bits, KL, perplexity; which are beaten."""
-    from bitfold.comparison import compare as run
+    from bitfold.evaluation.comparison import compare as run
 
     options = {"context": context, "max_tokens": max_tokens or None, "dtype": dtype, "cache_dir": cache_dir}
     result = run(runs, reference, text, save=save, **options)

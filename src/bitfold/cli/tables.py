@@ -11,17 +11,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bitfold.progress import duration
-from bitfold.report import totals_text
-from bitfold.units import size_text
+from bitfold.records.run_report import totals_text
+from bitfold.system.progress import duration
+from bitfold.system.units import size_text
 
 if TYPE_CHECKING:
-    from bitfold.comparison import Comparison
+    from bitfold.checkpoints.inspection import Inspection
     from bitfold.evaluation import EmbeddingAgreement, Evaluation
-    from bitfold.evaluation.gaussian import FormatRow
+    from bitfold.evaluation.comparison import Comparison
     from bitfold.evaluation.layers import LayerErrors
-    from bitfold.inspection import Inspection
-    from bitfold.report import QuantizeReport, TensorReport
+    from bitfold.methods.gaussian import FormatRow
+    from bitfold.records.run_report import QuantizeReport, TensorReport
 
 _WIDE = 200  # off a terminal nothing is cut or wrapped
 Facts = Iterable[tuple[str, str | None]]

@@ -9,7 +9,7 @@ import typer
 
 from bitfold.cli.app import Json, app, print_json
 from bitfold.errors import AccountingError
-from bitfold.units import size_text
+from bitfold.system.units import size_text
 
 
 @app.command()
@@ -18,7 +18,7 @@ def verify(
     json: Json = False,
 ) -> None:
     """Check that a quantized folder is byte for byte as it was written."""
-    from bitfold.manifest import verify as run
+    from bitfold.checkpoints.manifest import verify as run
 
     found = run(folder)
     if json:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitfold import progress
 from bitfold.errors import ModelError, UsageError
-from bitfold.subjects import Model, Subject
+from bitfold.models.model_ref import Model, Subject
+from bitfold.system import progress
 
 
 @dataclass(frozen=True)

@@ -32,13 +32,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from bitfold.checkpoints.inspection import inspect
 from bitfold.errors import QualityError, UsageError
-from bitfold.evaluation import text as texts
 from bitfold.evaluation.reading import CausalPassages, Passages, masked_passages
 from bitfold.evaluation.scoring import TOP, Beside, Scores, Setting, perplexity, reference_on_disk, score
-from bitfold.inspection import inspect
-from bitfold.report import peak_memory
-from bitfold.subjects import Model, Subject, read_dtype, weight_files
+from bitfold.models.model_ref import Model, Subject, read_dtype, weight_files
+from bitfold.records.run_report import peak_memory
+from bitfold.text import windows as texts
 
 CAUSAL, MASKED = "lm", "masked"
 _AUTO = {CAUSAL: "AutoModelForCausalLM", MASKED: "AutoModelForMaskedLM"}

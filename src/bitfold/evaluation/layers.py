@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitfold import progress
-from bitfold.checkpoints.native import QuantizedSource
+from bitfold.checkpoints.bitfold_folder import QuantizedSource
 from bitfold.errors import ModelError, UsageError
-from bitfold.evaluation import text as texts
 from bitfold.evaluation.reading import CausalPassages
 from bitfold.evaluation.scoring import divergence
+from bitfold.models.model_ref import Model, Subject, read_dtype
 from bitfold.models.sites import LINEAR, Site, find_sites
-from bitfold.subjects import Model, Subject, read_dtype
+from bitfold.system import progress
+from bitfold.text import windows as texts
 
 ALL = -1
 

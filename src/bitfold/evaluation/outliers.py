@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitfold import progress
 from bitfold.errors import ModelError
-from bitfold.evaluation import text as texts
 from bitfold.evaluation.reading import CausalPassages
 from bitfold.evaluation.scoring import perplexity
+from bitfold.models.model_ref import Model, Subject, read_dtype
 from bitfold.models.sites import LINEAR, find_sites
 from bitfold.nn import QLinear
-from bitfold.subjects import Model, Subject, read_dtype
+from bitfold.system import progress
+from bitfold.text import windows as texts
 from bitfold.transforms import Hadamard
 
 THRESHOLD, LAYER_SHARE, POSITION_SHARE = 6.0, 0.25, 0.06

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from bitfold.errors import CheckpointError, UsageError
-from bitfold.parallel import parallel_map
+from bitfold.system.parallel import parallel_map
 
 RANGE = 40.0
 STEP = RANGE / 65534

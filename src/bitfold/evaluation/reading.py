@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from bitfold.errors import ModelError, UsageError
-from bitfold.evaluation.text import Windows
+from bitfold.text.windows import Windows
 
 PIECE_BYTES = 1 << 25  # of float32 logits at a time: scoring makes some eight temporaries of this size
 LARGEST_PIECE = 256  # rows

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from bitfold import memory, progress
 from bitfold.errors import CheckpointError, ModelError, UsageError
 from bitfold.evaluation.predictions import TOGETHER, VERSION, DiskPredictions, Predictions, Writer
 from bitfold.evaluation.reading import Passages, Piece
-from bitfold.subjects import Subject
+from bitfold.models.model_ref import Subject
+from bitfold.system import memory, progress
 
 TOP = 5
 Floats = np.ndarray[Any, np.dtype[np.float32]]

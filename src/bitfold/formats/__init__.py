@@ -14,14 +14,14 @@ from typing import Any, Protocol
 import torch
 
 from bitfold.errors import FormatError
-from bitfold.formats.aqlm import ADDITIVE, parse_additive, read_additive
 from bitfold.formats.base import Fit, Format, Params, Scale, Store
 from bitfold.formats.cast import Cast
-from bitfold.formats.e8p import E8P, read_e8p
-from bitfold.formats.ggml import GGML
-from bitfold.formats.trellis import TRELLIS, read_trellis
-from bitfold.grids import E2M1, E4M3, E5M2, E8M0, GRIDS, NF4, TERNARY, U8_SCALE, Grid, get_grid, ints, uints
-from bitfold.tensorinfo import TensorInfo
+from bitfold.formats.families.aqlm import ADDITIVE, parse_additive, read_additive
+from bitfold.formats.families.e8p import E8P, read_e8p
+from bitfold.formats.families.ggml import GGML
+from bitfold.formats.families.trellis import TRELLIS, read_trellis
+from bitfold.formats.grids import E2M1, E4M3, E5M2, E8M0, GRIDS, NF4, TERNARY, U8_SCALE, Grid, get_grid, ints, uints
+from bitfold.system.tensorinfo import TensorInfo
 
 __all__ = ["FORMATS", "AnyFormat", "Fit", "Format", "Params", "Scale", "get_format", "read_description"]
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from bitfold.errors import FormatError
-from bitfold.formats.blocks import Block, Blocks
 from bitfold.formats.columns import GridCoder
-from bitfold.grids import Grid
-from bitfold.parallel import parallel_map
-from bitfold.tensorinfo import TensorInfo
+from bitfold.formats.grids import Grid
+from bitfold.formats.scale_blocks import Block, Blocks
+from bitfold.system.parallel import parallel_map
+from bitfold.system.tensorinfo import TensorInfo
 
 Store = Grid | torch.dtype
 Fields = Mapping[str, torch.Tensor]

@@ -11,7 +11,7 @@ import torch
 
 from bitfold.errors import FormatError
 from bitfold.formats.base import Params
-from bitfold.tensorinfo import TensorInfo
+from bitfold.system.tensorinfo import TensorInfo
 
 
 @dataclass(frozen=True)

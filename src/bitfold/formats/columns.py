@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from bitfold import rounding
+from bitfold.formats import integers as rounding
 
 if TYPE_CHECKING:
     from bitfold.formats.base import Format, Params

@@ -13,9 +13,10 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from bitfold.checkpoints.native import QUANT_METHOD
+from bitfold.checkpoints.bitfold_folder import QUANT_METHOD
+from bitfold.checkpoints.schema import read_entries
 from bitfold.models.skeleton import retie
-from bitfold.models.swap import read_entries, swap_entries
+from bitfold.models.swap import swap_entries
 from bitfold.nn import QWeight
 
 

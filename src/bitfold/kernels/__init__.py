@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bitfold.errors import UsageError
 from bitfold.kernels.base import ACTS, Kernel
-from bitfold.kernels.cpu import cpu
+from bitfold.kernels.dense import cpu
 from bitfold.kernels.lattice import lattice
 from bitfold.kernels.reference import reference
 from bitfold.qtensor import QTensor

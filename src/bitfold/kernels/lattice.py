@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfold import native
 from bitfold.kernels.base import Kernel
 from bitfold.kernels.layout import with_slack
 from bitfold.kernels.reference import reference
 from bitfold.qtensor import QTensor
+from bitfold.system import native
 
 _FLOAT_ROWS = 16  # rows of activations up to which this beats decoding to memory
 

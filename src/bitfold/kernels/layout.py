@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from bitfold import packing
+from bitfold.formats import packing
 from bitfold.qtensor import QTensor
 
 _STEP = 64  # columns that the widest instruction set takes at a time

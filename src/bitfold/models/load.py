@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitfold.checkpoints.hub import resolve
-from bitfold.checkpoints.native import quantization_config, stored_tensors
+from bitfold.checkpoints.bitfold_folder import quantization_config, stored_tensors
+from bitfold.checkpoints.hub.transfer import resolve
 from bitfold.checkpoints.safetensors import read_config
+from bitfold.checkpoints.schema import Entry, read_entries
 from bitfold.errors import CheckpointError, ModelError
 from bitfold.models import skeleton
 from bitfold.models.sites import find_sites
-from bitfold.models.swap import Entry, read_entries, swap_entries
+from bitfold.models.swap import swap_entries
 
 
 def load(

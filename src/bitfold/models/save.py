@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from bitfold.checkpoints.native import QUANT_METHOD, VERSION
+from bitfold.checkpoints.bitfold_folder import QUANT_METHOD, VERSION
 from bitfold.checkpoints.safetensors import ShardWriter, write_json
+from bitfold.checkpoints.schema import Entry
 from bitfold.errors import CheckpointError
 from bitfold.models.skeleton import tied_names, with_dtype
-from bitfold.models.swap import Entry
 from bitfold.nn import QWeight
 from bitfold.version import __version__
 

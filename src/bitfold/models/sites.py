@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from bitfold.tensorinfo import TensorInfo
+from bitfold.system.tensorinfo import TensorInfo
 
 LINEAR, EMBEDDING, EXPERTS = "linear", "embedding", "experts"
 _ROUTER = re.compile(r"(^|\.)((\w+_)?router|gate|shared_expert_gate|wg|gate_network)(\.\w+)?$")

@@ -4,75 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
-from bitfold import progress
-from bitfold.acts import MEASURED, read_act
+from bitfold.checkpoints.schema import Entry
 from bitfold.errors import BitfoldError, ModelError, UsageError
-from bitfold.formats import AnyFormat, get_format, read_description
-from bitfold.methods import quantize_tensor
+from bitfold.formats import AnyFormat, get_format
+from bitfold.methods.quantize import quantize_tensor
 from bitfold.models.sites import EMBEDDING, EXPERTS, Site, find_sites
 from bitfold.nn import QEmbedding, QLinear, QWeight, attach
 from bitfold.qtensor import QTensor
-from bitfold.recipe import Recipe, Rule
-from bitfold.tensorinfo import TensorInfo
-from bitfold.transforms import Diagonal, Hadamard, Transform, read_transform, read_wish
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What a checkpoint says of one quantized tensor."""
-
-    format: AnyFormat
-    shape: tuple[int, ...]
-    act: str = "float"
-    transposed: bool = False
-    transform: Transform | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        text: dict[str, Any] = {"format": self.format.name, "shape": list(self.shape)}
-        if self.act != "float":
-            text["act"] = self.act
-        if self.transposed:
-            text["transposed"] = True
-        if self.transform is not None:
-            text["transform"] = self.transform.describe()
-        return text
-
-    def layout(self) -> dict[str, TensorInfo]:
-        """dtype and shape of every stored field, those beside the weight included."""
-        sides = {} if self.transform is None else self.transform.layout()
-        return {**self.format.layout(self.shape), **sides, **read_act(self.act).layout()}
-
-    def meta(self) -> QTensor:
-        """A QTensor of this kind on the meta device."""
-        layout = self.format.layout(self.shape)
-        fields = {name: torch.empty(i.shape, dtype=i.dtype, device="meta") for name, i in layout.items()}
-        return QTensor(self.format, self.shape, fields)
-
-
-def read_entries(config: Mapping[str, Any]) -> dict[str, Entry]:
-    """Entries of a `quantization_config` by tensor name; ModelError when they make no sense."""
-    try:
-        formats = {name: read_description(name, text) for name, text in config["formats"].items()}
-        return {
-            name: Entry(
-                formats[e["format"]],
-                tuple(int(d) for d in e["shape"]),
-                e.get("act", "float"),
-                e.get("transposed", False),
-                read_transform(e.get("transform")),
-            )
-            for name, e in config["tensors"].items()
-        }
-    except BitfoldError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, ArithmeticError) as error:
-        raise ModelError(f"the quantization_config is damaged: {error!r}", where="config.json") from error
+from bitfold.recipes.recipe import Recipe, Rule
+from bitfold.system import progress
+from bitfold.transforms import Diagonal, Hadamard, Transform, read_wish
+from bitfold.transforms.activations import MEASURED
 
 
 def swap(
@@ -245,4 +191,4 @@ def _numel(site: Site) -> int:
     return count
 
 
-__all__ = ["EMBEDDING", "EXPERTS", "Entry", "Outcome", "decide", "quantize_", "read_entries", "swap", "swap_entries"]
+__all__ = ["EMBEDDING", "EXPERTS", "Outcome", "decide", "quantize_", "swap", "swap_entries"]

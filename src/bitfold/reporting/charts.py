@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from bitfold.comparison import Comparison
+from bitfold.evaluation.comparison import Comparison
 from bitfold.reporting.data import ReportData, RunData
 
 Cells = tuple[tuple[float | None, ...], ...]

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitfold.comparison import Comparison, compare, short_names
+from bitfold.checkpoints.inspection import Inspection, inspect
 from bitfold.errors import CheckpointError, UsageError
-from bitfold.inspection import Inspection, inspect
-from bitfold.records import add_to_record, environment, read_record
-from bitfold.subjects import Subject, is_bitfold
+from bitfold.evaluation.comparison import Comparison, compare, short_names
+from bitfold.models.model_ref import Subject, is_bitfold
+from bitfold.records.record import add_to_record, environment, read_record
 
 PROMPTS = (
     "The water cycle begins when the sun heats the sea. The water",
@@ -200,7 +200,7 @@ def _sample(paths: Sequence[Path], measuring: Measuring) -> None:
 
 def _write(model: str | Path, prompts: Sequence[str]) -> list[str]:
     """Greedy continuations; one model in memory at a time."""
-    from bitfold.generate import Sampling, Writer
+    from bitfold.engine import Sampling, Writer
 
     writer = Writer.open(model, dtype="float32")
     return [writer.write(prompt, Sampling(_SAMPLE_TOKENS)).text for prompt in prompts]

@@ -10,14 +10,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from bitfold.comparison import Run
 from bitfold.errors import CheckpointError, UsageError
-from bitfold.progress import duration
-from bitfold.recipe import Recipe, Rule
+from bitfold.evaluation.comparison import Run
+from bitfold.recipes.recipe import Recipe, Rule
 from bitfold.reporting.charts import Plot, plots
 from bitfold.reporting.data import ReportData, RunData, TensorFacts
 from bitfold.reporting.interactive import figure, library
-from bitfold.units import size_text
+from bitfold.system.progress import duration
+from bitfold.system.units import size_text
 from bitfold.version import __version__
 
 # Nothing is fetched, whatever a model's name or text may contain. Plotly styles elements itself.

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from bitfold.errors import ModelError, UsageError
-from bitfold.tensorinfo import TensorInfo
+from bitfold.system.tensorinfo import TensorInfo
 from bitfold.transforms.diagonal import Diagonal, aware_scale, smooth_scale
 from bitfold.transforms.hadamard import Hadamard
 

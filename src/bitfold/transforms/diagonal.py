@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from bitfold.errors import UsageError
-from bitfold.tensorinfo import TensorInfo
+from bitfold.system.tensorinfo import TensorInfo
 
 SCALE = "input_scale"
 DTYPE = torch.float16  # 11 bits: exact enough, since weights are divided by the stored factors

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bitfold.tensorinfo import TensorInfo
+from bitfold.system.tensorinfo import TensorInfo
 from bitfold.transforms.rotation import rotate, rotates
 
 _ROWS = 512  # of a Hessian rotated at a time

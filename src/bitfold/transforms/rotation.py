@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfold import native
+from bitfold.system import native
 
 
 @dataclass(frozen=True)

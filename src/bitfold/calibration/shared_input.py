@@ -1,0 +1,278 @@
+"""Layers that share their input, solved together: one Hessian, one change of basis, one factorization.
+
+Their weights are stacked, rows upon rows, wherever the format lets rows be taken apart again: a coder then gets enough
+rows to fill its vectors, and the feedback runs once instead of once for each layer. No number changes by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitfold.calibration import Statistics
+from bitfold.calibration.channel_factors import find_factors
+from bitfold.calibration.one_layer import solve
+from bitfold.formats import get_format
+from bitfold.methods.gptq import proxy_loss
+from bitfold.methods.hessian import Moments, widest
+from bitfold.models.folding import folded_norm
+from bitfold.models.swap import in_basis, transform_of
+from bitfold.nn import set_tensor
+from bitfold.planning.plan import Decision
+from bitfold.qtensor import QTensor, rows_stack, split_rows, stack
+from bitfold.recipes.recipe import Rule
+from bitfold.transforms import Diagonal, Transform, read_wish
+from bitfold.transforms.activations import ACT_SCALE, read_act
+
+_RIDGE = 0.02  # of the mean diagonal, in the drift correction
+_WIDEST = 256.0  # factor of a row before whose scales are stored in 16 bits
+_FEW = 4  # fewer tokens than a layer's inputs divided by this say too little about them
+
+
+@dataclass(frozen=True)
+class Solved:
+    """One layer done.
+
+    Args:
+        decision: which.
+        qtensor: what it is now.
+        weight: what it was, in the same basis.
+        output_error: relative square error of its output under the calibration text; None without data.
+        sides: tensors stored beside it.
+        flags: what went otherwise than it should.
+    """
+
+    decision: Decision
+    qtensor: QTensor
+    weight: torch.Tensor
+    output_error: float | None
+    sides: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A parameter of a norm, or a bias, that took over factors of the layers behind it, as it is to be stored."""
+
+    decision: Decision
+    value: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """What is to be solved together.
+
+    Args:
+        model: with the weights of these layers in memory, float32; it gets the quantized ones.
+        decisions: one for each layer, each with a rule; or a single one, for a stack of experts.
+        statistics: of their input; one for each expert of a stack, which may be measured only when it is asked for.
+        before: decisions about the parameters of the norm or layer that takes their factors, by name of the parameter.
+        feeding: that layer as it was solved, if it is one.
+    """
+
+    model: nn.Module
+    decisions: Sequence[Decision]
+    statistics: Iterable[Statistics]
+    before: Mapping[str, Decision] = field(default_factory=dict)
+    feeding: Solved | None = None
+
+
+def solve_group(group: Group, *, drift: float, seed: int, refit: bool = True) -> Iterator[Solved | Folded]:
+    """Quantize the layers of one input.
+
+    Args:
+        group: the layers. The layer before them that took their factors, if one did, is yielded again as it is then.
+        drift: strength of the drift correction, 0 to 1.
+        seed: of rotations and solvers.
+        refit: of the row scales, see `ldlq`.
+
+    Raises:
+        BitfoldError: with the name of the tensor.
+    """
+    first = group.decisions[0].site
+    assert first is not None
+    if len(first.shape) == 3:
+        yield _solve_stack(group, _Manner(0.0, seed, last=True, refit=refit))
+        return
+    (statistics,) = group.statistics
+    left = list(group.decisions)
+    for rule in dict.fromkeys(_rule(d) for d in group.decisions):
+        left = [d for d in left if d.rule != rule]
+        alike = [d for d in group.decisions if d.rule == rule]
+        yield from _solve_alike(group, statistics, alike, _Manner(drift, seed, not left, refit))
+
+
+def _rule(decision: Decision) -> Rule:
+    assert decision.rule is not None
+    return decision.rule
+
+
+@dataclass(frozen=True)
+class _Manner:
+    """Strength of the drift correction, seed, whether the statistics may be used up and row scales are refitted."""
+
+    drift: float
+    seed: int
+    last: bool
+    refit: bool
+
+
+def _solve_alike(
+    group: Group, statistics: Statistics, decisions: list[Decision], manner: _Manner
+) -> Iterator[Solved | Folded]:
+    """Layers of one input under one rule."""
+    rule, weights = _rule(decisions[0]), [_weight(group.model, d) for d in decisions]
+    transform, folded = _basis(group, statistics, decisions, weights, manner.seed)
+    yield from folded
+    turned = _target(weights, statistics, transform, manner)
+    few = _too_few(statistics)
+    hessian = _in_basis(statistics, transform)
+    if manner.last:  # a wide one is among the largest things there are
+        statistics.hessian = torch.zeros(0, 0)
+    qs, flags = _code(rule, decisions, turned, None if few else hessian, manner)
+    sides = {} if folded or transform is None else transform.fields()
+    sides = {**sides, **_act_scale(rule, statistics, transform)}
+    parts = torch.split(turned, [len(w) for w in weights])
+    for decision, w, part, q in zip(decisions, weights, parts, qs, strict=True):
+        decoded = q.dequantize()
+        error = None if few else proxy_loss(part, decoded, hessian)
+        was = w if transform is None else transform.weights(w)
+        _put(group.model, decision, decoded if transform is None else transform.inverse(decoded))
+        yield Solved(decision, q, was, error, sides, (*few, *flags))
+
+
+def _target(
+    weights: list[torch.Tensor], statistics: Statistics, transform: Transform | None, manner: _Manner
+) -> torch.Tensor:
+    """What is to be coded: all weights, rows upon rows, corrected for drift, in the new basis."""
+    whole = torch.cat(weights) if len(weights) > 1 else weights[0]
+    if statistics.turned and transform is not None:
+        return statistics.target(transform.weights(whole), manner.drift, damp=_RIDGE, last=manner.last)
+    whole = statistics.target(whole, manner.drift, damp=_RIDGE, last=manner.last)
+    return whole if transform is None else transform.weights(whole)
+
+
+def _in_basis(statistics: Statistics, transform: Transform | None) -> Moments:
+    """The Hessian of the inputs as the codes will meet them."""
+    hessian = statistics.hessian
+    if statistics.turned or transform is None:
+        return hessian
+    assert isinstance(hessian, torch.Tensor), "ranges of inputs are measured in their basis"
+    return transform.hessian(hessian)
+
+
+def _too_few(statistics: Statistics) -> tuple[str, ...]:
+    """Why a layer is quantized without data, in words; nothing if it is not."""
+    if statistics.tokens >= widest(statistics.hessian) // _FEW:
+        return ()
+    return (f"quantized without data: {statistics.tokens} tokens reached it",)
+
+
+def _basis(
+    group: Group, statistics: Statistics, decisions: list[Decision], weights: list[torch.Tensor], seed: int
+) -> tuple[Transform | None, list[Solved | Folded]]:
+    """The transform, and what took it over: the parameters of the norm before, or the layer before."""
+    rule = _rule(decisions[0])
+    wish = read_wish(rule.transform)
+    assert decisions[0].site is not None
+    if not wish.diagonal:
+        return transform_of(rule, decisions[0].site, seed), []
+    scale = find_factors(wish, weights, statistics, get_format(rule.format))
+    scale = torch.ones(weights[0].shape[1]) if scale is None else scale
+    if decisions[0].fold is None:
+        return Diagonal.stored(scale), []
+    return _fold_norm(group, decisions[0].fold, scale) if group.feeding is None else _fold_rows(group, scale)
+
+
+def _fold_rows(group: Group, scale: torch.Tensor) -> tuple[Diagonal, list[Solved | Folded]]:
+    """Factors in the rows of the layer before, as far as its scales can store them."""
+    assert group.feeding is not None
+    q, wished = group.feeding.qtensor, scale.clamp(1 / _WIDEST, _WIDEST)[:, None]
+    format: Any = q.format  # the plan saw to it that it can
+    after = QTensor(q.format, q.shape, format.rescaled(q.fields, wished))
+    old, new = q.dequantize(), after.dequantize()
+    energy = old.square().sum(1)
+    effective = torch.where(energy > 0, (old * new).sum(1) / energy.clamp_min(1e-30), wished[:, 0])
+    done: list[Solved | Folded] = [
+        replace(group.feeding, qtensor=after, weight=group.feeding.weight * effective[:, None])
+    ]
+    if (bias := group.before.get("bias")) is not None:
+        value = group.model.get_parameter(bias.tensor).detach() * effective
+        done.append(Folded(bias, value.to(bias.info.dtype)))
+    return Diagonal(len(scale), effective), done
+
+
+def _fold_norm(group: Group, path: str, scale: torch.Tensor) -> tuple[Diagonal, list[Solved | Folded]]:
+    """Factors as the norm can store them: what it will multiply by, over what it multiplied by."""
+    norm: Any = group.model.get_submodule(path)
+    found = folded_norm(norm, scale)
+    assert found is not None, "the plan tried this norm on random parameters"
+    changed, added = found
+    stored = {name: value.to(group.before[name].info.dtype) for name, value in changed.items()}
+    exact = (stored["weight"].float() + added) / (norm.weight.detach().float() + added)
+    effective = torch.where(torch.isfinite(exact) & (exact > 0), exact, 1.0)
+    return Diagonal(len(scale), effective), [Folded(group.before[name], value) for name, value in stored.items()]
+
+
+def _act_scale(rule: Rule, statistics: Statistics, transform: Transform | None) -> dict[str, torch.Tensor]:
+    """The one scale of static activations."""
+    if not read_act(rule.act).static:
+        return {}
+    absmax = torch.zeros(1) if statistics.absmax is None else statistics.absmax
+    turned = absmax if transform is None else transform(absmax)
+    return {ACT_SCALE: (turned.amax() / 127).reshape(1)}
+
+
+def _code(
+    rule: Rule, decisions: list[Decision], whole: torch.Tensor, hessian: Moments | None, manner: _Manner
+) -> tuple[list[QTensor], tuple[str, ...]]:
+    """Stacked where rows can be taken apart again, one after the other elsewhere."""
+    shapes = [(d.site.qshape[0], d.site.qshape[1]) for d in decisions if d.site is not None]
+    # SparseGPT shares its zeros out among all rows that it sees: each layer gets its own.
+    if rows_stack(get_format(rule.format), shapes) and not rule.prune.startswith("sparsegpt"):
+        name = ", ".join(d.tensor for d in decisions)
+        q, flags = solve(rule, whole, hessian, manner.seed, name, refit=manner.refit)
+        return split_rows(q, shapes), flags
+    parts = torch.split(whole, [n for n, _ in shapes])
+    how = partial(solve, rule, hessian=hessian, seed=manner.seed, refit=manner.refit)
+    found = [how(p, name=d.tensor) for d, p in zip(decisions, parts, strict=True)]
+    return [q for q, _ in found], tuple(dict.fromkeys(flag for _, flags in found for flag in flags))
+
+
+def _solve_stack(group: Group, manner: _Manner) -> Solved:
+    """A stack of experts, each under the Hessian of the tokens that were sent to it."""
+    (decision,) = group.decisions
+    rule, whole = _rule(decision), _weight(group.model, decision)
+    assert decision.site is not None
+    transform = transform_of(rule, decision.site, manner.seed)
+    turned = whole if transform is None else transform.weights(whole)
+    qs, losses, flags = [], [], []
+    for expert, (w, statistics) in enumerate(zip(turned, group.statistics, strict=True)):
+        few = _too_few(statistics)
+        hessian = _in_basis(statistics, transform)
+        name = f"{decision.tensor}, expert {expert}"
+        q, odd = solve(rule, w, None if few else hessian, manner.seed, name, refit=manner.refit)
+        qs.append(q)
+        flags += [f"expert {expert}: {flag}" for flag in (*few, *odd)]
+        losses += [] if few else [proxy_loss(w, q.dequantize(), hessian)]
+    q = stack(qs)
+    decoded = q.dequantize()
+    _put(group.model, decision, decoded if transform is None else transform.inverse(decoded))
+    return Solved(decision, q, turned, sum(losses) / len(losses) if losses else None, flags=tuple(flags))
+
+
+def _weight(model: nn.Module, decision: Decision) -> torch.Tensor:
+    """(n, k) or (experts, n, k) float32, inputs last."""
+    assert decision.site is not None
+    owner: Any = model.get_submodule(decision.site.module)
+    return in_basis(owner._parameters[decision.site.parameter].detach(), decision.site, None).float()
+
+
+def _put(model: nn.Module, decision: Decision, w: torch.Tensor) -> None:
+    assert decision.site is not None
+    set_tensor(model, decision.site.tensor, w.transpose(-1, -2) if decision.site.transposed else w)

@@ -1,0 +1,3 @@
+"""GGUF files."""
+
+from __future__ import annotations

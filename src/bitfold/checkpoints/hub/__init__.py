@@ -1,0 +1,3 @@
+"""The Hugging Face Hub."""
+
+from __future__ import annotations

@@ -1,0 +1,377 @@
+"""Fetch models from the Hugging Face Hub and publish folders there, through `huggingface_hub`.
+
+`huggingface_hub` does the transfers, the cache and the login. This module adds what a program needs around them: one
+rule for "is this a path or a repository", only the files that bitfold reads (weights once, in one format), bounded
+patience with a server that is busy or down, and errors that say what to do. Two behaviours of the library are not
+passed on: it answers a failing server with whatever an older download left in the cache, and it uploads half a
+checkpoint as gladly as a whole one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import json
+import os
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bitfold.checkpoints.hub.errors import NotFound, Patience, Unreachable, patiently
+from bitfold.errors import CheckpointError, HubError, UsageError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+INDEX = "model.safetensors.index.json"
+SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md", "LICENSE*")
+NOT_UPLOADED = [".*", "*/.*", "*.tmp", "*.partial", "*.incomplete", "__pycache__/*"]
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+_NAME = r"[A-Za-z0-9][\w.-]*"
+_REPO_ID = re.compile(rf"{_NAME}(/{_NAME})?")
+_GGUF_IN_REPO = re.compile(rf"(?P<repo>{_NAME}/{_NAME})[:/](?P<file>[^:\\]+\.gguf)")
+_FILE_SUFFIXES = (".safetensors", ".json", ".gguf", ".toml", ".txt", *PICKLES)
+
+
+@dataclass(frozen=True)
+class RepoName:
+    """A repository on the Hub and, for GGUF, the one file in it that is meant."""
+
+    repo_id: str
+    file: str | None = None
+
+
+def resolve(
+    model: str | Path, *, revision: str | None = None, token: str | None = None, cache_dir: str | Path | None = None
+) -> Path:
+    """The local folder (or GGUF file) of a model, downloaded first if `model` names a repository.
+
+    An existing path wins over a repository of the same name. From a repository come config, tokenizer, model card and
+    the safetensors weights, never Python code or pickled weights; a GGUF file comes when it is named, as
+    `org/name:file.gguf` or `org/name/file.gguf`. Files already in the cache are not fetched again, and a connection
+    that drops inside a file is resumed where it broke.
+
+    Args:
+        model: a folder, a file, or a repository (`org/name`, `name`).
+        revision: branch, tag or commit; only with a repository.
+        token: access token; by default the usual places are searched (`HF_TOKEN`, `hf auth login`).
+        cache_dir: where downloads are kept; by default the cache of `huggingface_hub`.
+
+    Raises:
+        CheckpointError: `model` is neither an existing path nor the name of a repository.
+        HubError: the Hub refused, failed, or could not be reached and nothing usable is in the cache.
+        UsageError: a revision was given with a local path.
+    """
+    path = Path(model).expanduser()
+    if str(model) and path.exists():
+        if revision is not None:
+            raise UsageError("a revision makes sense only for a repository on the Hub", where=str(model))
+        return path
+    if isinstance(model, Path):
+        raise CheckpointError("no such file or folder", where=str(model), hint="pass a str to name a Hub repository")
+    if not model.strip():
+        raise UsageError("no model is named", hint="a folder, or a repository of the Hub: org/name")
+    try:
+        return _Fetch(parse_repo(model), revision, token, None if cache_dir is None else str(cache_dir)).run()
+    except (NotFound, Unreachable) as error:
+        raise _nowhere(path, error) from error
+
+
+def _nowhere(path: Path, error: NotFound | Unreachable) -> HubError:
+    """The same error for somebody who may have meant a folder."""
+    what = error.what if isinstance(error, NotFound) else f"no such folder here, and {error.what}"
+    return type(error)(what, where=error.where, hint=f"{_meant(path)}{error.hint}")
+
+
+def _meant(path: Path) -> str:
+    """The beginning of a hint: what is there under a name much like this one; empty if nothing is."""
+    try:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1, cutoff=0.75)
+    except OSError:  # there is no such folder to look into
+        return ""
+    return f"did you mean {path.parent / near[0]}? else " if near else ""
+
+
+def parse_repo(model: str) -> RepoName:
+    """Read `org/name`, `name`, `org/name:file.gguf` or `org/name/file.gguf`.
+
+    Raises:
+        CheckpointError: the text can only be a path (and resolve() has seen that the path does not exist).
+    """
+    if match := _GGUF_IN_REPO.fullmatch(model):
+        return RepoName(match["repo"], match["file"])
+    if _REPO_ID.fullmatch(model) and not model.endswith(_FILE_SUFFIXES) and ".." not in model:
+        return RepoName(model)
+    meant = _meant(Path(model).expanduser()) or "check the path; "
+    raise CheckpointError(
+        "no such file or folder, and not the name of a Hub repository either",
+        where=model,
+        hint=f"{meant}repositories are written org/name, a GGUF file in one org/name:file.gguf",
+    )
+
+
+@dataclass(frozen=True)
+class _Fetch:
+    """One download: what, with whose rights, to where."""
+
+    name: RepoName
+    revision: str | None
+    token: str | None
+    cache_dir: str | None
+
+    def run(self) -> Path:
+        from huggingface_hub import constants
+
+        if constants.HF_HUB_OFFLINE:
+            return self._cached("HF_HUB_OFFLINE is set")
+        try:
+            return self._download()
+        except Unreachable as error:
+            try:
+                folder = self._cached("the Hub cannot be reached")
+            except HubError:
+                raise error from None
+            warnings.warn(f"{self.where}: {error.what}; using the copy fetched earlier, {folder}", stacklevel=4)
+            return folder
+
+    @property
+    def where(self) -> str:
+        return f"{self.name.repo_id}@{self.revision}" if self.revision else self.name.repo_id
+
+    @property
+    def patience(self) -> Patience:
+        return Patience(self.where, has_token=_has_token(self.token))
+
+    def _download(self) -> Path:
+        api = _api(self.token)
+        info = patiently(lambda: api.model_info(self.name.repo_id, revision=self.revision, timeout=30), self.patience)
+        files = [sibling.rfilename for sibling in info.siblings or []]
+        if self.name.file is not None:
+            _require_gguf(files, self.name.file, self.where)
+            return self._snapshot([self.name.file], self.revision) / self.name.file
+        require_safetensors(files, self.where)
+        # By name, so that the cache remembers which commit the name meant; everything after it by commit.
+        folder = self._snapshot(["config.json", INDEX], self.revision)
+        if folder.name != info.sha:
+            # The library falls back on an older download when the listing fails.
+            what = "the Hub stopped answering, and the cache has only an older commit"
+            raise HubError(what, where=self.where, hint="run the command again")
+        weights = _weights(folder, files)
+        folder = self._snapshot([*SIDE_FILES, *weights], info.sha)
+        require_complete(folder, where=self.where)
+        return folder
+
+    def _snapshot(self, patterns: list[str], revision: str | None, *, local: bool = False) -> Path:
+        from huggingface_hub import snapshot_download
+
+        # Weights in subfolders are other packings of the same model (onnx/, original/): never wanted.
+        exact = [p if p in SIDE_FILES else glob.escape(p) for p in patterns]
+        unwanted = [] if self.name.file is not None else ["*/*.safetensors"]
+
+        def fetch() -> Path:
+            return Path(
+                snapshot_download(
+                    self.name.repo_id,
+                    revision=revision,
+                    token=self.token,
+                    cache_dir=self.cache_dir,
+                    endpoint=_endpoint(),
+                    allow_patterns=exact,
+                    ignore_patterns=unwanted,
+                    local_files_only=local,
+                    library_name="bitfold",
+                )
+            )
+
+        return fetch() if local else patiently(fetch, self.patience)
+
+    def _cached(self, why: str) -> Path:
+        """The copy that an earlier download left, if it is whole."""
+        hint = "fetch it once with a connection, or name a local folder"
+        try:
+            folder = self._snapshot([self.name.file or "config.json"], self.revision, local=True)
+            if self.name.file is None:
+                require_complete(folder, where=self.where)
+                return folder
+        except (OSError, CheckpointError) as error:
+            raise HubError(f"{why} and no complete copy is in the cache", where=self.where, hint=hint) from error
+        if not (folder / self.name.file).is_file():
+            raise HubError(f"{why} and {self.name.file} is not in the cache", where=self.where, hint=hint)
+        return folder / self.name.file
+
+
+def _require_gguf(files: list[str], wanted: str, where: str) -> None:
+    if wanted in files:
+        return
+    there = ", ".join(f for f in files if f.endswith(".gguf")) or "none"
+    raise HubError(f"the repository has no file {wanted}", where=where, hint=f"its GGUF files: {there}")
+
+
+def require_safetensors(files: list[str], where: str) -> None:
+    """Raise HubError, before anything large is fetched, unless `files` has config.json and safetensors weights."""
+    ggufs = [f for f in files if f.endswith(".gguf")]
+    if "config.json" in files and any(f.endswith(".safetensors") and "/" not in f for f in files):
+        return
+    if ggufs:
+        raise HubError(
+            "the repository holds GGUF files, and which one is meant is not said",
+            where=where,
+            hint=f"name it: {where.split('@')[0]}:{ggufs[0]}; there are: {', '.join(ggufs)}",
+        )
+    if any(f.endswith(PICKLES) for f in files):
+        raise HubError(
+            "the repository has only pickled PyTorch weights, which can run code when they are read",
+            where=where,
+            hint="look for a converted revision (often refs/pr/N), or convert it where you trust it: "
+            "AutoModel.from_pretrained(...).save_pretrained(OUT), which writes safetensors",
+        )
+    missing = "safetensors weights" if "config.json" in files else "config.json"
+    raise HubError(f"the repository has no {missing}", where=where, hint="is it a Transformers model?")
+
+
+def _weights(folder: Path, files: list[str]) -> list[str]:
+    """The weight files to fetch: those of the index if there is one, else model.safetensors, else all at the root."""
+    if INDEX in files:
+        return sorted(set(_read_json(folder / INDEX)["weight_map"].values()))
+    if "model.safetensors" in files:
+        return ["model.safetensors"]
+    return [f for f in files if f.endswith(".safetensors") and "/" not in f]
+
+
+def check_login(token: str | None = None) -> str:
+    """The user that the token belongs to; call it before hours of work whose result is to be uploaded.
+
+    Raises:
+        HubError: no token, an expired or invalid one, or the Hub cannot be reached.
+    """
+    if not _has_token(token):
+        raise HubError("not logged in", hint="run `hf auth login`, or set HF_TOKEN")
+    api = _api(token)
+    return str(patiently(lambda: api.whoami(), Patience("the Hub", has_token=True))["name"])
+
+
+def upload(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    commit_message: str | None = None,
+) -> str:
+    """Publish a checkpoint folder as a repository, created if need be; returns its address.
+
+    `HfApi.upload_folder` serves small and large folders alike: with `hf_xet` (a dependency of `huggingface_hub`) it
+    streams, and running it again after an interruption sends only what is missing; `upload_large_folder`, which older
+    versions had for that, takes no commit message and is gone. Weight files of an earlier upload that the folder no
+    longer has are deleted from the branch (its history keeps them): two sets of weights beside one config are a trap.
+
+    Args:
+        folder: a complete checkpoint: config.json, every shard whole.
+        repo_id: `org/name`, or `name` in the user's own namespace.
+        private: make the repository private; refused if it already exists and is public.
+        revision: the branch to upload to, created from `main` if need be.
+        token, commit_message: as in `huggingface_hub`.
+
+    Raises:
+        CheckpointError: the folder is not a complete checkpoint; nothing was sent.
+        HubError: not logged in, no right to write, or the Hub failed.
+    """
+    folder = Path(folder)
+    require_complete(folder)
+    patience = Patience(repo_id, has_token=_has_token(token), writing=True)
+    if not patience.has_token:
+        raise HubError("uploading needs a login", where=repo_id, hint="run `hf auth login`, or set HF_TOKEN")
+    api = _api(token)
+    url = patiently(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True), patience)
+    full_id = url.repo_id
+    if private and not patiently(lambda: api.model_info(full_id), patience).private:
+        raise HubError(
+            "the repository exists and is public", where=full_id, hint="choose another name or make it private first"
+        )
+    if revision is not None and revision != "main":
+        patiently(lambda: api.create_branch(full_id, branch=revision, exist_ok=True), patience)
+    patiently(lambda: _send(api, folder, full_id, revision, commit_message), patience)
+    return str(url) if revision is None else f"{url}/tree/{revision}"
+
+
+def _send(api: HfApi, folder: Path, repo_id: str, revision: str | None, message: str | None) -> None:
+    api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        revision=revision,
+        commit_message=message or "Upload quantized model with bitfold",
+        ignore_patterns=list(NOT_UPLOADED),
+        delete_patterns=["model*.safetensors", INDEX],
+    )
+
+
+def require_complete(folder: Path, *, where: str | None = None) -> None:
+    """Raise CheckpointError unless the folder is a checkpoint with nothing missing.
+
+    config.json must be readable; every shard of the index must be there, hold the tensors that the index says, and be
+    as long as its own header says.
+    """
+    where = where or str(folder)
+    if not folder.is_dir():
+        raise CheckpointError("not a folder", where=where)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError("no config.json: not a model folder", where=where)
+    _read_json(folder / "config.json")
+    shards: dict[str, set[str]] = {f.name: set() for f in folder.glob("*.safetensors")}
+    if (folder / INDEX).is_file():
+        shards = {}
+        for tensor, shard in _read_json(folder / INDEX)["weight_map"].items():
+            shards.setdefault(shard, set()).add(tensor)
+    if not shards:
+        raise CheckpointError("no safetensors weights", where=where)
+    for shard, tensors in shards.items():
+        if lost := tensors - _tensor_names(folder / shard):
+            raise CheckpointError(f"tensor {min(lost)} is in the index but not in the file", where=f"{where}/{shard}")
+
+
+def _tensor_names(shard: Path) -> set[str]:
+    """Names of the tensors of a safetensors file, whose length is checked against its header."""
+    if not shard.is_file():
+        raise CheckpointError("the index names this file, and it is missing", where=str(shard))
+    with shard.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        raw = file.read(size) if 8 + size <= shard.stat().st_size else b""
+    try:
+        header = json.loads(raw)
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError("truncated or not a safetensors file", where=str(shard)) from error
+    if shard.stat().st_size != 8 + size + end:
+        raise CheckpointError(f"truncated: {8 + size + end} bytes expected", where=str(shard), hint="write it again")
+    return set(header) - {"__metadata__"}
+
+
+def _read_json(path: Path) -> dict[str, dict[str, str]]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"not readable JSON: {error}", where=str(path)) from error
+    if not isinstance(value, dict) or (path.name == INDEX and not isinstance(value.get("weight_map"), dict)):
+        raise CheckpointError("not the JSON object it should be", where=str(path))
+    return value
+
+
+def _api(token: str | None) -> HfApi:
+    from huggingface_hub import HfApi
+
+    return HfApi(endpoint=_endpoint(), token=token, library_name="bitfold")
+
+
+def _endpoint() -> str | None:
+    """HF_ENDPOINT as it is now (huggingface_hub reads it only once, when it is imported)."""
+    return os.environ.get("HF_ENDPOINT") or None
+
+
+def _has_token(token: str | None) -> bool:
+    from huggingface_hub import get_token
+
+    return bool(token or get_token())

@@ -1,0 +1,231 @@
+"""Generation with transformers' own decoding loop, for quantized and plain models alike."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitfold.errors import UsageError
+from bitfold.models.model_ref import Model, Subject, read_dtype
+
+OnText = Callable[[str], None]
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Args:
+        max_new_tokens: when to stop at the latest.
+        temperature: 0 = always the most likely token.
+        top_p: draw from the most likely tokens that together have this probability.
+        seed: of the draws; the same seed gives the same text.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UsageError(f"cannot generate {self.max_new_tokens} tokens", where="max_new_tokens")
+        if self.temperature < 0:
+            raise UsageError(f"a temperature of {self.temperature:g} makes no sense", hint="0 or more")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p must be above 0 and at most 1, not {self.top_p:g}", where="top_p")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A text that was generated.
+
+    Args:
+        prompt: what it follows.
+        text: the new text, without special tokens.
+        prompt_tokens, tokens: before it, and in it.
+        seconds: wall-clock time of the generation, loading not included.
+        first_token_seconds: of which until the first token was there.
+    """
+
+    prompt: str
+    text: str
+    prompt_tokens: int
+    tokens: int
+    seconds: float
+    first_token_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Speed after the first token; None for a single token."""
+        rest = self.seconds - self.first_token_seconds
+        return (self.tokens - 1) / rest if self.tokens > 1 and rest > 0 else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {**asdict(self), "tokens_per_second": self.tokens_per_second}
+
+
+@dataclass
+class Writer:
+    """A model with its tokenizer, ready to write; keeps the conversation of `say`.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: of transformers.
+        longest: tokens that the model can attend to, or None.
+        messages: the conversation so far.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    longest: int | None = None
+    messages: list[Message] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, model: Model, *, tokenizer: Any = None, dtype: str = "auto", revision: str | None = None) -> Writer:
+        """Load a folder or Hub repository, or take a module (then with its tokenizer).
+
+        Raises:
+            ModelError: not a causal language model.
+            CheckpointError, HubError, UsageError: it cannot be found, read or fetched.
+        """
+        subject = Subject.of(model, revision=revision)
+        subject.require_causal("only causal language models generate text")
+        tokenizer = subject.tokenizer() if tokenizer is None else tokenizer
+        return cls(subject.load("AutoModelForCausalLM", read_dtype(dtype)), tokenizer, subject.longest)
+
+    def write(self, prompt: str, sampling: Sampling | None = None, on_text: OnText | None = None) -> Generation:
+        """Continue the prompt; `on_text` gets the new text piece by piece, word by word."""
+        tokens = self.tokenizer(prompt, return_tensors="pt")
+        return self._run(prompt, tokens["input_ids"], sampling or Sampling(), on_text)
+
+    def say(self, text: str, sampling: Sampling | None = None, on_text: OnText | None = None) -> Generation:
+        """Answer a message, with the conversation so far as context; both are added to it.
+
+        Raises:
+            UsageError: the tokenizer has no chat template, or the conversation is longer than the model can take.
+        """
+        if not getattr(self.tokenizer, "chat_template", None):
+            hint = "it is not a chat model: give it a text to continue instead (bitfold generate)"
+            raise UsageError("the model has no chat template", hint=hint)
+        messages = [*self.messages, {"role": "user", "content": text}]
+        tokens = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        answer = self._run(text, tokens["input_ids"], sampling or Sampling(), on_text)
+        self.messages = [*messages, {"role": "assistant", "content": answer.text}]
+        return answer
+
+    def _run(self, prompt: str, ids: torch.Tensor, sampling: Sampling, on_text: OnText | None) -> Generation:
+        if ids.shape[1] == 0:
+            raise UsageError("the prompt is empty")
+        room = sampling.max_new_tokens if self.longest is None else self.longest - ids.shape[1]
+        if room < 1:
+            hint = "shorten it, or begin a new conversation"
+            raise UsageError(f"{ids.shape[1]} tokens are more than the model can take, {self.longest}", hint=hint)
+        streamer = _Streamer(self.tokenizer, on_text)
+        start = time.monotonic()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(sampling.seed)
+            out = self.model.generate(  # type: ignore[operator]
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=self._config(sampling, min(room, sampling.max_new_tokens)),
+                streamer=streamer,
+            )
+        seconds, new = time.monotonic() - start, out[0, ids.shape[1] :]
+        text = self.tokenizer.decode(new, skip_special_tokens=True)
+        first = (streamer.first_at or time.monotonic()) - start
+        return Generation(prompt, text, ids.shape[1], len(new), seconds, first)
+
+    def _config(self, sampling: Sampling, max_new_tokens: int) -> Any:
+        """The model's own generation config (its end tokens), with nothing but our choice of sampling."""
+        config: Any = copy.deepcopy(self.model.generation_config)
+        draws = sampling.temperature > 0
+        config.update(
+            max_new_tokens=max_new_tokens,
+            max_length=None,
+            do_sample=draws,
+            temperature=sampling.temperature if draws else None,
+            top_p=sampling.top_p if draws else None,
+            top_k=0 if draws else None,
+        )
+        if config.pad_token_id is None:
+            end = config.eos_token_id
+            config.pad_token_id = end[0] if isinstance(end, list) and end else end
+        return config
+
+
+class _Streamer:
+    """Receives token ids from transformers' loop and passes text on as soon as its characters are certain.
+
+    A token may be a part of a character, and some tokenizers strip the space in front of a word: so all tokens so far
+    are decoded again from the last line break on, and what is new is passed on, up to the last whole character.
+    """
+
+    def __init__(self, tokenizer: Any, on_text: OnText | None) -> None:
+        self.tokenizer, self.on_text = tokenizer, on_text
+        self.first_at: float | None = None
+        self._prompt_seen = False
+        self._ids: list[int] = []
+        self._shown = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called by transformers: first with the prompt, then with each new token."""
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        self.first_at = self.first_at or time.monotonic()
+        self._ids += value.reshape(-1).tolist()
+        self._show(final=False)
+
+    def end(self) -> None:
+        """Called by transformers after the last token."""
+        self._show(final=True)
+
+    def _show(self, *, final: bool) -> None:
+        if self.on_text is None:
+            return
+        text = str(self.tokenizer.decode(self._ids, skip_special_tokens=True))
+        sure = len(text) if final else len(text.rstrip("\ufffd"))
+        if sure > self._shown:
+            self.on_text(text[self._shown : sure])
+            self._shown = sure
+        if text.endswith("\n") and sure == len(text):
+            self._ids, self._shown = [], 0
+
+
+def generate(
+    model: Model,
+    prompt: str,
+    *,
+    sampling: Sampling | None = None,
+    chat: bool = False,
+    tokenizer: Any = None,
+    dtype: str = "auto",
+    on_text: OnText | None = None,
+) -> Generation:
+    """Generate text once.
+
+    Args:
+        model: a folder, a Hub repository, or a module.
+        prompt: the text to continue, or with `chat` the message to answer.
+        sampling: greedy, 256 tokens by default.
+        chat: use the model's chat template.
+        tokenizer: for a module.
+        dtype: of the activations and of weights that are not quantized; "auto": as stored.
+        on_text: gets the text piece by piece.
+
+    Raises:
+        ModelError, CheckpointError, HubError, UsageError: see `Writer.open`, `Writer.say`.
+    """
+    writer = Writer.open(model, tokenizer=tokenizer, dtype=dtype)
+    return (writer.say if chat else writer.write)(prompt, sampling, on_text)

@@ -1,0 +1,232 @@
+"""How much memory and disk a run will need: counted from shapes, before anything is read.
+
+Each stage of a run is a sum of the arrays that are alive in it, in bytes. The largest stage, on top of what the process
+has already, is the peak; its name is the reason that a ceiling which is too low is refused with.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from bitfold.calibration.session import LONGEST, Calibration, weighs_tokens
+from bitfold.calibration.walk import HESSIANS
+from bitfold.checkpoints import Source
+from bitfold.methods.gptq import WEIGHTS as CODED
+from bitfold.methods.hessian import column_ranges
+from bitfold.models.sites import EMBEDDING, EXPERTS
+from bitfold.planning.plan import Decision, Item, Plan
+from bitfold.planning.row_slices import WEIGHTS, in_pieces
+from bitfold.qtensor import ALIGNED as ROWS
+from bitfold.text.tokens import SELF
+from bitfold.transforms.activations import MEASURED
+
+_LIBRARIES = 60_000_000  # what PyTorch and tokenizers take when they first really work
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Something that happens in a run, and the memory that it takes beside what the process has already."""
+
+    name: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that are solved together: inputs k, rows n, in all, and how they are solved.
+
+    Args:
+        name: of the module that they are in.
+        k, n: of the weights, one upon the other.
+        layers: how many they are.
+        largest: rows of the largest one.
+        turned: whether a transform makes copies of them.
+    """
+
+    name: str
+    k: int
+    n: int
+    layers: int
+    largest: int
+    turned: bool
+
+
+def stages(
+    source: Source, plan: Plan, calibration: Calibration | None, model: nn.Module | None, hessians: int = HESSIANS
+) -> list[Stage]:
+    """All stages, the largest first; `hessians`: bytes of those of experts that are in memory at a time."""
+    found = [_data_free(source, item, d) for item in plan.items for d in item.decisions.values()]
+    if calibration is not None and model is not None:
+        found += calibrated_stages(plan, calibration, model, hessians)
+    return sorted(found, key=lambda stage: -stage.nbytes)
+
+
+def peak(found: Sequence[Stage], base: int) -> int:
+    """The largest stage on top of `base`."""
+    return base + _LIBRARIES + (found[0].nbytes if found else 0)
+
+
+def _data_free(source: Source, item: Item, decision: Decision) -> Stage:
+    if decision.alias_of is not None or (decision.rule is not None and decision.rule.needs_text):
+        return Stage(decision.tensor, 0)
+    pieces = in_pieces(source, item, decision)
+    numel, wide = decision.info.numel, decision.info.dtype.itemsize
+    at_once = min(numel, WEIGHTS) if pieces else numel
+    if item.target.converter is not None:  # experts that lie one by one are put together
+        wide *= 2
+    if decision.rule is None:
+        return Stage(f"keeping {decision.tensor}", at_once * 2 * wide)
+    turned = 0 if decision.rule.transform == "none" else 8
+    packed = decision.nbytes() * (2 if pieces else 1)
+    decoded = 4 if at_once <= 1 << 24 else 0
+    return Stage(f"quantizing {decision.tensor}", at_once * (2 * wide + turned + decoded) + packed)
+
+
+def groups_of(decisions: Iterable[Decision]) -> list[Group]:
+    """Layers of a block that most likely share their input: one parent module, one width."""
+    members: dict[tuple[str, int], list[Decision]] = defaultdict(list)
+    for d in decisions:
+        if d.site is not None and d.site.kind not in (EMBEDDING, EXPERTS):
+            members[d.site.module.rpartition(".")[0], d.site.qshape[1]].append(d)
+    return [_group(name, k, found) for (name, k), found in members.items()]
+
+
+def _group(name: str, k: int, members: list[Decision]) -> Group:
+    rows = [d.site.qshape[0] for d in members if d.site is not None]
+    turned = any(d.rule is not None and d.rule.transform != "none" for d in members)
+    return Group(name, k, sum(rows), len(rows), max(rows), turned)
+
+
+def blocks_of(plan: Plan) -> dict[str, list[Decision]]:
+    """Decisions by block: `model.layers.3` of `model.layers.3.mlp.up_proj.weight`."""
+    found: dict[str, list[Decision]] = defaultdict(list)
+    for decision in plan.decisions:
+        parts = decision.tensor.split(".")
+        numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+        if numbers and decision.alias_of is None:
+            found[".".join(parts[: numbers[0] + 1])].append(decision)
+    return dict(found)
+
+
+def calibrated_stages(plan: Plan, calibration: Calibration, model: nn.Module, hessians: int) -> list[Stage]:
+    """Of the walk over the blocks, and of what comes before it."""
+    seqlen, hidden = sequence_length(calibration, model), _hidden(model)
+    found = _before(plan, calibration, model, seqlen)
+    seen = set()
+    for name, decisions in blocks_of(plan).items():
+        wanted = [d for d in decisions if d.rule is not None and d.rule.needs_text]
+        shape = tuple(sorted((d.info.shape, d.rule.transform if d.rule is not None else "") for d in decisions))
+        if not wanted or shape in seen:
+            continue
+        seen.add(shape)
+        weights = 4 * sum(d.info.numel for d in decisions)
+        widest = max([hidden, *(max(d.site.qshape[-2:]) for d in wanted if d.site is not None)])
+        running = 4 * seqlen * (8 * hidden + 4 * widest)
+        found.append(Stage(f"running {name}", weights + running))
+        for group in groups_of(wanted):
+            needed = max(measuring(group, calibration, seqlen) + running, solving(group, calibration))
+            found.append(Stage(f"solving {group.name} ({_inputs(group, calibration)})", weights + needed))
+        found += [
+            Stage(f"solving {d.tensor} ({d.site.qshape[0]} experts)", weights + _experts(d.site.qshape, hessians))
+            for d in wanted
+            if d.site is not None and d.site.kind == EXPERTS
+        ]
+    return found
+
+
+def _inputs(group: Group, calibration: Calibration) -> str:
+    ranges = column_ranges(group.k, calibration.columns)
+    return f"{group.k} inputs" + (f" in {len(ranges)} ranges" if len(ranges) > 1 else "")
+
+
+def _moments(group: Group, calibration: Calibration) -> tuple[int, int]:
+    """Bytes of the Hessian, and of its largest part."""
+    sizes = [4 * (part.stop - part.start) ** 2 for part in column_ranges(group.k, calibration.columns)]
+    return sum(sizes), max(sizes)
+
+
+def measuring(group: Group, calibration: Calibration, seqlen: int) -> int:
+    """Bytes while the statistics of a group are summed: of H, of what it has to do with the original, of inputs."""
+    h, _ = _moments(group, calibration)
+    return h * (2 if calibration.drift > 0 else 1) + 4 * 4 * seqlen * group.k
+
+
+def solving(group: Group, calibration: Calibration) -> int:
+    """Bytes at the worst moment of one group: its Hessian H (k, k), its weights W (n, k) and copies of some rows."""
+    h, part = _moments(group, calibration)
+    w, one = 4 * group.n * group.k, 4 * group.largest * group.k
+    rows = 4 * min(group.n * group.k, max(ROWS * group.k, CODED))
+    stacked, corrects = w * (group.layers > 1), calibration.drift > 0
+    own = w if stacked or corrects or group.turned else 0
+    # The products before the factorization; then the double copy that is factored in place, rows solved in double.
+    correcting = stacked + w + max(2 * h, h + 2 * part + 4 * rows) if corrects else 0
+    turning = max(own + w, own + 2 * h) if group.turned else 0
+    factoring = own + 2 * h + 2 * part  # H, the factors so far, a double copy and the factor made from it
+    feeding_back = own + 2 * h + 5 * rows + w // 4 + w // 4
+    judging = own + h + one * (3 if group.turned else 1) + 4 * min(one, CODED * 4) + w // 4
+    return max(correcting, turning, factoring, feeding_back, judging)
+
+
+def _experts(shape: tuple[int, ...], hessians: int) -> int:
+    """Bytes for a stack (experts, n, k): some Hessians, the factorization of one, and the stack before and after."""
+    experts, n, k = shape
+    h = 4 * max(n, k) ** 2
+    at_once = min(experts, max(1, hessians // h))
+    return at_once * 4 * k * k + 3 * 4 * k * k + 3 * 4 * experts * n * k
+
+
+def _before(plan: Plan, calibration: Calibration, model: nn.Module, seqlen: int) -> list[Stage]:
+    rows = min(calibration.nsamples * seqlen, _vocabulary(model))
+    found = [Stage("embedding the text", 4 * rows * _hidden(model) + 16 * seqlen * _hidden(model))]
+    fisher = weighs_tokens(plan.decisions, calibration)
+    if fisher or calibration.text == SELF:
+        whole = 4 * sum(d.info.numel for d in plan.decisions if d.alias_of is None)
+        layers = max(1, len(blocks_of(plan)))
+        # The inputs of every block, and the activations and gradients of the one that the backward pass is in.
+        saved = 4 * seqlen * (layers * _hidden(model) + 5 * (14 * _hidden(model) + 4 * _widest(plan))) if fisher else 0
+        logits = 3 * 4 * min(seqlen, 256) * _vocabulary(model)
+        found.append(Stage("weighing tokens by gradients (--no-fisher does without)", whole + saved + logits))
+    if any(d.rule is not None and d.rule.act == MEASURED for d in plan.decisions):
+        inside = {d.tensor for decisions in blocks_of(plan).values() for d in decisions}
+        ends = 4 * sum(d.info.numel for d in plan.decisions if d.alias_of is None and d.tensor not in inside)
+        logits = 4 * 4 * min(seqlen, 256) * _vocabulary(model)
+        found.append(Stage("measuring 8-bit activations (--act int8 or float does without)", ends + logits))
+    return found
+
+
+def _widest(plan: Plan) -> int:
+    return max(
+        (max(d.site.qshape[-2:]) for d in plan.decisions if d.site is not None and d.rule is not None), default=1
+    )
+
+
+def sequence_length(calibration: Calibration, model: Any) -> int:
+    """Tokens of a sample."""
+    limit = getattr(model.config, "max_position_embeddings", None) or LONGEST
+    return int(calibration.seqlen or min(LONGEST, int(limit)))
+
+
+def _hidden(model: Any) -> int:
+    return int(getattr(model.config, "hidden_size", None) or getattr(model.config, "n_embd", None) or 1024)
+
+
+def _vocabulary(model: Any) -> int:
+    return int(getattr(model.config, "vocab_size", None) or 32000)
+
+
+def working_disk(plan: Plan, calibration: Calibration | None, model: nn.Module | None) -> int:
+    """Bytes of activations on disk at the worst moment of a calibrated run; 0 without one."""
+    if calibration is None or model is None:
+        return 0
+    tokens = calibration.nsamples * sequence_length(calibration, model)
+    widths = [
+        sum(group.k for group in groups_of(d for d in decisions if d.rule is not None and d.rule.needs_text))
+        for decisions in blocks_of(plan).values()
+    ]
+    parts = 2  # answers of the attention and of the feed-forward part
+    return 4 * tokens * (max(widths, default=0) + (4 + parts) * _hidden(model))

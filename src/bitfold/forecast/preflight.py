@@ -1,0 +1,192 @@
+"""What a run will need and what will come out of it, before it begins.
+
+Sizes are exact, memory is counted from shapes, time is measured on samples. A run that cannot keep its ceiling of
+memory, or has no room on the disk, is refused here, with the numbers that would do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from bitfold.calibration.session import in_ranges
+from bitfold.checkpoints import Source
+from bitfold.checkpoints.shards import plan_shards
+from bitfold.errors import ResourceError
+from bitfold.forecast.ceiling import Economy
+from bitfold.forecast.memory import Stage, working_disk
+from bitfold.forecast.time import seconds
+from bitfold.formats import get_format
+from bitfold.planning.accounting import rules_of
+from bitfold.planning.plan import Decision, Plan
+from bitfold.system import memory
+from bitfold.system.units import size_text
+from bitfold.workspace.folder import free_bytes
+
+_TIMED_FROM = 20_000_000  # weights; smaller runs are over before they are estimated
+_SPARE = 1.02  # of the disk: file systems need a little for themselves
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What is known beforehand.
+
+    Args:
+        output_bytes: files of weights, headers included.
+        disk_bytes: on the disk at the worst moment, activations included.
+        peak_memory: resident, of the whole process.
+        memory_for: what needs most of it.
+        seconds: about; None for runs that are over in seconds.
+        bpw_whole: bits per weight over everything.
+        kept: tensors and bytes by the rule that keeps them.
+        ragged: tensors whose rows the group size does not divide.
+        engines: who will load the result, and why or why not.
+        allowed: the ceiling that was named, or a share of what is free; None where nobody tells what is free.
+        columns: inputs that are taken together at most; None = all.
+        ranges: tensors whose inputs are more, and taken in ranges.
+    """
+
+    output_bytes: int
+    disk_bytes: int
+    peak_memory: int
+    memory_for: str
+    seconds: float | None
+    bpw_whole: float
+    kept: dict[str, dict[str, int]] = field(default_factory=dict)
+    ragged: list[str] = field(default_factory=list)
+    engines: dict[str, str] = field(default_factory=dict)
+    allowed: int | None = None
+    columns: int | None = None
+    ranges: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, with stable keys."""
+        return asdict(self)
+
+    def summary(self) -> str:
+        """One line."""
+        time = "" if self.seconds is None else f", about {max(1, round(self.seconds / 60))} min"
+        return (
+            f"{size_text(self.output_bytes)} at {self.bpw_whole:.3f} bits per weight; needs"
+            f" {size_text(self.peak_memory)} of memory ({self.memory_for}), {size_text(self.disk_bytes)} of disk{time}"
+        )
+
+    def cautions(self) -> Iterator[str]:
+        """What should be known before it begins, in words."""
+        if self.ranges:
+            yield (
+                f"{len(self.ranges)} layers with more than {self.columns} inputs, such as {self.ranges[0]}, are solved"
+                f" in ranges of at most {self.columns} inputs: it saves memory, and costs some accuracy"
+            )
+        if self.allowed is not None and self.peak_memory > self.allowed:
+            yield (
+                f"{size_text(self.peak_memory)} of memory are more than {memory.SHARE:.0%} of what is free"
+                f" ({size_text(self.allowed)}): other programs may get into trouble; --max-memory makes do with less"
+            )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a run was asked for, as far as an estimate depends on it.
+
+    Args:
+        seed: of the run.
+        max_shard_bytes: size at which a new file is begun.
+        timed: whether time is to be estimated however small the run is.
+        max_memory: the ceiling that was named; None = none.
+    """
+
+    seed: int
+    max_shard_bytes: int
+    timed: bool
+    max_memory: int | None = None
+
+
+def preflight(source: Source, model: nn.Module | None, plan: Plan, economy: Economy, asked: Asked) -> Preflight:
+    """Estimate a run that goes about its memory as `economy` says."""
+    calibration, numel = economy.calibration, plan.numel
+    output = plan_shards(plan.stored(), asked.max_shard_bytes).nbytes
+    timed = asked.timed or numel > _TIMED_FROM
+    return Preflight(
+        output_bytes=output,
+        disk_bytes=math.ceil(_SPARE * output) + working_disk(plan, calibration, model),
+        peak_memory=economy.peak,
+        memory_for=_largest(economy.found),
+        seconds=seconds(plan, calibration, model, asked.seed) if timed else None,
+        bpw_whole=8 * sum(d.nbytes() for d in plan.decisions) / max(1, numel),
+        kept=rules_of(plan.decisions),
+        ragged=[d.tensor for d in plan.decisions if _is_ragged(d)],
+        engines=engines(model, source, plan.decisions),
+        allowed=memory.default_ceiling() if asked.max_memory is None else asked.max_memory,
+        columns=None if calibration is None else calibration.columns,
+        ranges=[d.tensor for d in plan.decisions if calibration is not None and in_ranges(d, calibration)],
+    )
+
+
+def _largest(found: list[Stage]) -> str:
+    return found[0].name if found else "nothing"
+
+
+def _is_ragged(decision: Decision) -> bool:
+    if decision.rule is None or decision.site is None:
+        return False
+    scale = get_format(decision.rule.format).scale
+    return scale is not None and scale.block[1] > 0 and decision.site.qshape[-1] % scale.block[1] != 0
+
+
+def engines(model: nn.Module | None, source: Source, decisions: Iterable[Decision]) -> dict[str, str]:
+    """Who will load the folder: "yes" or "no", and why."""
+    quantized = any(d.rule is not None for d in decisions)
+    known = model is not None
+    names = source.config.get("architectures") or ["this model's class"]
+    other = "no: it has no loader for bitfold's format; `bitfold convert` writes plain weights that it loads"
+    found = {
+        "bitfold": "yes" if known else f"yes, given the module: transformers does not have {names[0]}",
+        "transformers": "yes, where bitfold is installed" if known else f"no: it does not have {names[0]}",
+        "vLLM": other if quantized else "yes",
+        "llama.cpp": "no: it reads GGUF files, and this is a folder of safetensors",
+    }
+    return found
+
+
+def refuse_impossible(found: Preflight, out: Path, max_memory: int | None, has: int = 0) -> None:
+    """ResourceError when the ceiling cannot be kept, the machine has not enough, or the disk is too full.
+
+    Args:
+        found: the estimate.
+        out: the folder to be made.
+        max_memory: the ceiling that was named; None = none.
+        has: bytes of disk that an interrupted run has taken already.
+    """
+    if max_memory is not None and found.peak_memory > max_memory:
+        raise ResourceError(
+            f"{size_text(max_memory)} are not enough: {found.memory_for} takes the process to"
+            f" {size_text(found.peak_memory)}",
+            where="--max-memory",
+            hint=f"the smallest ceiling that works is about {_rounded(found.peak_memory)}"
+            f"{' (inputs in ranges of ' + str(found.columns) + ')' if found.ranges else ''}; "
+            "fewer or shorter samples, or a data-free method (--method rtn), need less",
+        )
+    free = memory.available()
+    if max_memory is None and free is not None and found.peak_memory > free + (memory.resident() or 0):
+        raise ResourceError(
+            f"{found.memory_for} takes the process to {size_text(found.peak_memory)}, {size_text(free)} are left",
+            hint="free some, use a data-free method (--method rtn), or say --max-memory: what can be done to keep under"
+            " it is then done, even where it costs some accuracy",
+        )
+    room = free_bytes(out.parent) + has
+    if found.disk_bytes > room:
+        what = f"needs {size_text(found.disk_bytes)} of room, {size_text(room)} are free"
+        raise ResourceError(what, where=str(out), hint="make room, or choose an output folder on another disk")
+
+
+def _rounded(nbytes: int) -> str:
+    """Up to the next tenth of a gigabyte, as it can be typed; small ones to ten megabytes."""
+    if nbytes < 10**9:
+        return f"{math.ceil(nbytes / 1e7) * 10}MB"
+    return f"{math.ceil(nbytes / 1e8) / 10:.1f}GB"

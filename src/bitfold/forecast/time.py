@@ -1,0 +1,155 @@
+"""How long a run will take: from small samples of its own work, measured on this machine a moment before.
+
+Rounding is measured on rows of the largest tensor of each rule; the walk of a calibrated run from the speed of matrix
+products and factorizations, counted in operations, and the coding of columns on a few rows of the widest layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitfold.calibration.one_layer import solve
+from bitfold.calibration.session import Calibration, compares, weighs_tokens
+from bitfold.errors import BitfoldError
+from bitfold.forecast.memory import blocks_of, groups_of, sequence_length
+from bitfold.methods.hessian import column_ranges
+from bitfold.models.swap import in_basis, quantize_site_tensor, transform_of
+from bitfold.planning.plan import Decision, Plan
+from bitfold.qtensor import QTensor
+from bitfold.recipes.recipe import Rule
+from bitfold.records.run_report import relative_parts
+
+_SAMPLE = 1 << 19  # weights quantized to see how fast it goes
+_BYTES = 1 << 23  # hashed and written for the same reason
+
+
+def seconds(plan: Plan, calibration: Calibration | None, model: nn.Module | None, seed: int) -> float:
+    """Of the whole run, about."""
+    copied = sum(d.info.nbytes + d.nbytes() for d in plan.decisions if d.alias_of is None)
+    total = copied * _seconds_per_byte()
+    rates: dict[Rule, float] = {}
+    for d in sorted(plan.decisions, key=lambda d: -d.info.numel):
+        if d.rule is None or d.site is None or (d.rule.needs_text and calibration is not None):
+            continue
+        if d.rule not in rates:
+            rates[d.rule] = _rounding_rate(d, d.rule, seed)
+        total += rates[d.rule] * d.info.numel
+    return total if calibration is None or model is None else total + _calibrated(plan, calibration, model, seed)
+
+
+def _timed(work: Callable[[], Any]) -> float:
+    """Seconds where nothing else runs; the better of two, after which caches and lazy imports are warm.
+
+    Time on the clock, but never more than the processors worked: what others take away meanwhile is not the work's.
+    """
+    found = []
+    for _ in range(2):
+        clock, worked = time.perf_counter(), time.process_time()
+        work()
+        found.append(min(time.perf_counter() - clock, time.process_time() - worked))
+    return min(found)
+
+
+def _rounding_rate(decision: Decision, rule: Rule, seed: int) -> float:
+    """Seconds for each weight."""
+    site = decision.site
+    assert site is not None
+    *_, n, k = site.qshape
+    rows = max(1, min(n, _SAMPLE // k))
+    w = torch.randn(rows, k, generator=torch.Generator().manual_seed(0)).to(decision.info.dtype) * 0.02
+    part = replace(site, shape=(rows, k), transposed=False)
+
+    def work() -> None:
+        q = quantize_site_tensor(w, part, rule, seed)
+        relative_parts(in_basis(w, part, transform_of(rule, part, seed)), q)
+
+    try:
+        return _timed(work) / w.numel()
+    except BitfoldError:
+        return 0.0  # the run itself will say it better
+
+
+@cache
+def _seconds_per_byte() -> float:
+    raw = bytes(_BYTES)
+    return 3 * _timed(lambda: hashlib.sha256(raw).digest()) / _BYTES
+
+
+@cache
+def _product_rate() -> float:
+    """Seconds for each operation of a float32 product."""
+    a = torch.ones(768, 768)
+    return _timed(lambda: a @ a) / (2 * 768**3)
+
+
+@cache
+def _factor_rate() -> float:
+    """Seconds for each operation of a float64 factorization."""
+    a = torch.eye(768, dtype=torch.float64)
+    return _timed(lambda: torch.linalg.cholesky(a)) / (768**3 / 3)
+
+
+def _coding_seconds(d: Decision, n: int, seed: int) -> float:
+    """Coding n rows of a layer column by column: what each column costs, and what each weight."""
+    assert d.site is not None
+    assert d.rule is not None
+    k, rule = d.site.qshape[-1], d.rule
+    few = max(1, min(n, _SAMPLE // (4 * k)))
+    times = []
+    for rows in (few, 2 * few):
+        w = torch.randn(rows, k, generator=torch.Generator().manual_seed(0))
+
+        def work(w: torch.Tensor = w) -> QTensor:
+            return solve(rule, w, None, seed, d.tensor)[0]
+
+        try:
+            times.append(_timed(work))
+        except BitfoldError:
+            return 0.0
+    each = max(0.0, times[1] - times[0]) / few
+    return max(times[0] - each * few, 0.0) + each * n
+
+
+def _calibrated(plan: Plan, calibration: Calibration, model: nn.Module, seed: int) -> float:
+    """The walk, block by block; blocks of the same shapes take the same time."""
+    tokens = calibration.nsamples * sequence_length(calibration, model)
+    weighing = 0
+    if weighs_tokens(plan.decisions, calibration):
+        # Forward, forward again inside the backward pass, gradients of activations.
+        weighing = 3 * 2 * tokens * sum(d.info.numel for d in plan.decisions if d.alias_of is None)
+    known: dict[tuple[Any, ...], float] = {}
+    # What the quantized model takes, the passes that stop at a group, the original.
+    passes = 2.5 + compares((d for d in plan.decisions if d.rule is not None), calibration)
+    total = weighing * _product_rate()
+    for decisions in blocks_of(plan).values():
+        wanted = [d for d in decisions if d.rule is not None and d.rule.needs_text]
+        shape = tuple((d.info.shape, d.rule) for d in decisions)
+        if wanted and shape not in known:
+            known[shape] = _block(decisions, wanted, calibration, (tokens, seed, passes))
+        total += known.get(shape, 0.0)
+    return total
+
+
+def _block(
+    decisions: list[Decision], wanted: list[Decision], calibration: Calibration, how: tuple[int, int, float]
+) -> float:
+    """One block of the walk; `how`: tokens in all, the seed, passes."""
+    tokens, seed, passes = how
+    weights, corrects = sum(d.info.numel for d in decisions), calibration.drift > 0
+    products, factors, coding = 2.0 * passes * tokens * weights, 0.0, 0.0
+    for group in groups_of(wanted):
+        k, n = group.k, group.n
+        members = [d for d in wanted if d.site is not None and d.site.module.rpartition(".")[0] == group.name]
+        for part in (p.stop - p.start for p in column_ranges(k, calibration.columns)):
+            products += 2.0 * (1 + corrects) * tokens * part**2 + 2.0 * (5 + corrects) * n * part**2
+            factors += (1 + corrects) * part**3 / 3 + corrects * 2.0 * n * part**2
+        coding += _coding_seconds(next(d for d in members if d.site and d.site.qshape[-1] == k), n, seed)
+    return products * _product_rate() + factors * _factor_rate() + coding

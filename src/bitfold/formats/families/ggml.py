@@ -1,0 +1,284 @@
+"""ggml's block types (GGUF files: Q4_0 ... Q6_K and relatives) as formats.
+
+Decoding is bit-exact with ggml's own dequantization. Encoding is bit-exact with the reference for the types whose
+reference is one formula (Q4_0 ... Q8_0, MXFP4, TQ2_0). llama.cpp's encoders of the K-quants are searches over
+importance-weighted candidates; here each sub-block gets the scale of its extremes and every code is the nearest one
+under the stored scales: valid files, a little more error. What cannot be written says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitfold.errors import FormatError, WeightError
+from bitfold.formats.base import Params, Scale
+from bitfold.formats.families import ggml_layouts as L
+from bitfold.system.tensorinfo import TensorInfo
+
+_CHUNK = 1 << 21  # weights at a time, so that temporaries stay in the cache and small beside the tensor
+
+
+@dataclass(frozen=True)
+class Ggml:
+    """One ggml type. The only field of an (n, k) weight is `blocks`, uint8 (n, k / block * block_bytes).
+
+    Args:
+        name: name in FORMATS.
+        block: (consecutive weights of a row, bytes) of a block.
+        codes: (lowest, highest) value of a code before scaling.
+        split: bytes (b, block bytes) -> parts.
+        write: weights float32 (b, block) -> bytes (b, block bytes); None = decode only.
+        levels: number of different codes.
+    """
+
+    name: str
+    block: tuple[int, int]
+    codes: tuple[float, float]
+    split: Callable[[Tensor], L.Parts]
+    write: Callable[[Tensor], Tensor] | None
+    levels: int
+
+    @property
+    def bits(self) -> Fraction:
+        """Bits of a code, scales not counted (8/5 for five ternary digits in a byte)."""
+        return Fraction(8, 5) if self.levels == 3 and self.bpw < 2 else Fraction((self.levels - 1).bit_length())
+
+    @property
+    def bpw(self) -> Fraction:
+        """Bits per weight, exact: rows are whole blocks."""
+        return Fraction(8 * self.block[1], self.block[0])
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """Smallest and largest code value at scale 1 and shift 0."""
+        return self.codes
+
+    @property
+    def scale(self) -> Scale | None:
+        """None: the scales are part of the blocks, no fit chooses them."""
+        return None
+
+    def layout(self, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
+        """dtype and shape of `blocks` for a weight (n, k) or (experts, n, k).
+
+        Raises:
+            FormatError: k is not a multiple of the block.
+        """
+        if shape[-1] % self.block[0]:
+            hint = "choose a format with a free group size, such as int4-asym-g64, for this tensor"
+            raise FormatError(f"{self.name} needs rows of a multiple of {self.block[0]}, not {shape[-1]}", hint=hint)
+        return {"blocks": TensorInfo(torch.uint8, (*shape[:-1], shape[-1] // self.block[0] * self.block[1]))}
+
+    def encode(self, w: Tensor, params: Params | None = None) -> dict[str, Tensor]:
+        """Fields of the weight w (n, k), float; `params` must be None, the blocks choose their own scales.
+
+        Raises:
+            FormatError: a row length that is no multiple of the block, or a type that can only be read.
+            WeightError: NaN or infinite weights.
+        """
+        if self.write is None:
+            raise FormatError(f"{self.name} can be read but not written", hint=f"written are {', '.join(writable())}")
+        if params is not None:
+            raise FormatError(f"{self.name} chooses its own scales", hint="use it with the default fit")
+        info = self.layout(tuple(w.shape))["blocks"]
+        out = torch.empty(info.numel // self.block[1], self.block[1], dtype=torch.uint8)
+        rows = w.reshape(-1, self.block[0])
+        for part in self._chunks(len(out)):
+            piece = rows[part].float()
+            if not torch.isfinite(piece).all():
+                raise WeightError("NaN or infinite weights")
+            out[part] = self.write(piece)
+        return {"blocks": out.view(info.shape)}
+
+    def decode(self, fields: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+        """float32 weight of that shape, bit-exact with ggml's dequantization.
+
+        Raises:
+            FormatError: `blocks` is not what the shape needs.
+        """
+        info, blocks = self.layout(shape)["blocks"], fields["blocks"]
+        if blocks.dtype != info.dtype or tuple(blocks.shape) != info.shape:
+            raise FormatError(f"blocks of {self.name} {shape} must be uint8 {info.shape}, not {tuple(blocks.shape)}")
+        return self._map(blocks, lambda raw: self.expand(raw)[0]).view(shape)
+
+    def decode_rows(self, fields: Mapping[str, Tensor], shape: tuple[int, ...], index: Tensor) -> Tensor:
+        """float32 rows (len(index), k) of an (n, k) weight."""
+        return self.decode({"blocks": fields["blocks"][index]}, (len(index), shape[-1]))
+
+    def steps(self, fields: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+        """float32 of `shape`: distance between neighbouring codes around each weight (the scale's magnitude)."""
+        return self._map(fields["blocks"], lambda raw: self.expand(raw)[1]).view(shape)
+
+    def expand(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and steps, float32 (b, block) each, of uint8 blocks (b, block bytes)."""
+        parts = self.split(raw)
+        values = parts.codes * parts.scale
+        if parts.shift is not None:
+            values += parts.shift
+        return values.flatten(1), parts.scale.abs().expand_as(values).flatten(1)
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able description."""
+        return {"family": "ggml", "type": self.name, "block": list(self.block)}
+
+    def _map(self, blocks: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        raw = blocks.reshape(-1, self.block[1])
+        out = torch.empty(len(raw), self.block[0], dtype=torch.float32)
+        for part in self._chunks(len(raw)):
+            out[part] = function(raw[part])
+        return out
+
+    def _chunks(self, count: int) -> list[slice]:
+        step = _CHUNK // self.block[0]
+        return [slice(i, i + step) for i in range(0, count, step)]
+
+
+def _inverse(d: Tensor) -> Tensor:
+    """1/d, and 0 where the block is all zeros or so small that 1/d overflows (d is then 0 in half precision)."""
+    inverse = 1 / d
+    return torch.where(torch.isfinite(inverse), inverse, 0.0)
+
+
+def _signed_extreme(w: Tensor) -> Tensor:
+    """The element of largest magnitude of the last dimension, kept."""
+    return w.gather(-1, w.abs().argmax(-1, keepdim=True))
+
+
+def _symmetric(bits: int) -> Callable[[Tensor], Tensor]:
+    """Q4_0 and Q5_0: the extreme maps exactly to the lowest code, truncation of x + 0.5 rounds."""
+    half = 1 << (bits - 1)
+
+    def write(w: Tensor) -> Tensor:
+        d = _signed_extreme(w) / -half
+        codes = (w * _inverse(d) + (half + 0.5)).to(torch.int32).clamp(0, 2 * half - 1)
+        return L.join_legacy(codes, [d], bits)
+
+    return write
+
+
+def _affine(bits: int) -> Callable[[Tensor], Tensor]:
+    """Q4_1 and Q5_1: codes count steps from the minimum."""
+    top = (1 << bits) - 1
+
+    def write(w: Tensor) -> Tensor:
+        low = w.amin(1, keepdim=True)
+        d = (w.amax(1, keepdim=True) - low) / top
+        codes = ((w - low) * _inverse(d) + 0.5).to(torch.int32).clamp(0, top)
+        return L.join_legacy(codes, [d, low], bits)
+
+    return write
+
+
+def _round_away(x: Tensor) -> Tensor:
+    """Nearest integer, halves away from zero (C's roundf)."""
+    a = x.abs()
+    whole = a.floor()
+    return x.sign() * (whole + (2 * (a - whole)).floor())
+
+
+def _write_q8_0(w: Tensor) -> Tensor:
+    d = w.abs().amax(1, keepdim=True) / 127
+    codes = _round_away(w * _inverse(d)).to(torch.int8)
+    return L.join_legacy(codes.view(torch.uint8), [d], 8)
+
+
+def _half(x: Tensor) -> Tensor:
+    return x.to(torch.float16).float()
+
+
+def _k_affine(bits: int, groups: int, top: int, join: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+    """Q2_K, Q4_K, Q5_K: sub-blocks w = d * scale * code - dmin * low with integers scale, low in 0..top."""
+    last = (1 << bits) - 1
+
+    def write(w: Tensor) -> Tensor:
+        sub = w.view(len(w), groups, -1)
+        low = (-sub.amin(2)).clamp(min=0)
+        scale = (sub.amax(2) + low).clamp(min=0) / last
+        d, dmin = (_half(v.amax(1, keepdim=True) / top) for v in (scale, low))
+        scale_codes, low_codes = (
+            (v * _inverse(u)).round().clamp(0, top).to(torch.int32) for v, u in ((scale, d), (low, dmin))
+        )
+        lifted = sub + (dmin * low_codes)[..., None]
+        codes = (lifted * _inverse(d * scale_codes)[..., None]).round().clamp(0, last).to(torch.int32)
+        return join(codes.flatten(1), scale_codes, low_codes, d, dmin)
+
+    return write
+
+
+def _k_symmetric(bits: int, top: int, offset: int, join: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+    """Q3_K and Q6_K: w = d * scale * code with signed scales in -top..top-1, stored with `offset` added."""
+    half = 1 << (bits - 1)
+
+    def write(w: Tensor) -> Tensor:
+        sub = w.view(len(w), 16, 16)
+        scale = _signed_extreme(sub)[..., 0] / -half
+        d = _half(_signed_extreme(scale) / -top)
+        scale_codes = (scale * _inverse(d)).round().clamp(-top, top - 1)
+        codes = (sub * _inverse(d * scale_codes)[..., None]).round().clamp(-half, half - 1) + half
+        return join(codes.flatten(1).to(torch.int32), (scale_codes + offset).to(torch.int32), d)
+
+    return write
+
+
+def _write_iq4_nl(w: Tensor) -> Tensor:
+    d = _half(_signed_extreme(w) / L.IQ4_VALUES[0])
+    values = torch.tensor(L.IQ4_VALUES, dtype=torch.float32)
+    codes = torch.bucketize(w * _inverse(d), (values[1:] + values[:-1]) / 2)
+    return L.join_legacy(codes.to(torch.int32), [d], 4)
+
+
+def _write_mxfp4(w: Tensor) -> Tensor:
+    top = w.abs().amax(1, keepdim=True)
+    exponent = torch.frexp(top).exponent - 1  # floor(log2), exactly
+    e = torch.where(top > 0, exponent - 2 + 127, 0).clamp(0, 254).to(torch.uint8)
+    values = torch.tensor(L.E2M1_DOUBLED, dtype=torch.float32)
+    codes = ((L.e8m0_half(e) * values)[:, None] - w[..., None]).abs().argmin(2)
+    return torch.cat([e, L.unplanes(codes, 16, 4)], 1)
+
+
+def _ternary(w: Tensor) -> tuple[Tensor, Tensor]:
+    d = w.abs().amax(1, keepdim=True)
+    return (_round_away(w * _inverse(d)) + 1).to(torch.int32), L.half_bytes(d)
+
+
+def _write_tq2_0(w: Tensor) -> Tensor:
+    codes, d = _ternary(w)
+    return torch.cat([L.unplanes(codes, 32, 2), d], 1)
+
+
+def _types() -> list[Ggml]:
+    def k(name: str, size: int, codes: tuple[float, float], split: Any, write: Any, levels: int) -> Ggml:
+        return Ggml(name, (256, size), codes, split, write, levels)
+
+    return [
+        Ggml("q4_0", (32, 18), (-8, 7), L.split_q4_0, _symmetric(4), 16),
+        Ggml("q4_1", (32, 20), (0, 15), L.split_q4_1, _affine(4), 16),
+        Ggml("q5_0", (32, 22), (-16, 15), L.split_q5_0, _symmetric(5), 32),
+        Ggml("q5_1", (32, 24), (0, 31), L.split_q5_1, _affine(5), 32),
+        Ggml("q8_0", (32, 34), (-128, 127), L.split_q8_0, _write_q8_0, 256),
+        k("q2_k", 84, (0, 3), L.split_q2_k, _k_affine(2, 16, 15, L.join_q2_k), 4),
+        k("q3_k", 110, (-4, 3), L.split_q3_k, _k_symmetric(3, 32, 32, L.join_q3_k), 8),
+        k("q4_k", 144, (0, 15), L.split_q4_k, _k_affine(4, 8, 63, L.join_q4_k), 16),
+        k("q5_k", 176, (0, 31), L.split_q5_k, _k_affine(5, 8, 63, L.join_q5_k), 32),
+        k("q6_k", 210, (-32, 31), L.split_q6_k, _k_symmetric(6, 128, 0, L.join_q6_k), 64),
+        Ggml("iq4_nl", (32, 18), (-127, 113), L.split_iq4_nl, _write_iq4_nl, 16),
+        k("iq4_xs", 136, (-127, 113), L.split_iq4_xs, None, 16),
+        # OCP MXFP4's numbers in ggml's byte order; the plain `mxfp4` format keeps scales apart from codes.
+        Ggml("ggml_mxfp4", (32, 17), (-12, 12), L.split_mxfp4, _write_mxfp4, 16),
+        k("tq1_0", 54, (-1, 1), L.split_tq1_0, None, 3),
+        k("tq2_0", 66, (-1, 1), L.split_tq2_0, _write_tq2_0, 3),
+    ]
+
+
+GGML: dict[str, Ggml] = {t.name: t for t in _types()}
+
+
+def writable() -> list[str]:
+    """Names of the types that `encode` can write."""
+    return [t.name for t in GGML.values() if t.write is not None]

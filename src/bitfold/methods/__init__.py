@@ -1,0 +1,3 @@
+"""Methods: which scales, which codes."""
+
+from __future__ import annotations

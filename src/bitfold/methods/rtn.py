@@ -1,0 +1,40 @@
+"""Round to nearest: each weight by itself."""
+
+from __future__ import annotations
+
+import torch
+
+from bitfold.formats import AnyFormat, Fit, Params
+from bitfold.qtensor import QTensor
+from bitfold.system.parallel import parallel_map
+
+_CHUNK = 1 << 17  # elements fitted at a time: temporaries stay in the second-level cache, small steps weigh little
+
+
+def rtn(w: torch.Tensor, hessian: torch.Tensor | None, format: AnyFormat, fit: Fit, *, seed: int = 0) -> QTensor:
+    """Fit the scales, then take the nearest code of every weight.
+
+    Args:
+        w: (n, k), any float dtype.
+        hessian: not used.
+        format: any format that can encode.
+        fit: chooses the scales; not used by formats without scales.
+        seed: not used: rounding to nearest draws nothing.
+    """
+    shape = tuple(w.shape)
+    if format.scale is None:
+        return QTensor(format, shape, format.encode(w, None))
+    return QTensor(format, shape, format.encode(w, fit_by_rows(w, format, fit)))
+
+
+def fit_by_rows(w: torch.Tensor, format: AnyFormat, fit: Fit) -> Params:
+    """Blocks of different rows do not know each other: fit a few rows at a time to keep temporaries small."""
+    assert format.scale is not None
+    n, k = w.shape
+    rows = format.scale.block[0]
+    if rows == 0 or w.numel() <= _CHUNK:
+        return fit(w, format, None)
+    step = max(1, _CHUNK // k // rows) * rows
+    parts = parallel_map(lambda i: fit(w[i : i + step], format, None), range(0, n, step))
+    zeros = [p.zero_point for p in parts if p.zero_point is not None]
+    return Params(torch.cat([p.scale for p in parts]), torch.cat(zeros) if zeros else None)

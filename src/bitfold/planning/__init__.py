@@ -1,0 +1,3 @@
+"""What will become of every tensor."""
+
+from __future__ import annotations

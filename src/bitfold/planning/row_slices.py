@@ -1,0 +1,105 @@
+"""Large tensors a few rows at a time: memory for the piece at hand, not for the tensor.
+
+A tensor is taken in pieces where the source can read rows, the model has it as the source does, and the format lets
+rows be taken apart (no scale and no tile belongs to two pieces). Pieces depend on the shape alone, so the bytes do too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import torch
+
+from bitfold.checkpoints import Source
+from bitfold.formats import get_format
+from bitfold.methods.anomalies import Zeros
+from bitfold.models.swap import in_basis, is_plain, quantize_site_tensor, transform_of
+from bitfold.planning.plan import Decision, Item, Plan
+from bitfold.qtensor import QTensor, rows_stack
+from bitfold.records.run_report import relative_parts
+
+WEIGHTS = 1 << 24  # of a piece, about
+_ALIGNED = 256  # rows: a multiple of all tiles
+
+
+def ranges(shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """First and last-but-one row (expert) of each piece of a tensor."""
+    step = max(1, WEIGHTS // max(1, prod(shape[1:])))
+    if len(shape) < 3 and step > _ALIGNED:
+        step = step // _ALIGNED * _ALIGNED
+    return [(at, min(at + step, shape[0])) for at in range(0, shape[0], step)] if shape else [(0, 1)]
+
+
+def in_pieces(source: Source, item: Item, decision: Decision) -> bool:
+    """Whether a tensor is taken in pieces."""
+    shape, rule = decision.info.shape, decision.rule
+    whole = not hasattr(source, "read_rows") or item.target.converter is not None or len(ranges(shape)) < 2
+    if whole or rule is None or decision.site is None:
+        return not whole
+    if rule.needs_text or rule.prune != "none" or decision.site.transposed:
+        return False
+    parts = [(b - a, shape[1]) for a, b in ranges(shape)]
+    return len(shape) == 3 or rows_stack(get_format(rule.format), parts)
+
+
+def read_pieces(source: Source, item: Item, decision: Decision) -> Iterator[torch.Tensor]:
+    """The tensor, piece by piece."""
+    reader: Any = source
+    for first, stop in ranges(decision.info.shape):
+        yield reader.read_rows(item.target.sources[0], torch.arange(first, stop))
+
+
+def quantize_pieces(source: Source, item: Item, decision: Decision, seed: int) -> tuple[QTensor, float, list[str]]:
+    """The quantized tensor, its relative square error, and what is odd about its zeros."""
+    rule, site = decision.rule, decision.site
+    assert rule is not None
+    assert site is not None
+    found, loss, norm, zeros = [], 0.0, 0.0, Zeros()
+    for w in read_pieces(source, item, decision):
+        part = replace(site, shape=tuple(w.shape))
+        q, original = quantize_site_tensor(w, part, rule, seed), in_basis(w, part, transform_of(rule, part, seed))
+        for matrix, decoded in zip(*_matrices(original, q), strict=True):
+            more = relative_parts(matrix, decoded)
+            loss, norm = loss + more[0], norm + more[1]
+            zeros.add(matrix)
+            if w.dim() == 3:
+                zeros.close()
+        found.append(q)
+    fields = {name: torch.cat([q.fields[name] for q in found]) for name in found[0].fields}
+    whole = QTensor(found[0].format, decision.info.shape, fields)
+    assert not is_plain(whole.format) or "values" in fields
+    return whole, loss / norm if norm > 0 else 0.0, zeros.flags()
+
+
+def untrue_ties(source: Source, plan: Plan) -> dict[str, list[str]]:
+    """Tensors to which others are tied that lie in the source with other values: by name, those others.
+
+    The model class uses one of the two, whatever the checkpoint holds; a difference is a mistake of whoever wrote it.
+    """
+    stored = {name: item.target for item in plan.items for name in item.decisions if item.target.converter is None}
+    found: dict[str, list[str]] = {}
+    for decision in plan.decisions:
+        main = decision.alias_of
+        if main is None or main not in stored or decision.tensor not in stored:
+            continue
+        names = [stored[name].sources[0] for name in (main, decision.tensor)]
+        if source.info(names[0]) != source.info(names[1]) or not _equal(source, names[0], names[1]):
+            found.setdefault(main, []).append(decision.tensor)
+    return found
+
+
+def _equal(source: Source, one: str, other: str) -> bool:
+    reader: Any = source
+    if not hasattr(source, "read_rows"):
+        return torch.equal(reader.read(one), reader.read(other))
+    rows = (torch.arange(*bounds) for bounds in ranges(source.info(one).shape))
+    return all(torch.equal(reader.read_rows(one, r), reader.read_rows(other, r)) for r in rows)
+
+
+def _matrices(w: torch.Tensor, q: QTensor) -> tuple[list[torch.Tensor], list[QTensor]]:
+    if w.dim() == 2:
+        return [w], [q]
+    return list(w), [q.expert(i) for i in range(len(w))]

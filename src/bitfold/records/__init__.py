@@ -1,0 +1,3 @@
+"""What a run and a folder know about themselves."""
+
+from __future__ import annotations

@@ -1,0 +1,99 @@
+"""What is known about a quantized folder, kept inside it: how it was made, and what was measured since.
+
+`bitfold_report.json` has a part for each kind of knowledge; `bitfold compare` and `bitfold report` read it, so that
+they need neither the original nor any time. Nothing depends on it: a folder without it loads and runs the same.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitfold.errors import CheckpointError
+from bitfold.records.run_report import QuantizeReport
+from bitfold.version import __version__
+
+FILE = "bitfold_report.json"
+_SAME = ("reference", "metric", "text", "context", "tokens", "dtype")  # one evaluation is kept for each of these
+
+
+def environment() -> dict[str, str]:
+    """Versions and machine, for reports."""
+    import transformers
+
+    return {
+        "bitfold": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """The record of a folder; empty when it has none.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    file = Path(folder) / FILE
+    if not file.is_file():
+        return {}
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"not readable JSON: {error}", where=str(file), hint="delete the file") from error
+    if not isinstance(record, dict):
+        raise CheckpointError("not a record of bitfold", where=str(file), hint="delete the file")
+    return record
+
+
+def write_record(folder: Path, report: QuantizeReport, facts: Mapping[str, Any]) -> None:
+    """Begin the record of a folder: the run that made it. Paths of this machine stay out of it.
+
+    Args:
+        folder: the folder.
+        report: of the run.
+        facts: seeds and settings.
+    """
+    if (calibration := facts.get("calibration")) is not None:
+        facts = {**facts, "calibration": {**calibration, "text": Path(calibration["text"]).name}}
+    run = {**report.to_dict(), "source": Path(report.source).name, "output": None, **facts}
+    _write(folder, {"quantize": run, "environment": environment()})
+
+
+def add_to_record(folder: str | Path, part: str, value: Mapping[str, Any]) -> None:
+    """Put something measured into the record of a folder.
+
+    Args:
+        folder: a local folder.
+        part: "evaluations" (kept for each setting), "layers", "samples", "outliers" (the last one is kept).
+        value: JSON-able.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError("no model folder on this machine to keep the numbers in", where=str(folder))
+    record = read_record(folder)
+    if part == "evaluations":
+        others = [e for e in record.get(part, []) if any(e.get(key) != value.get(key) for key in _SAME)]
+        record[part] = [*others, dict(value)]
+    else:
+        record[part] = dict(value)
+    record.setdefault("environment", environment())
+    _write(folder, record)
+
+
+def _write(folder: Path, record: Mapping[str, Any]) -> None:
+    file = folder / FILE
+    partial = file.with_name(FILE + ".partial")
+    try:
+        partial.write_text(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        partial.replace(file)
+    except OSError as error:
+        raise CheckpointError(f"cannot be written: {error}", where=str(file)) from error

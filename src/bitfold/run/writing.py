@@ -1,0 +1,316 @@
+"""One run from its plan to its folder: every tensor quantized or kept, written, noted in the journal, told of.
+
+What an earlier run of the same identity has finished is checked by its hashes and not done again.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitfold.calibration.probe import ActReport
+from bitfold.calibration.resume import Bookmarks
+from bitfold.calibration.session import Calibration, solve_blocks
+from bitfold.calibration.shared_input import Folded, Solved
+from bitfold.calibration.walk import HESSIANS
+from bitfold.checkpoints import Source
+from bitfold.checkpoints.bitfold_folder import QUANT_METHOD, VERSION
+from bitfold.checkpoints.manifest import write_manifest
+from bitfold.checkpoints.safetensors import read_header, write_json
+from bitfold.checkpoints.shards import PlannedWriter, plan_shards, written_error
+from bitfold.errors import AccountingError
+from bitfold.formats import get_format
+from bitfold.methods.anomalies import error_flags, kept_flags, weight_flags
+from bitfold.methods.solvers import is_calibrated
+from bitfold.models import skeleton
+from bitfold.models.swap import in_basis, is_plain, quantize_site_tensor, transform_of
+from bitfold.planning.accounting import Account, check_written
+from bitfold.planning.plan import Decision, Item, Plan
+from bitfold.planning.row_slices import in_pieces, quantize_pieces, read_pieces, untrue_ties
+from bitfold.qtensor import QTensor
+from bitfold.recipes.recipe import Recipe
+from bitfold.records.card import write_card
+from bitfold.records.run_report import QuantizeReport, TensorReport, relative_error
+from bitfold.system import progress
+from bitfold.system.memory import Ceiling
+from bitfold.transforms.activations import ACT_SCALE, read_act
+from bitfold.version import __version__
+from bitfold.workspace.events import Events
+from bitfold.workspace.folder import Workspace
+
+OnTensor = Callable[[TensorReport], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done."""
+
+    source: str
+    out: Path
+    rules: Recipe
+    seed: int
+    calibration: Calibration | None
+    max_shard_bytes: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """A job with its source open; `hessians`: bytes of those of experts in memory at a time."""
+
+    source: Source
+    model: nn.Module | None
+    plan: Plan
+    job: Job
+    account: Account
+    hessians: int = HESSIANS
+
+
+@dataclass
+class Finished:
+    """What is written so far: reports by tensor, hashes by stored name."""
+
+    reports: dict[str, TensorReport] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
+
+
+class Writing:
+    """The writing of one run.
+
+    Args:
+        run: what is to be done.
+        work: where.
+        events: who is told, as JSON lines.
+        on_tensor: who is told, in Python.
+    """
+
+    def __init__(self, run: Run, work: Workspace, events: Events, on_tensor: OnTensor | None) -> None:
+        self.run, self.work, self._events, self._on_tensor = run, work, events, on_tensor
+        self._writer = PlannedWriter(work.result, plan_shards(run.plan.stored(), run.job.max_shard_bytes))
+        self.done = Finished()
+        self.ceiling = Ceiling(None)
+        self._untrue = untrue_ties(run.source, run.plan)
+        self.acts: ActReport | None = None
+
+    def tensors(self) -> None:
+        """Write every tensor: first what needs calibration, block by block, then the rest in the source's order."""
+        self._recall()
+        before, remaining = list(self.done.reports.values()), self._remaining()
+        first = list(itertools.islice(remaining, 1))  # what calibration does before it says nothing about the pace
+        with progress.bar("quantize", self.run.plan.numel) as bar:
+            for report in before:
+                bar.advance(report.numel, report.tensor)
+            for report in itertools.chain(first, remaining):
+                bar.advance(report.numel, report.tensor)
+                self.ceiling.check()
+                if self._on_tensor is not None:
+                    self._on_tensor(report)
+
+    def _recall(self) -> None:
+        """Take over what an earlier run wrote, as far as the hashes agree."""
+        records = {record["tensor"]: record for record in self.work.journal.of_kind("tensor")}
+        for name, record in records.items():
+            if all(self._writer.digest(stored) == sha for stored, sha in record["hashes"].items()):
+                self.done.hashes |= record["hashes"]
+                self.done.reports[name] = TensorReport.from_dict(record["report"])
+        if records:
+            self._events.write("resume", tensors=len(self.done.reports), of=len(self.run.plan.decisions))
+            progress.say(f"going on: {len(self.done.reports)} of {len(self.run.plan.decisions)} tensors are done")
+
+    def _remaining(self) -> Iterator[TensorReport]:
+        if self.run.job.calibration is not None:
+            for solved in self._calibrated(self.run.job.calibration):
+                if isinstance(solved, ActReport):
+                    self._measured(solved)
+                elif isinstance(solved, Folded):
+                    yield self._finish(solved.decision, {solved.decision.tensor: solved.value})
+                else:
+                    yield self._write_solved(solved)
+                del solved  # it holds the weight as it was
+        for item in self.run.plan.items:
+            if any(d.alias_of is None and name not in self.done.reports for name, d in item.decisions.items()):
+                yield from self._write_item(item)
+
+    def _calibrated(self, calibration: Calibration) -> Iterator[Solved | Folded | ActReport]:
+        run, tokenizer = self.run, self.run.source.path
+        if not tokenizer.is_dir():  # a GGUF file carries its tokenizer inside
+            tokenizer = self.work.state / "tokenizer"
+            tokenizer.mkdir(exist_ok=True)
+            run.source.copy_side_files(tokenizer)
+            write_json(tokenizer / "config.json", run.source.config)
+        marks = Bookmarks(self.work, self.done.reports, self._writer.sync, self._events)
+        yield from solve_blocks(
+            run.source, run.model, run.plan, calibration, run.job.seed, tokenizer, marks, run.hessians
+        )
+
+    def _measured(self, acts: ActReport) -> None:
+        """Activations that were left to measurement are decided."""
+        self.acts = acts
+        costs = f"KL {acts.kl_int8:.4f} with int8 activations, {acts.kl_float:.4f} with float ones"
+        progress.say(f"activations: {acts.choice} ({costs}, over {acts.tokens} tokens of the calibration text)")
+        self._events.write("activations", choice=acts.choice, **asdict(acts))
+
+    def _write_solved(self, solved: Solved) -> TensorReport:
+        decision, q = solved.decision, solved.qtensor
+        error = relative_error(solved.weight, q)
+        fields = _stored_fields(decision, q, solved.sides)
+        flags = (*weight_flags(solved.weight), *_error_flags(decision, error), *solved.flags)
+        return self._finish(decision, fields, error=error, output_error=solved.output_error, flags=flags)
+
+    def _write_item(self, item: Item) -> Iterator[TensorReport]:
+        only = next(iter(item.decisions.values()))
+        if in_pieces(self.run.source, item, only):
+            yield self._write_pieces(item, only)
+            return
+        tensors = item.target.read(self.run.source.read, self.run.model)
+        for name in list(tensors):
+            w, decision = tensors.pop(name), item.decisions[name]
+            if decision.alias_of is not None or name in self.done.reports:
+                continue
+            if decision.rule is None or decision.site is None:
+                w = w.to(decision.info.dtype)
+                yield self._finish(decision, {name: w}, flags=tuple(kept_flags(w)))
+            else:
+                yield self._write_quantized(decision, w)
+
+    def _write_pieces(self, item: Item, decision: Decision) -> TensorReport:
+        """A tensor that is too large to be in memory at once without need."""
+        if decision.rule is not None and decision.site is not None:
+            q, error, odd = quantize_pieces(self.run.source, item, decision, self.run.job.seed)
+            return self._finish_quantized(decision, q, error, odd)
+        found: list[str] = []
+
+        def rows() -> Iterator[torch.Tensor]:
+            for w in read_pieces(self.run.source, item, decision):
+                found.extend(kept_flags(w))
+                yield w.to(decision.info.dtype)
+
+        hashes = {decision.tensor: self._writer.write(decision.tensor, rows())}
+        return self._note(decision, hashes, decision.info.nbytes, {"flags": tuple(found[:1])})
+
+    def _write_quantized(self, decision: Decision, w: torch.Tensor) -> TensorReport:
+        rule, site, seed = decision.rule, decision.site, self.run.job.seed
+        assert rule is not None
+        assert site is not None
+        q = quantize_site_tensor(w, site, rule, seed)
+        transform = transform_of(rule, site, seed)
+        original = in_basis(w, site, transform)
+        return self._finish_quantized(decision, q, relative_error(original, q), weight_flags(original))
+
+    def _finish_quantized(self, decision: Decision, q: QTensor, error: float, odd: list[str]) -> TensorReport:
+        rule, entry = decision.rule, decision.entry(self.run.job.seed)
+        assert rule is not None
+        flags = (*odd, *_error_flags(decision, error))
+        sides = {} if entry is None or entry.transform is None else entry.transform.fields()
+        if read_act(rule.act).static:
+            sides = {**sides, ACT_SCALE: torch.zeros(1)}  # no data: each token by itself
+        fields = _stored_fields(decision, q, sides)
+        return self._finish(decision, fields, error=error, flags=flags)
+
+    def _finish(
+        self,
+        decision: Decision,
+        fields: Mapping[str, torch.Tensor],
+        *,
+        error: float | None = None,
+        output_error: float | None = None,
+        flags: tuple[str, ...] = (),
+    ) -> TensorReport:
+        """Write the fields, note it in the journal, tell of it."""
+        hashes = {name: self._writer.write(name, [value]) for name, value in fields.items()}
+        nbytes = sum(value.numel() * value.element_size() for value in fields.values())
+        return self._note(decision, hashes, nbytes, {"error": error, "output_error": output_error, "flags": flags})
+
+    def _note(self, decision: Decision, hashes: dict[str, str], nbytes: int, facts: dict[str, Any]) -> TensorReport:
+        """In the journal, and to whom it may concern."""
+        if others := self._untrue.get(decision.tensor):
+            flag = f"{', '.join(others)} is tied to it, and stored with other values, which are not used"
+            facts = {**facts, "flags": (*facts.get("flags", ()), flag)}
+        report = decision.report(nbytes, **facts)
+        self.work.journal.append(
+            {"kind": "tensor", "tensor": decision.tensor, "hashes": hashes, "report": asdict(report)}
+        )
+        self.done.reports[decision.tensor] = report
+        self.done.hashes |= hashes
+        self._events.write("tensor", **report.to_dict())
+        return report
+
+    def folder(self, report: QuantizeReport, *, strict: bool) -> None:
+        """Everything but the tensors: index, config, side files, card, manifest; then the folder gets its name.
+
+        Raises:
+            AccountingError: what was written is not what was planned; or, if `strict`, something was flagged.
+        """
+        run = self.run
+        report.tensors = [self.done.reports[d.tensor] for d in run.plan.decisions if d.tensor in self.done.reports]
+        report.files = self._writer.plan.files
+        report.acts = None if self.acts is None else {"choice": self.acts.choice, **asdict(self.acts)}
+        try:
+            self._complete(report)
+        except OSError as error:
+            raise written_error(error, self.work.result, "cannot be completed") from error
+        check_written(run.plan, report.tensors, _stored_bytes(self.work.result, report.files))
+        write_manifest(self.work.result, run.account.totals())
+        if strict and report.flagged:
+            refuse_flagged(report)
+        self.work.publish()
+
+    def _complete(self, report: QuantizeReport) -> None:
+        run, result = self.run, self.work.result
+        self._writer.sync()
+        self._writer.plan.write_index(result)
+        run.source.copy_side_files(result)
+        dtypes = (run.source.info(name).dtype for name in run.source.names())
+        config = skeleton.with_dtype(run.source.config, dtypes)
+        write_json(result / "config.json", {**config, "quantization_config": _config(run, report)})
+        write_card(result, report)
+
+
+def _stored_fields(decision: Decision, q: QTensor, sides: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors that a weight is stored as, by name."""
+    if is_plain(q.format):
+        values = q.fields["values"]
+        flip = decision.site is not None and decision.site.transposed
+        return {decision.tensor: values.transpose(-1, -2) if flip else values}
+    return {f"{decision.tensor}.{name}": value for name, value in {**q.fields, **sides}.items()}
+
+
+def _error_flags(decision: Decision, error: float) -> list[str]:
+    rule = decision.rule
+    assert rule is not None
+    if rule.prune != "none":
+        return []
+    return error_flags(error, get_format(rule.format), rule.fit, feedback=is_calibrated(rule.solver))
+
+
+def refuse_flagged(report: QuantizeReport) -> None:
+    """AccountingError that names the first flagged tensors."""
+    first = "; ".join(f"{t.tensor}: {', '.join(t.flags)}" for t in report.flagged[:5])
+    more = f" and {len(report.flagged) - 5} more" if len(report.flagged) > 5 else ""
+    hint = "without --strict the same command finishes at once; or keep these tensors with --ignore"
+    raise AccountingError(f"{len(report.flagged)} tensors are flagged: {first}{more}", where=report.source, hint=hint)
+
+
+def _stored_bytes(folder: Path, files: list[str]) -> dict[str, int]:
+    """What the files say that they hold, read back."""
+    return {name: info.nbytes for file in files for name, info in read_header(folder / file).items()}
+
+
+def _config(run: Run, report: QuantizeReport) -> dict[str, Any]:
+    entries = run.plan.entries(run.job.seed, auto="float" if report.acts is None else report.acts["choice"])
+    return {
+        "quant_method": QUANT_METHOD,
+        "version": VERSION,
+        "bitfold": __version__,
+        "formats": {e.format.name: e.format.describe() for e in entries.values()},
+        "tensors": {name: entry.to_dict() for name, entry in entries.items()},
+        "kept": {t.tensor: t.reason for t in report.tensors if t.format is None},
+        "unused": run.plan.unused(),
+        "recipe": report.recipe,
+        **({} if report.acts is None else {"activations": report.acts}),
+    }

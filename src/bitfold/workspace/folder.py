@@ -1,0 +1,144 @@
+"""Where a run keeps its work until the result is whole: `.NAME.partial` beside the folder NAME that is to be made.
+
+journal.jsonl    what is finished, see `Journal`
+result/          the folder to be; it gets its name last, in one step
+state/           what a calibrated run needs to go on: activations, token weights
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitfold.checkpoints.shards import written_error
+from bitfold.errors import CheckpointError
+from bitfold.version import __version__
+from bitfold.workspace.journal import NAME, Journal
+
+
+class Workspace:
+    """The folder of an unfinished run.
+
+    Args:
+        out: the folder to be made.
+        identity: what decides its bytes, see `Journal`.
+        restart: forget what an earlier run left.
+
+    `published` says that an earlier run finished, and only had no time to clean up.
+
+    Raises:
+        CheckpointError: `out` exists, or the work of another run is there.
+    """
+
+    def __init__(self, out: Path, identity: Mapping[str, Any], *, restart: bool = False) -> None:
+        self.out, self.folder = out, partial_of(out)
+        self.published = _published(out, self.folder) and not restart
+        if not self.published:
+            refuse_existing(out)
+        self.journal = Journal(self.folder, identity, restart=restart)
+        self.result, self.state = self.folder / "result", self.folder / "state"
+        try:
+            for folder in () if self.published else (self.result, self.state):
+                folder.mkdir(exist_ok=True)
+        except OSError as error:
+            self.journal.close()
+            raise written_error(error, self.folder, "cannot be made") from error
+
+    def publish(self) -> None:
+        """Give the result its name. From here on there is nothing to go on with."""
+        try:
+            self.journal.append({"kind": "done"})
+            self.journal.sync()
+            sync_folder(self.result)
+            if self.out.is_dir():
+                self.out.rmdir()
+            self.result.rename(self.out)
+            sync_folder(self.out.parent)
+        except OSError as error:
+            raise written_error(error, self.out, "cannot be given its name") from error
+        self.journal.discard()
+
+    def leave(self) -> bool:
+        """Close after a failure; work that is worth going on with stays. Says whether any does."""
+        if self.journal.resumed:
+            self.journal.close()
+            return True
+        self.journal.discard()
+        return False
+
+
+def partial_of(out: Path) -> Path:
+    """The workspace of an output folder."""
+    return out.with_name(f".{out.name}.partial")
+
+
+def _published(out: Path, folder: Path) -> bool:
+    """The result was moved to its name and the journal not yet removed."""
+    return (folder / NAME).is_file() and not (folder / "result").exists() and (out / "config.json").is_file()
+
+
+def refuse_existing(out: Path) -> None:
+    """CheckpointError when the output exists and is not an empty folder."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise CheckpointError("exists already", where=str(out), hint="choose another output folder, or remove it")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names durable; Windows has no such thing."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def size_of(folder: Path) -> int:
+    """Bytes on the disk of the files in a folder and below; 0 where there is none."""
+    if not folder.is_dir():
+        return 0
+    stats = [file.stat() for file in folder.rglob("*") if file.is_file()]
+    return sum(min(s.st_size, getattr(s, "st_blocks", s.st_size) * 512) for s in stats)
+
+
+def free_bytes(folder: Path) -> int:
+    """Room on the disk on which a folder is, or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+@cache
+def software() -> dict[str, str]:
+    """What decides bytes besides source and options: the code, the libraries, the instruction set."""
+    import transformers
+
+    return {
+        "bitfold": f"{__version__} {_digest_of_package()}",
+        "torch": str(torch.__version__),
+        "transformers": str(transformers.__version__),
+        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+    }
+
+
+def _digest_of_package() -> str:
+    """Of the sources and the native core: a changed method is another version, whatever its number."""
+    from bitfold.system import native
+
+    digest = hashlib.sha256()
+    folder = Path(__file__).parent
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
+    core = getattr(native.core(), "__file__", None)
+    if core is not None:
+        digest.update(Path(core).read_bytes())
+    return digest.hexdigest()[:16]

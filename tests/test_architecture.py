@@ -1,0 +1,128 @@
+"""The shape of the house: which way imports run, who may ask for a format's class, how long things get."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import bitfold
+
+PACKAGE = Path(bitfold.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# A room may import rooms of lower rank and itself, never those beside or above it. One line a room.
+RANK = {
+    "errors": 0,
+    "version": 0,
+    "system": 1,
+    "formats": 2,
+    "transforms": 2,
+    "text": 2,
+    "qtensor": 3,
+    "kernels": 4,
+    "methods": 4,
+    "nn": 5,
+    "recipes": 5,
+    "checkpoints": 6,
+    "models": 7,
+    "records": 7,
+    "workspace": 8,
+    "planning": 8,
+    "evaluation": 8,
+    "engine": 8,
+    "calibration": 9,
+    "reporting": 9,
+    "forecast": 10,
+    "run": 11,
+    "integrations": 11,
+    "cli": 12,
+    "__init__": 13,
+    "__main__": 13,
+}
+LONGEST_FILE, LONGEST_FUNCTION = 400, 60
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported_parts(path: Path) -> set[str]:
+    """First-level names of bitfold imported anywhere in the file, at the top or inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            module = node.module or ""
+            names = [f"bitfold.{alias.name}" for alias in node.names] if module == "bitfold" else [module]
+        else:
+            continue
+        parts = [name.split(".") for name in names]
+        found |= {p[1] if len(p) > 1 else "__init__" for p in parts if p[0] == "bitfold"}
+    return found
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_imports_run_one_way(path):
+    part = part_of(path)
+    assert part in RANK, f"{part} has no place in the architecture: give it a rank"
+    for other in imported_parts(path) - {part}:
+        if part in ("integrations", "cli", "__init__", "__main__") and other not in RANK:
+            continue  # `from bitfold import load`: a public name
+        assert other in RANK, f"{relative(path)} imports bitfold.{other}, which has no rank"
+        assert RANK[other] < RANK[part], f"{relative(path)} imports bitfold.{other}, which is not below it"
+
+
+def asks_for_the_format(node: ast.AST) -> bool:
+    """`something.format.name == ...` or `isinstance(format, ...)`: knowledge that belongs to formats/."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+        subject = node.args[0]
+        kind = ast.unparse(node.args[1])
+        return ast.unparse(subject).split(".")[-1] in ("format", "fmt") and kind not in ("str", "(str)")
+    if isinstance(node, ast.Compare):
+        sides = [ast.unparse(side) for side in (node.left, *node.comparators)]
+        return any(side.endswith(("format.name", "fmt.name")) for side in sides)
+    return False
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if part_of(f) != "formats"], ids=relative)
+def test_nobody_asks_which_format_it_is(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        assert not asks_for_the_format(node), f"{relative(path)}:{node.lineno}: {ast.unparse(node)}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_nothing_gets_long(path):
+    text = path.read_text(encoding="utf-8")
+    lines = text.count("\n")
+    assert lines <= LONGEST_FILE, f"{relative(path)} has {lines} lines"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= LONGEST_FUNCTION, f"{relative(path)}:{node.lineno}: {node.name} has {length} lines"
+
+
+def test_the_rules_see_what_they_forbid():
+    bad = ["isinstance(q.format, Trellis)", "q.format.name == 'int4'", "'nf4' != format.name", "isinstance(fmt, Grid)"]
+    for text in bad:
+        assert any(asks_for_the_format(node) for node in ast.walk(ast.parse(text))), text
+    for text in ["isinstance(format, str)", "format.bits == 4", "isinstance(x, Tensor)"]:
+        assert not any(asks_for_the_format(node) for node in ast.walk(ast.parse(text))), text
+
+
+@pytest.mark.parametrize("part", sorted({part_of(f) for f in FILES} - {"__init__", "__main__"}))
+def test_every_part_is_in_the_picture(part):
+    """docs/architecture.md names every module and package of the top level."""
+    page = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert f"{part}.py" in page or f"{part}/" in page, f"docs/architecture.md does not say where {part} is"
+
+
+def test_ranks_are_of_parts_that_exist():
+    assert set(RANK) == {part_of(f) for f in FILES}
