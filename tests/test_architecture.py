@@ -98,6 +98,23 @@ def test_nobody_asks_which_format_it_is(path):
         assert not asks_for_the_format(node), f"{relative(path)}:{node.lineno}: {ast.unparse(node)}"
 
 
+DECLARED = ("format", "fmt", "form", "coder", "solver", "scheme", "rule", "kernel", "transform")
+
+
+def feels_for_an_attribute(node: ast.AST) -> bool:
+    """`hasattr(format, ...)`, `getattr(coder, ..., None)`: what may be missing stands in the protocol, as None."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or not node.args:
+        return False
+    probes = node.func.id == "hasattr" or (node.func.id == "getattr" and len(node.args) == 3)
+    return probes and ast.unparse(node.args[0]).split(".")[-1].lstrip("_") in DECLARED
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_nobody_feels_for_attributes(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        assert not feels_for_an_attribute(node), f"{relative(path)}:{node.lineno}: {ast.unparse(node)}"
+
+
 @pytest.mark.parametrize("path", FILES, ids=relative)
 def test_nothing_gets_long(path):
     text = path.read_text(encoding="utf-8")
@@ -115,6 +132,10 @@ def test_the_rules_see_what_they_forbid():
         assert any(asks_for_the_format(node) for node in ast.walk(ast.parse(text))), text
     for text in ["isinstance(format, str)", "format.bits == 4", "isinstance(x, Tensor)"]:
         assert not any(asks_for_the_format(node) for node in ast.walk(ast.parse(text))), text
+    for text in ["hasattr(q.format, 'grid')", "getattr(coder, 'at_once', 0)", "getattr(self._coder, 'feed', None)"]:
+        assert any(feels_for_an_attribute(node) for node in ast.walk(ast.parse(text))), text
+    for text in ["hasattr(config, 'grid')", "getattr(format, name)"]:
+        assert not any(feels_for_an_attribute(node) for node in ast.walk(ast.parse(text))), text
 
 
 @pytest.mark.parametrize("part", sorted({part_of(f) for f in FILES} - {"__init__", "__main__"}))

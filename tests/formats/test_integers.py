@@ -17,7 +17,7 @@ from bitfold.methods.pruning import Fixed
 from bitfold.methods.quantize import quantize_tensor
 from bitfold.system import native
 
-INTEGERS = [name for name, f in FORMATS.items() if getattr(getattr(f, "grid", None), "uniform", False) and f.scale]
+INTEGERS = [name for name, f in FORMATS.items() if f.grid and f.grid.uniform and f.scale]
 SIDES = ["native", "torch"]
 DAMP = 0.01
 

@@ -49,7 +49,7 @@ def activations(m: int, k: int, seed: int = 1) -> torch.Tensor:
 
 def magnitude(q: QTensor) -> torch.Tensor:
     """Largest |weight| before zero points cancel, as float64 (n, 1)."""
-    params = q.format.load_params(q.fields, q.shape) if hasattr(q.format, "load_params") else None
+    params = q.format.load_params(q.fields, q.shape) if q.format.grid else None
     w = q.dequantize().double().abs().amax(1, keepdim=True)
     if params is None or params.zero_point is None:
         return w

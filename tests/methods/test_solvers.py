@@ -13,7 +13,7 @@ from bitfold.methods.hessian import Squares
 from bitfold.methods.quantize import quantize_tensor
 from bitfold.qtensor import rows_stack, split_rows
 
-COLUMN_FORMATS = [name for name, f in FORMATS.items() if hasattr(f, "coder")]
+COLUMN_FORMATS = [name for name, f in FORMATS.items() if f.coder]
 _TRELLIS = [name for name in COLUMN_FORMATS if name.startswith("trellis")]
 _FEW = ["int4-asym-g64", "int3", "nf4", "mxfp4", "int2-affine-g64", *_TRELLIS]
 
@@ -120,7 +120,7 @@ def test_dead_and_singular_hessians() -> None:
         quantize_tensor(w, "int4-g64", solver="ldlq", hessian=hessian * float("nan"))
 
 
-@pytest.mark.parametrize("name", [n for n in COLUMN_FORMATS if hasattr(get_format(n), "rescaled")])
+@pytest.mark.parametrize("name", [n for n in COLUMN_FORMATS if get_format(n).rescaled])
 def test_the_refit_changes_nothing_but_scales(name: str) -> None:
     """No row loses more than the rounding of its scales to 16 bits costs, and together they gain."""
     w, hessian = problem()

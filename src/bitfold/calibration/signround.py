@@ -164,7 +164,7 @@ class _Layer:
 def even(format: Any, where: str) -> Format:
     """The format, if its levels are evenly spaced: half a step must mean the same everywhere."""
     low, high = format.span
-    if format.scale is None or getattr(format, "grid", None) is None or format.grid.levels != high - low + 1:
+    if format.scale is None or format.grid is None or format.grid.levels != high - low + 1:
         raise FormatError(
             f"signround needs evenly spaced levels, which {format.name} has not", where=where, hint="int4-asym-g64"
         )

@@ -7,9 +7,8 @@ and scopes, and other codebooks: `int4-asym-g64`, `int3-row`, `fp8-e4m3-tensor`,
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from fractions import Fraction
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -21,31 +20,9 @@ from bitfold.formats.families.e8p import E8P, read_e8p
 from bitfold.formats.families.ggml import GGML
 from bitfold.formats.families.trellis import TRELLIS, read_trellis
 from bitfold.formats.grids import E2M1, E4M3, E5M2, E8M0, GRIDS, NF4, TERNARY, U8_SCALE, Grid, get_grid, ints, uints
-from bitfold.system.tensorinfo import TensorInfo
+from bitfold.formats.protocol import AnyFormat
 
 __all__ = ["FORMATS", "AnyFormat", "Fit", "Format", "Params", "Scale", "get_format", "read_description"]
-
-
-class AnyFormat(Protocol):
-    """The verbs of every format, whatever its class; nothing outside this package asks which class it is."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def bits(self) -> Fraction: ...
-    @property
-    def bpw(self) -> Fraction: ...
-    @property
-    def span(self) -> tuple[float, float]: ...
-    @property
-    def scale(self) -> Scale | None: ...
-    def layout(self, shape: tuple[int, ...]) -> dict[str, TensorInfo]: ...
-    def encode(self, w: torch.Tensor, params: Params | None) -> dict[str, torch.Tensor]: ...
-    def decode(self, fields: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor: ...
-    def decode_rows(
-        self, fields: Mapping[str, torch.Tensor], shape: tuple[int, ...], index: torch.Tensor
-    ) -> torch.Tensor: ...
-    def describe(self) -> dict[str, Any]: ...
 
 
 _ROW = (1, 0)
@@ -160,7 +137,7 @@ def rows_rescale(format: AnyFormat) -> bool:
     """Whether each row of a weight can be multiplied by a factor through its scales alone, the codes as they are."""
     scale = format.scale
     whole = scale is not None and (scale.block[0] != 1 or isinstance(scale.store, Grid))
-    return hasattr(format, "rescaled") and not whole
+    return format.rescaled is not None and not whole
 
 
 def read_description(name: str, description: Mapping[str, Any]) -> AnyFormat:
@@ -172,15 +149,22 @@ def read_description(name: str, description: Mapping[str, Any]) -> AnyFormat:
     known = FORMATS.get(name) or _parse(name)
     if known is not None and known.describe() == dict(description):
         return known
-    if description.get("family") == "grid":
-        return Format(name, get_grid(str(description["grid"])), _read_scale(description["scale"]))
-    if description.get("family") == "trellis":
-        return read_trellis(name, description)
-    if description.get("family") == "e8p":
-        return read_e8p(name, description)
-    if description.get("family") == "additive":
-        return read_additive(name, description)
-    raise FormatError(f"the checkpoint's format {name!r} is not known here", hint="a newer bitfold may read it")
+    reader = _READERS.get(str(description.get("family")))
+    if reader is None:
+        raise FormatError(f"the checkpoint's format {name!r} is not known here", hint="a newer bitfold may read it")
+    return reader(name, description)
+
+
+def _read_grid_format(name: str, description: Mapping[str, Any]) -> Format:
+    return Format(name, get_grid(str(description["grid"])), _read_scale(description["scale"]))
+
+
+_READERS: dict[str, Callable[[str, Mapping[str, Any]], AnyFormat]] = {
+    "grid": _read_grid_format,
+    "trellis": read_trellis,
+    "e8p": read_e8p,
+    "additive": read_additive,
+}
 
 
 def _read_scale(text: Mapping[str, Any] | None) -> Scale | None:

@@ -87,6 +87,13 @@ class Format:
     name: str
     grid: Grid
     scale: Scale | None = None
+    plain = False
+    code = books = magnitudes = None
+
+    @property
+    def levels(self) -> int:
+        """Different values of a code; a NaN is none."""
+        return sum(1 for point in set(self.grid.points) if point == point)
 
     @property
     def bits(self) -> Fraction:

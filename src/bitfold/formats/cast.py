@@ -24,7 +24,7 @@ class Cast:
     name: str
     dtype: torch.dtype
     plain = True
-    scale = None
+    scale = grid = levels = code = books = magnitudes = rescaled = None
 
     @property
     def bits(self) -> Fraction:
@@ -85,6 +85,8 @@ class CastCoder:
     format: Cast
     values: torch.Tensor
     step = 1
+    at_once = 0
+    feed = None
 
     def encode(self, w: torch.Tensor, start: int) -> torch.Tensor:
         """See `Coder`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -15,11 +16,15 @@ if TYPE_CHECKING:
 class Coder(Protocol):
     """Takes the columns of one weight from left to right, scales fixed beforehand.
 
-    One that can feed errors forward by itself has two more: `at_once`, how many columns it takes together (0: it
-    cannot), and `feed(columns: rounding.Fed)`, which codes them.
+    `at_once`: how many columns it codes together, the errors of each fed to the next, by `feed`; 0 = it cannot.
     """
 
-    step: int
+    @property
+    def step(self) -> int: ...
+    @property
+    def at_once(self) -> int: ...
+    @property
+    def feed(self) -> Callable[[rounding.Fed], None] | None: ...
 
     def encode(self, w: torch.Tensor, start: int) -> torch.Tensor:
         """Code the columns w (n, c) that begin at column `start`; returns what they decode to, float32 (n, c).

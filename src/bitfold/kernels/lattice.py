@@ -1,6 +1,6 @@
 """The native kernel for lattice weights (`e8p`): some rows at a time become bytes in the cache, multiplied there.
 
-A format shows that it is one by having `magnitudes`: the table that the low byte of its codes looks up.
+A format shows that it is one by its `magnitudes`: the table that the low byte of its codes looks up.
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ class State:
 def accepts(q: QTensor, act: str) -> bool:
     """Whether the native core is there and the weight is on a lattice."""
     on_cpu = all(field.device.type == "cpu" for field in q.fields.values())
-    lattice = len(q.shape) == 2 and hasattr(q.format, "magnitudes")
+    lattice = len(q.shape) == 2 and q.format.magnitudes is not None
     return lattice and on_cpu and hasattr(native.core(), "LatticeWeight")
 
 
 def prepack(q: QTensor, act: str) -> State:
     """Nothing is copied but the scales, where nothing readable lies behind them."""
-    core, format = native.core(), q.format
+    core, magnitudes = native.core(), q.format.magnitudes
     assert core is not None
-    table: Tensor = format.magnitudes()  # type: ignore[attr-defined]
+    assert magnitudes is not None
+    table = magnitudes()
     codes, scale = q.fields["codes"].contiguous(), with_slack(q.fields["scale"].contiguous())
     weight = core.LatticeWeight(codes.data_ptr(), *q.shape, scale.data_ptr(), table.data_ptr())
     return State(q, act, weight, (codes, scale, table))

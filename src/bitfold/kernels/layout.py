@@ -1,9 +1,8 @@
 """What the native loops need to know of a weight, found out without asking which format it is.
 
 Any format made of a grid of at most 256 points, scales for rows (or runs of columns of a row) and perhaps zero points
-qualifies; it shows so by having `grid`, `blocks` and `load_params`. So does a trellis, by having a `code`: columns and
-a table. The codes stay where they are: the loops read the canonical layout. Scales and zero points become one bfloat16
-or float32 array each.
+qualifies; it shows so by its `grid`. So does a trellis, by its `code`: columns and a table. The codes stay where they
+are: the loops read the canonical layout. Scales and zero points become one bfloat16 or float32 array each.
 """
 
 from __future__ import annotations
@@ -11,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from bitfold.formats import packing
+from bitfold.formats import Format, packing
+from bitfold.formats.families.viterbi import TrellisCode
+from bitfold.formats.grids import Grid
 from bitfold.qtensor import QTensor
 
 _STEP = 64  # columns that the widest instruction set takes at a time
@@ -82,23 +83,21 @@ def read_points(points: Sequence[float], bits: int, *, zero: bool) -> Points | N
 
 def read_layout(q: QTensor) -> Layout | None:
     """The layout of a weight, or None if the native loops cannot multiply by it."""
-    form: Any = q.format
     if len(q.shape) != 2 or 0 in q.shape:
         return None
-    if hasattr(form, "code"):
-        return _trellis_layout(q)
-    return _grid_layout(q) if hasattr(form, "grid") and hasattr(form, "load_params") else None
+    if q.format.code is not None:
+        return _trellis_layout(q, q.format.code)
+    return _grid_layout(q, q.format.grid) if q.format.grid is not None else None
 
 
-def _trellis_layout(q: QTensor) -> Layout:
-    (n, k), code = q.shape, cast(Any, q.format).code
+def _trellis_layout(q: QTensor, code: TrellisCode) -> Layout:
+    n, k = q.shape
     tiles, scale = q.fields["tiles"].contiguous(), q.fields["scale"].contiguous()
     return Layout(n, k, code.bits, tiles, scale, None, 0, Points((), 128), code.columns, code.table)
 
 
-def _grid_layout(q: QTensor) -> Layout | None:
-    form: Any = q.format
-    grid = form.grid
+def _grid_layout(q: QTensor, grid: Grid) -> Layout | None:
+    form = cast(Format, q.format)  # what has a grid is one
     n, k = q.shape
     params = form.load_params(q.fields, q.shape)
     zero = None if params is None else params.zero_point

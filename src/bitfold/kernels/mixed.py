@@ -8,7 +8,6 @@ x W^T = x_near W^T + x_far W_far^T. Which columns those are is seen when the dat
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
@@ -34,9 +33,9 @@ def mixed_matmul(x: Tensor, q: QTensor, threshold: float, int8: Product, exact: 
     if bool(far.all()):
         return exact()(x)
     near = int8(x.masked_fill(far, 0))
-    take: Any = getattr(q.format, "decode_columns", None)
+    take = q.format.decode_columns
     if take is None:
         return near + exact()(x.masked_fill(~far, 0))
     columns = far.nonzero()[:, 0]
-    w: Tensor = take(q.fields, q.shape, columns)
+    w = take(q.fields, q.shape, columns)
     return near + x[:, columns].float() @ w.T

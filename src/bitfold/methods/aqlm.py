@@ -58,7 +58,7 @@ def aqlm(
         FormatError: the format has no codebooks.
         WeightError: the Hessian is not finite, or singular whatever the damping.
     """
-    if getattr(format, "books", None) is None:
+    if format.books is None:
         raise FormatError(f"{format.name} has no codebooks", hint="use aqlm-2x8 or its like, or another solver")
     started = ldlq(w, hessian, format, fit, damp=damp)
     if hessian is None or rounds == 0:

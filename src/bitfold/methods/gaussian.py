@@ -114,15 +114,7 @@ def _key(format: AnyFormat) -> str:
 def _row(format: AnyFormat, sqnr: float | None) -> FormatRow:
     low, high = format.span
     bpw = Fraction(format.bpw)
-    return FormatRow(format.name, float(format.bits), float(bpw), str(bpw), _levels(format), low, high, sqnr)
-
-
-def _levels(format: AnyFormat) -> int | None:
-    levels = getattr(format, "levels", None)
-    points = getattr(getattr(format, "grid", None), "points", None)
-    if points is not None:
-        levels = sum(1 for point in set(points) if point == point)
-    return None if levels is None else int(levels)
+    return FormatRow(format.name, float(format.bits), float(bpw), str(bpw), format.levels, low, high, sqnr)
 
 
 if __name__ == "__main__":

@@ -67,13 +67,13 @@ def ldlq(
         FormatError: the format has no column coder, or cannot hold the zeros of the pruner.
         WeightError: the Hessian is not finite, or singular whatever the damping.
     """
-    start = getattr(format, "coder", None)
+    start = format.coder
     if start is None:
         raise FormatError(f"{format.name} cannot be coded column by column", hint="use the solver rtn")
     w = w.detach().float()
     if hessian is None:
         coder = _begin(w, format, fit, start)
-        step = _at_once(coder) or coder.step
+        step = coder.at_once or coder.step
         for at in range(0, w.shape[1], step):
             coder.encode(w[:, at : at + step], at)
         return QTensor(format, tuple(w.shape), coder.fields())
@@ -85,11 +85,11 @@ def ldlq(
     for rows in pieces:  # rows do not know each other: memory holds the errors of some at a time
         coder = _begin(alive[rows], format, fit, start)
         grain = coder.step if pruner is None else max(coder.step, pruner.group)
-        step = 0 if _at_once(coder) else coder.step
+        step = 0 if coder.at_once else coder.step
         factors = factors or [_factored(c, h, damp, step, grain * by_energy) for c, h in squares(hessian)]
         decoded = _coded(alive[rows], factors, coder, pruner)
         fields = coder.fields()
-        if refit and hasattr(format, "rescaled"):
+        if refit and format.rescaled is not None:
             fields = format.rescaled(fields, _best_scale(w[rows], decoded, hessian))
         found.append(fields)
     fields = found[0] if len(found) == 1 else {name: torch.cat([f[name] for f in found]) for name in found[0]}
@@ -109,12 +109,6 @@ def gptq(
 ) -> QTensor:
     """`ldlq` in GPTQ's activation order: the columns of the largest inputs first, scales chosen beforehand."""
     return ldlq(w, hessian, format, fit, seed=seed, damp=damp, by_energy=True, refit=refit, pruner=pruner)
-
-
-def _at_once(coder: Any) -> int:
-    """Columns that it codes by itself, errors fed from one to the next; see `Coder`."""
-    columns: int = getattr(coder, "at_once", 0)
-    return columns
 
 
 def _begin(w: torch.Tensor, format: AnyFormat, fit: Fit, start: Callable[..., Coder]) -> Coder:
@@ -179,13 +173,13 @@ class _Feedback:
         if pruner is not None and right - left <= max(pruner.span, step):
             self._prune(slice(left, right), pruner)
             pruner = None
-        if pruner is None and right - left <= _at_once(self._coder):
+        if pruner is None and right - left <= self._coder.at_once:
             self._feed(slice(left, right))
             return
         if right - left <= step:
             self._code(slice(left, right))
             return
-        grain = max(step, _at_once(self._coder) if pruner is None else pruner.group)
+        grain = max(step, self._coder.at_once if pruner is None else pruner.group)
         middle = left + (right - left + grain) // (2 * grain) * grain
         self.run(left, middle, pruner)
         self._carried[middle:right].addmm_(self._lower[middle:right, left:middle], self._error[left:middle])
@@ -202,7 +196,9 @@ class _Feedback:
     def _feed(self, part: slice) -> None:
         kept = None if self._kept is None else self._kept[part]
         target, carried, decoded, error = (t[part] for t in (self._target, self._carried, self.decoded, self._error))
-        self._coder.feed(Fed(self._order[part], self._lower[part, part], target, carried, kept, decoded, error))
+        feed = self._coder.feed
+        assert feed is not None  # at_once is not 0
+        feed(Fed(self._order[part], self._lower[part, part], target, carried, kept, decoded, error))
         if kept is not None and bool((decoded[~kept] != 0).any()):
             raise no_zeros()
 

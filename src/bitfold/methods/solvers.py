@@ -77,7 +77,7 @@ def is_feedback(name: str) -> bool:
 def misfit(name: str, format: AnyFormat) -> str | None:
     """Why the solver of that name cannot make codes of that format, in words; None if it can."""
     attribute, words = _NEEDS.get(name.partition(":")[0], ("name", ""))
-    return None if hasattr(format, attribute) else f"{format.name} {words}"
+    return None if getattr(format, attribute) is not None else f"{format.name} {words}"
 
 
 def _damping(text: str) -> float:

@@ -181,7 +181,7 @@ def in_basis(w: torch.Tensor, site: Site, transform: Transform | None) -> torch.
 
 def is_plain(format: AnyFormat) -> bool:
     """Whether the format is an ordinary float dtype, stored as an ordinary tensor."""
-    return bool(getattr(format, "plain", False))
+    return format.plain
 
 
 def _numel(site: Site) -> int:

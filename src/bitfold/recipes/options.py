@@ -76,7 +76,7 @@ def choose_recipe(
 
 def _fit_of(choices: Mapping[str, str], format: str) -> dict[str, str]:
     """With error feedback and levels so fine that rounding hardly counts, what is clipped counts (docs/log.md)."""
-    grid = getattr(get_format(format), "grid", None)
+    grid = get_format(format).grid
     fine = grid is not None and grid.uniform and grid.levels >= _FINE
     plain = is_feedback(choices.get("solver", "rtn")) and choices.get("transform", "none") == "none"
     return {"fit": "minmax"} if fine and plain else {}

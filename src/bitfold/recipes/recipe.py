@@ -57,7 +57,7 @@ class Rule:
         try:
             if self.match.startswith("re:"):
                 re.compile(self.match[3:])
-            plain = self.format != KEEP and getattr(get_format(self.format), "plain", False)
+            plain = self.format != KEEP and get_format(self.format).plain
             get_solver(self.solver)
             get_fit(self.fit)
         except (re.error, OverflowError, RecursionError) as error:

@@ -43,6 +43,8 @@ class Additive:
     name: str
     books: int
     code_bits: int
+    plain = False
+    grid = levels = code = magnitudes = decode_columns = None
 
     @property
     def bits(self) -> Fraction:
@@ -155,6 +157,8 @@ class BookCoder:
     """
 
     step = WIDTH
+    at_once = 0
+    feed = None
 
     def __init__(self, format: Additive, books: Tensor, scale: Tensor, width: int) -> None:
         self._format, self._stored = format, scale

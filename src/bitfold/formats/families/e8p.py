@@ -180,6 +180,8 @@ class E8PFormat:
     """
 
     name: str = "e8p"
+    plain = False
+    grid = levels = code = books = decode_columns = None
 
     @property
     def bits(self) -> Fraction:
@@ -286,6 +288,8 @@ class BlockCoder:
     """
 
     step = BLOCK
+    at_once = 0
+    feed = None
 
     def __init__(self, format: E8PFormat, scale: Tensor, width: int) -> None:
         self._stored, self._scale = scale, scale.float()

@@ -43,6 +43,8 @@ class Ggml:
     split: Callable[[Tensor], L.Parts]
     write: Callable[[Tensor], Tensor] | None
     levels: int
+    plain = False
+    grid = code = books = magnitudes = coder = rescaled = decode_columns = None
 
     @property
     def bits(self) -> Fraction:

@@ -45,6 +45,8 @@ class Trellis:
 
     name: str
     code: TrellisCode
+    plain = False
+    grid = books = magnitudes = decode_columns = None
 
     @property
     def bits(self) -> Fraction:
@@ -220,6 +222,8 @@ class TileCoder:
     """
 
     step = TILE_COLS
+    at_once = 0
+    feed = None
 
     def __init__(self, format: Trellis, scale: Tensor, width: int) -> None:
         self._format, self._scale = format, scale

@@ -1,0 +1,94 @@
+"""What every format can do, and what some can: the one face that the rest of the house sees.
+
+Nothing outside `formats/` asks which class a format is, nor feels for attributes: what only some formats have is
+declared here, and is None where there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from bitfold.formats.base import Params, Scale
+from bitfold.formats.columns import Coder
+from bitfold.formats.grids import Grid
+from bitfold.system.tensorinfo import TensorInfo
+
+if TYPE_CHECKING:
+    from bitfold.formats.families.viterbi import TrellisCode
+
+Fields = Mapping[str, Tensor]
+Shape = tuple[int, ...]
+
+
+class AnyFormat(Protocol):
+    """A number format: `name` and exact `bits` of a code, `bpw` of a weight, `span` at scale 1; bytes <-> numbers."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def bits(self) -> Fraction: ...
+    @property
+    def bpw(self) -> Fraction: ...
+    @property
+    def span(self) -> tuple[float, float]: ...
+    def layout(self, shape: Shape) -> dict[str, TensorInfo]: ...
+    def encode(self, w: Tensor, params: Params | None) -> dict[str, Tensor]: ...
+    def decode(self, fields: Fields, shape: Shape) -> Tensor: ...
+    def decode_rows(self, fields: Fields, shape: Shape, index: Tensor) -> Tensor: ...
+    def describe(self) -> dict[str, Any]: ...
+
+    # What a format is made of.
+    @property
+    def plain(self) -> bool:
+        """Whether its one field `values` is an ordinary tensor, which any program can read."""
+        ...
+
+    @property
+    def scale(self) -> Scale | None:
+        """Scales that a fit chooses; None where there are none, or the format chooses its own."""
+        ...
+
+    @property
+    def grid(self) -> Grid | None:
+        """The number that each code means; then the format is a `Format`, with everything that has."""
+        ...
+
+    @property
+    def levels(self) -> int | None:
+        """How many different values a weight can have at a given scale; None where codes name vectors."""
+        ...
+
+    @property
+    def code(self) -> TrellisCode | None:
+        """The code of a trellis."""
+        ...
+
+    @property
+    def books(self) -> int | None:
+        """How many additive codebooks a weight has."""
+        ...
+
+    @property
+    def magnitudes(self) -> Callable[[], Tensor] | None:
+        """The table that the low byte of a lattice's codes looks up."""
+        ...
+
+    # What it can do beyond the verbs.
+    @property
+    def coder(self) -> Callable[[Tensor, Params | None], Coder] | None:
+        """(w (n, k), scales) -> what codes its columns from left to right, for error feedback."""
+        ...
+
+    @property
+    def rescaled(self) -> Callable[[Fields, Tensor], dict[str, Tensor]] | None:
+        """(fields, factor (n, 1)) -> fields with the same codes and each row's scale times its factor."""
+        ...
+
+    @property
+    def decode_columns(self) -> Callable[[Fields, Shape, Tensor], Tensor] | None:
+        """(fields, shape (n, k), index) -> float32 columns (n, len(index)), the others not decoded."""
+        ...
