@@ -15,7 +15,7 @@ from bitfold.recipes.recipe import Rule
 from bitfold.transforms import Hadamard
 from bitfold.transforms.activations import Act, read_act
 
-COLUMNS = [name for name, f in FORMATS.items() if hasattr(f, "decode_columns")]
+COLUMNS = [name for name, f in FORMATS.items() if f.decode_columns]
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
