@@ -23,6 +23,7 @@ from bitfold.errors import ModelError, UsageError, WeightError
 from bitfold.kernels.activations import quantize_tokens
 from bitfold.methods.hessian import ALIGNED
 from bitfold.models import skeleton
+from bitfold.models.opening import open_skeleton
 from bitfold.models.sites import EMBEDDING, EXPERTS
 from bitfold.models.swap import transform_of
 from bitfold.nn import set_tensor
@@ -343,7 +344,7 @@ def _inputs(
 
 def _whole(source: Source, reader: _Reader) -> nn.Module:
     """The original model in float32."""
-    model = skeleton.of_config(source.config, str(source.path), dtype=torch.float32)
+    model = open_skeleton(source, dtype=torch.float32)
     assert model is not None
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:

@@ -15,6 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitfold.checkpoints.bitfold_folder import QUANT_METHOD
 from bitfold.checkpoints.schema import read_entries
+from bitfold.models.opening import untie_stored
 from bitfold.models.skeleton import retie
 from bitfold.models.swap import swap_entries
 from bitfold.nn import QWeight
@@ -41,7 +42,9 @@ class BitfoldQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        entries = read_entries(self.quantization_config.to_dict())
+        config = self.quantization_config.to_dict()
+        entries = read_entries(config)
+        untie_stored(model, [*entries, *config.get("kept", ())])
         retie(model)
         swap_entries(model, entries)
         tied = model.all_tied_weights_keys

@@ -14,6 +14,7 @@ from bitfold.checkpoints.safetensors import read_config
 from bitfold.checkpoints.schema import Entry, read_entries
 from bitfold.errors import CheckpointError, ModelError
 from bitfold.models import skeleton
+from bitfold.models.opening import untie_stored
 from bitfold.models.sites import find_sites
 from bitfold.models.swap import swap_entries
 
@@ -54,6 +55,7 @@ def load_folder(folder: Path, *, module: nn.Module | None = None, dtype: torch.d
         )
     entries = read_entries(config)
     model = module if module is not None else _skeleton(folder, dtype)
+    untie_stored(model, [*entries, *config.get("kept", ())])
     swap_entries(model, entries)
     assign(model, folder, entries, unused=set(config.get("unused", ())), dtype=dtype)
     _finish(model, folder, config)

@@ -70,8 +70,18 @@ def map_names(names: Iterable[str], model: nn.Module | None) -> list[Target]:
     targets: dict[str, Target] = {}
     for name in sorted(names, key=_natural):
         _add(targets, name, stored, renamings, converters, str(model.base_model_prefix))
+    _stored_under_aliases(targets, model)
     _check_complete(targets, stored, model, have)
     return list(targets.values())
+
+
+def _stored_under_aliases(targets: dict[str, Target], model: nn.Module) -> None:
+    """Where an alias alone is stored, it is the tensor that the others are tied to: the first of them."""
+    made = {name: target for target in targets.values() for name in target.names}
+    for alias, main in tied_names(model).items():
+        if main not in made and alias in made and made[alias].converter is None:
+            made[main] = made.pop(alias)
+            made[main].names[:] = [main]
 
 
 def _add(
@@ -117,17 +127,14 @@ def _conversions(model: Any) -> tuple[list[Any], list[Any]]:
 def _check_complete(
     targets: Mapping[str, Target], stored: Mapping[str, Any], model: nn.Module, have: Mapping[str, Any]
 ) -> None:
+    tied = tied_names(model)
     made = {name for target in targets.values() for name in target.names}
+    made |= {main for alias, main in tied.items() if alias in made}
+    expected = {*made, *tied}
     ignore = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_missing", None) or []]
     missing = [
-        name
-        for name in stored
-        if name in have and name not in {*made, *tied_names(model)} and not any(p.search(name) for p in ignore)
+        name for name in stored if name in have and name not in expected and not any(p.search(name) for p in ignore)
     ]
-    # A tied weight may be stored under its alias.
-    for alias, name in tied_names(model).items():
-        if name in missing and alias in made:
-            missing.remove(name)
     if missing:
         raise ModelError(
             f"the checkpoint lacks {len(missing)} tensors of {type(model).__name__}, the first is {missing[0]}",

@@ -217,13 +217,14 @@ def _stream(path: Path, dtype: torch.dtype) -> nn.Module | None:
     from bitfold.checkpoints import open_source
     from bitfold.models import skeleton
     from bitfold.models.mapping import map_names
+    from bitfold.models.opening import open_skeleton
 
     source = open_source(path)
     try:
         names = source.config.get("architectures") or [""]
         model: Any = None
         if names[0].endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM")) and not source.config.get(_QUANTIZED):
-            model = skeleton.of_config(source.config, str(path), dtype=dtype)
+            model = open_skeleton(source, dtype=dtype)
         if model is None:
             return None
         for target in map_names(source.names(), model):

@@ -152,6 +152,17 @@ def retie(model: nn.Module) -> None:
         model.get_submodule(owner)._parameters[name] = model.get_parameter(target)
 
 
+def untie(model: Any, alias: str) -> None:
+    """Give a tied parameter of a skeleton a place of its own; `tied_names` does not have it any more."""
+    model.all_tied_weights_keys.pop(alias)
+    owner, _, name = alias.rpartition(".")
+    module = model.get_submodule(owner)
+    for kind in (module._parameters, module._buffers):
+        if (tied := kind.get(name)) is not None:
+            fresh = torch.empty_like(tied)
+            kind[name] = nn.Parameter(fresh, requires_grad=tied.requires_grad) if kind is module._parameters else fresh
+
+
 def tied_names(model: nn.Module) -> dict[str, str]:
     """Tied parameters of a transformers model: name -> the name that is stored."""
     tied = getattr(model, "all_tied_weights_keys", None)

@@ -17,7 +17,7 @@ from bitfold.checkpoints import Source
 from bitfold.formats import get_format
 from bitfold.methods.anomalies import Zeros
 from bitfold.models.swap import in_basis, is_plain, quantize_site_tensor, transform_of
-from bitfold.planning.plan import Decision, Item, Plan
+from bitfold.planning.plan import Decision, Item
 from bitfold.qtensor import QTensor, rows_stack
 from bitfold.records.run_report import relative_parts
 
@@ -72,31 +72,6 @@ def quantize_pieces(source: Source, item: Item, decision: Decision, seed: int) -
     whole = QTensor(found[0].format, decision.info.shape, fields)
     assert not is_plain(whole.format) or "values" in fields
     return whole, loss / norm if norm > 0 else 0.0, zeros.flags()
-
-
-def untrue_ties(source: Source, plan: Plan) -> dict[str, list[str]]:
-    """Tensors to which others are tied that lie in the source with other values: by name, those others.
-
-    The model class uses one of the two, whatever the checkpoint holds; a difference is a mistake of whoever wrote it.
-    """
-    stored = {name: item.target for item in plan.items for name in item.decisions if item.target.converter is None}
-    found: dict[str, list[str]] = {}
-    for decision in plan.decisions:
-        main = decision.alias_of
-        if main is None or main not in stored or decision.tensor not in stored:
-            continue
-        names = [stored[name].sources[0] for name in (main, decision.tensor)]
-        if source.info(names[0]) != source.info(names[1]) or not _equal(source, names[0], names[1]):
-            found.setdefault(main, []).append(decision.tensor)
-    return found
-
-
-def _equal(source: Source, one: str, other: str) -> bool:
-    reader: Any = source
-    if not hasattr(source, "read_rows"):
-        return torch.equal(reader.read(one), reader.read(other))
-    rows = (torch.arange(*bounds) for bounds in ranges(source.info(one).shape))
-    return all(torch.equal(reader.read_rows(one, r), reader.read_rows(other, r)) for r in rows)
 
 
 def _matrices(w: torch.Tensor, q: QTensor) -> tuple[list[torch.Tensor], list[QTensor]]:

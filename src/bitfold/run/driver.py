@@ -23,7 +23,7 @@ from bitfold.checkpoints.safetensors import digest_of
 from bitfold.errors import CheckpointError, UsageError
 from bitfold.forecast.ceiling import Economist, Economy
 from bitfold.forecast.preflight import Asked, preflight, refuse_impossible
-from bitfold.models import skeleton
+from bitfold.models.opening import open_skeleton
 from bitfold.planning.accounting import account_for
 from bitfold.planning.auto import choose
 from bitfold.planning.plan import Plan, blank_report, make_plan
@@ -209,7 +209,7 @@ def _open_model(source: Source) -> nn.Module | None:
             where=str(source.path),
             hint="quantize the original; quantizing twice loses twice",
         )
-    model = skeleton.of_config(source.config, str(source.path))
+    model = open_skeleton(source)
     if model is None:
         warnings.warn(
             f"transformers does not have the class {source.config.get('architectures')}: what a tensor is, is judged"

@@ -32,7 +32,7 @@ from bitfold.models import skeleton
 from bitfold.models.swap import in_basis, is_plain, quantize_site_tensor, transform_of
 from bitfold.planning.accounting import Account, check_written
 from bitfold.planning.plan import Decision, Item, Plan
-from bitfold.planning.row_slices import in_pieces, quantize_pieces, read_pieces, untrue_ties
+from bitfold.planning.row_slices import in_pieces, quantize_pieces, read_pieces
 from bitfold.qtensor import QTensor
 from bitfold.recipes.recipe import Recipe
 from bitfold.records.card import write_card
@@ -94,7 +94,6 @@ class Writing:
         self._writer = PlannedWriter(work.result, plan_shards(run.plan.stored(), run.job.max_shard_bytes))
         self.done = Finished()
         self.ceiling = Ceiling(None)
-        self._untrue = untrue_ties(run.source, run.plan)
         self.acts: ActReport | None = None
 
     def tensors(self) -> None:
@@ -228,9 +227,6 @@ class Writing:
 
     def _note(self, decision: Decision, hashes: dict[str, str], nbytes: int, facts: dict[str, Any]) -> TensorReport:
         """In the journal, and to whom it may concern."""
-        if others := self._untrue.get(decision.tensor):
-            flag = f"{', '.join(others)} is tied to it, and stored with other values, which are not used"
-            facts = {**facts, "flags": (*facts.get("flags", ()), flag)}
         report = decision.report(nbytes, **facts)
         self.work.journal.append(
             {"kind": "tensor", "tensor": decision.tensor, "hashes": hashes, "report": asdict(report)}
