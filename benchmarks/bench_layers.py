@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bitfold.calibration import Statistics, calibration_tokens
-from bitfold.calibration.shared_input import Group, Solved, solve_group
+from bitfold.calibration.shared_input import SharedInput, Solved, solve_group
 from bitfold.errors import BitfoldError
 from bitfold.models.sites import Site, find_sites
 from bitfold.planning.plan import Decision
@@ -50,7 +50,9 @@ def solved(model: Any, site: Site, statistics: Statistics, method: str, bits: in
     info = TensorInfo(w.dtype, tuple(w.shape))
     own = Statistics(*(v.clone() if isinstance(v, torch.Tensor) else v for v in vars(statistics).values()))
     started = time.process_time()
-    (found,) = solve_group(Group(model, [Decision(site.tensor, info, site, rule, method)], [own]), drift=0.0, seed=0)
+    (found,) = solve_group(
+        SharedInput(model, [Decision(site.tensor, info, site, rule, method)], [own]), drift=0.0, seed=0
+    )
     spent = time.process_time() - started
     model.get_parameter(site.tensor).data.copy_(w)
     assert isinstance(found, Solved)

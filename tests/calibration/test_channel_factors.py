@@ -24,7 +24,15 @@ from bitfold.methods.rtn import rtn
 from bitfold.models import skeleton
 from bitfold.models.folding import find_folds, folded_norm, scales_with_weight
 from bitfold.recipes.recipe import Recipe, Rule
-from bitfold.transforms import Diagonal, Hadamard, Transform, Wish, read_transform, read_wish, smooth_scale
+from bitfold.transforms import (
+    Diagonal,
+    Hadamard,
+    Transform,
+    TransformSpec,
+    read_transform,
+    smooth_scale,
+    transform_spec,
+)
 
 OUTLIER, FACTOR = 7, 60.0
 
@@ -67,7 +75,7 @@ def test_the_search_never_loses_and_finds_what_matters() -> None:
     x[:, ::16] *= 30
     w = torch.randn(48, 128)
     known, format = statistics(x), get_format("int3-g64")
-    scale = find_factors(Wish("awq"), [w[:20], w[20:]], known, format)
+    scale = find_factors(TransformSpec("awq"), [w[:20], w[20:]], known, format)
     assert scale is not None
     assert float(scale[::16].max()) < float(scale[1::16].min())
 
@@ -77,7 +85,7 @@ def test_the_search_never_loses_and_finds_what_matters() -> None:
         return float(((w - back) @ x.T).square().sum())
 
     assert loss(Diagonal.stored(scale)) < 0.6 * loss(None)
-    assert find_factors(Wish("awq"), [w], Statistics(known.hessian, known.cross, 400), format) is None
+    assert find_factors(TransformSpec("awq"), [w], Statistics(known.hessian, known.cross, 400), format) is None
 
 
 # Norms, and pairs of linear layers: value and output projection where each head has its own values, up and down.
@@ -252,10 +260,10 @@ def test_awq_beats_rounding(outlier: Path, tmp_path: Path) -> None:
 
 def test_nonsense() -> None:
     """Names of transforms."""
-    assert read_wish("smooth:0.85") == Wish("smooth", 0.85)
+    assert transform_spec("smooth:0.85") == TransformSpec("smooth", 0.85)
     for text in ("smoth", "smooth:2", "smooth:", "awq:0.5", "hadamard:3"):
         with pytest.raises(UsageError):
-            read_wish(text)
+            transform_spec(text)
     with pytest.raises(RecipeError, match="without a rotation"):
         Rule("*", "int8", transform="hadamard", act="int8-static")
     with pytest.raises(UsageError, match="needs calibration"):

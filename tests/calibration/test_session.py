@@ -17,7 +17,7 @@ import bitfold
 import tiny_lm
 from bitfold import Calibration
 from bitfold.calibration import BlockWalk, Statistics, calibration_tokens, fisher, token_weights
-from bitfold.calibration.probe import ActReport
+from bitfold.calibration.probe import ActivationCost
 from bitfold.errors import BitfoldError, UsageError
 
 SHORT: dict[str, Any] = {"nsamples": 6, "seqlen": 48}
@@ -245,7 +245,7 @@ def test_finished_parts_answer_from_memory(source: Path, monkeypatch: pytest.Mon
         return found, walk.streams["quantized"][0], calls
 
     with monkeypatch.context() as patch:
-        patch.setattr("bitfold.calibration.finished.Finished.replay", lambda *_: None)
+        patch.setattr("bitfold.calibration.finished.AnswerReplay.replay", lambda *_: None)
         slow = measure()
     fast = measure()
     assert all(torch.equal(a, b) for a, b in zip(fast[0], slow[0], strict=True))
@@ -301,9 +301,9 @@ def test_the_probe_measures_int8_activations(family: str) -> None:
 
 def test_the_choice_of_activations() -> None:
     """int8 is taken where it costs at most a twentieth more."""
-    assert ActReport(0.1, 0.1049, 10).choice == "int8"
-    assert ActReport(0.1, 0.1051, 10).choice == "float"
-    assert ActReport(float("nan"), float("nan"), 10).choice == "float"
+    assert ActivationCost(0.1, 0.1049, 10).choice == "int8"
+    assert ActivationCost(0.1, 0.1051, 10).choice == "float"
+    assert ActivationCost(float("nan"), float("nan"), 10).choice == "float"
 
 
 def test_activations_left_to_measurement(source: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 import bitfold
 import tiny_lm
 from bitfold import Calibration
-from bitfold.calibration import Whole
+from bitfold.calibration import TuningBlock
 from bitfold.calibration.one_layer import solve
 from bitfold.calibration.signround import tune
 from bitfold.errors import BitfoldError, FormatError, RecipeError, UsageError
@@ -159,7 +159,7 @@ def test_signround_learns_and_never_loses(format: str, most: float) -> None:
     block[0].weight, block[2].weight = (nn.Parameter(q.dequantize()) for q in start)
     before = loss()
     block[0].weight, block[2].weight = original
-    whole = Whole(block, lambda _i, x: block(x), windows, targets)
+    whole = TuningBlock(block, lambda _i, x: block(x), windows, targets)
     rule = Rule("*", format, "signround:120")
     found = list(tune(whole, {"0": decision("0", block[0], rule), "2": decision("2", block[2], rule)}, seed=0))
     assert loss() < most * before
@@ -176,7 +176,7 @@ def test_signround_keeps_a_start_that_cannot_be_improved() -> None:
     layer.weight = nn.Parameter(q.dequantize())
     windows = [torch.randn(20, 32) for _ in range(3)]
     targets = [layer(x).detach() for x in windows]
-    whole = Whole(nn.ModuleDict({"a": layer}), lambda _i, x: layer(x), windows, targets)
+    whole = TuningBlock(nn.ModuleDict({"a": layer}), lambda _i, x: layer(x), windows, targets)
     rule = Rule("*", "int4-g32", "signround:5", fit="absmax")
     ((_, found, _),) = tune(whole, {"a": decision("a", layer, rule)}, seed=0)
     assert torch.equal(found.dequantize(), q.dequantize())

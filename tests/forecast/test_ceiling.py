@@ -30,7 +30,7 @@ from bitfold.forecast.ceiling import NARROWEST
 from bitfold.formats import get_format
 from bitfold.methods.fits import get_fit
 from bitfold.methods.gptq import ldlq, proxy_loss
-from bitfold.methods.hessian import Squares, column_ranges, product, squares
+from bitfold.methods.hessian import BlockDiagonal, column_ranges, diagonal_blocks, product
 from bitfold.methods.quantize import quantize_tensor
 from bitfold.system import memory
 from bitfold.workspace.folder import partial_of
@@ -88,7 +88,7 @@ def test_ranges_of_columns() -> None:
 def test_ranges_are_a_block_diagonal_hessian(name: str) -> None:
     """The same codes as under the dense matrix with zeros between the squares."""
     w = torch.randn(40, 512, generator=torch.Generator().manual_seed(1))
-    known = Squares((correlated(256, 1), correlated(256, 2)))
+    known = BlockDiagonal((correlated(256, 1), correlated(256, 2)))
     dense = torch.block_diag(*known.parts)
     fit, format = get_fit("mse"), get_format(name)
     one, other = (ldlq(w, h, format, fit) for h in (known, dense))
@@ -103,9 +103,9 @@ def test_ranges_are_a_block_diagonal_hessian(name: str) -> None:
 def test_ranges_stand_alone(name: str, order: bool) -> None:
     """Each range is coded as a narrower layer is (factors that are refitted for whole rows apart)."""
     w = torch.randn(40, 512, generator=torch.Generator().manual_seed(1))
-    known = Squares((correlated(256, 1), correlated(256, 2)))
+    known = BlockDiagonal((correlated(256, 1), correlated(256, 2)))
     fit, format = get_fit("mse"), get_format(name)
-    parts = [ldlq(w[:, at], h, format, fit, by_energy=order).fields["codes"] for at, h in squares(known)]
+    parts = [ldlq(w[:, at], h, format, fit, by_energy=order).fields["codes"] for at, h in diagonal_blocks(known)]
     whole = ldlq(w, known, format, fit, by_energy=order).fields["codes"]
     assert torch.equal(whole, torch.cat(parts, 1))
 
@@ -120,10 +120,10 @@ def test_statistics_of_ranges_are_squares_of_the_whole() -> None:
     whole.add(x @ turn, f @ turn, weight)
     parts.add(x, f, weight)
     dense, known = whole.statistics(), parts.statistics()
-    assert known.turned
-    assert not dense.turned
+    assert known.in_basis
+    assert not dense.in_basis
     w = torch.randn(4, 512, generator=generator)
-    for at, h in squares(known.hessian):
+    for at, h in diagonal_blocks(known.hessian):
         assert torch.allclose(h, dense.hessian[at, at], atol=1e-4)
         alone = Statistics(h, dense.cross[at, at], 700).target(w[:, at], 0.7, damp=0.02)
         assert torch.allclose(known.target(w, 0.7, damp=0.02)[:, at], alone, atol=1e-3)
@@ -175,7 +175,7 @@ def test_a_run_in_ranges_is_the_library_s_solution(
     convert(tmp_path / "out", tmp_path / "plain", dtype="float32")
     x = down_inputs(tmp_path / "plain", calibration_tokens(source, str(source / "text.txt"), **TEXT))
     (w, hessian, codes), scale = seen[0], float(x.square().mean())
-    for at, h in squares(hessian):
+    for at, h in diagonal_blocks(hessian):
         assert at.stop - at.start <= NARROWEST
         assert torch.allclose(h, x[:, at].T @ x[:, at] / len(x), atol=1e-4 * scale)
         alone = quantize_tensor(w[:, at], "int4-g128", fit="mse", solver="gptq", hessian=h).fields["codes"]
@@ -247,7 +247,7 @@ def test_experts_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     measure = BlockWalk._measure_experts
 
     def counted(walk: BlockWalk, *args: Any) -> Any:
-        passes.append(walk._hessians)
+        passes.append(walk._hessian_bytes)
         return measure(walk, *args)
 
     monkeypatch.setattr(BlockWalk, "_measure_experts", counted)

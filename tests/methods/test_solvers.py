@@ -9,7 +9,7 @@ from bitfold.errors import WeightError
 from bitfold.formats import FORMATS, get_format
 from bitfold.methods.fits import get_fit
 from bitfold.methods.gptq import _coded, _diagonal_inverses, _factored, factor, ldlq, proxy_loss
-from bitfold.methods.hessian import Squares
+from bitfold.methods.hessian import BlockDiagonal
 from bitfold.methods.quantize import quantize_tensor
 from bitfold.qtensor import rows_stack, split_rows
 
@@ -155,7 +155,7 @@ def test_loss_is_the_quadratic_form(parts: tuple[int, ...]) -> None:
     blocks = [(x := torch.randn(2 * size, size)).T @ x / (2 * size) for size in parts]
     whole = torch.block_diag(*blocks).double()
     wanted = [float(((e.double() @ whole) * e.double()).sum()) for e in (w - q, w)]
-    hessian = blocks[0] if len(parts) == 1 else Squares(tuple(blocks))
+    hessian = blocks[0] if len(parts) == 1 else BlockDiagonal(tuple(blocks))
     rounding = 4 * k * torch.finfo(torch.float32).eps
     assert proxy_loss(w, q, hessian) == pytest.approx(wanted[0] / wanted[1], rel=rounding)
 

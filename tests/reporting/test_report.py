@@ -15,7 +15,7 @@ import pytest
 
 import tiny_lm
 from bitfold.errors import CheckpointError, UsageError
-from bitfold.evaluation.comparison import Run, compare, pareto, short_names
+from bitfold.evaluation.comparison import Candidate, compare, pareto, short_names
 from bitfold.records.record import add_to_record, read_record, write_record
 from bitfold.reporting import Measuring, gather, plots, save_plots, write_report
 from bitfold.reporting.charts import heat_map
@@ -59,7 +59,7 @@ def test_what_was_measured_is_kept_and_used(home: Path, runs: list[Path], monkey
     def never(*args: object, **kwargs: object) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("bitfold.models.model_ref.Subject.load", never)
+    monkeypatch.setattr("bitfold.models.model_ref.ModelRef.load", never)
     data = gather(runs, Measuring(str(home / "original"), prompts=("Line 1",)))
     assert data.comparison is not None
     assert [run.name for run in data.comparison.runs] == ["q2", "q4", "q8"]
@@ -83,8 +83,8 @@ def test_comparison_is_that_of_evaluate(home: Path, runs: list[Path]) -> None:
     assert again.setting == result.setting
 
 
-def run_of(size: int, kl: float) -> Run:
-    return Run(f"{size}", "", size, 4.0, 4.0, 10.0, kl, kl, kl, 0.9, 0.9, 1.0)
+def run_of(size: int, kl: float) -> Candidate:
+    return Candidate(f"{size}", "", size, 4.0, 4.0, 10.0, kl, kl, kl, 0.9, 0.9, 1.0)
 
 
 def test_the_front() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bitfold.calibration.fisher import token_weights
-from bitfold.calibration.statistics import Statistics, Wanted, Whole
+from bitfold.calibration.statistics import Statistics, TuningBlock, Wanted
 from bitfold.calibration.walk import BlockWalk
 from bitfold.text.tokens import calibration_tokens
 
-__all__ = ["BlockWalk", "Statistics", "Wanted", "Whole", "calibration_tokens", "token_weights"]
+__all__ = ["BlockWalk", "Statistics", "TuningBlock", "Wanted", "calibration_tokens", "token_weights"]

@@ -10,14 +10,14 @@ from bitfold.calibration import Statistics
 from bitfold.formats import AnyFormat
 from bitfold.methods.fits import minmax
 from bitfold.methods.rtn import rtn
-from bitfold.transforms import Diagonal, Wish, aware_scale, smooth_scale
+from bitfold.transforms import Diagonal, TransformSpec, aware_scale, smooth_scale
 
 RATIOS = 20  # exponents tried, from 0 on
 _ROWS = 1024  # of the weights that judge an exponent
 
 
 def find_factors(
-    wish: Wish, weights: Sequence[torch.Tensor], statistics: Statistics, format: AnyFormat
+    wish: TransformSpec, weights: Sequence[torch.Tensor], statistics: Statistics, format: AnyFormat
 ) -> torch.Tensor | None:
     """(k,) what activations are to be multiplied by; None where nothing is known of them, or nothing helps.
 
@@ -52,8 +52,8 @@ def _search(w: torch.Tensor, hessian: torch.Tensor, mean: torch.Tensor, format: 
 
 def _loss(w: torch.Tensor, scale: torch.Tensor | None, hessian: torch.Tensor, format: AnyFormat) -> float:
     transform = None if scale is None else Diagonal.stored(scale)
-    turned = w if transform is None else transform.weights(w)
-    q = rtn(turned, None, format, minmax).dequantize()
+    in_basis = w if transform is None else transform.weights(w)
+    q = rtn(in_basis, None, format, minmax).dequantize()
     lost = w - (q if transform is None else transform.inverse(q))
     return float(((lost @ hessian) * lost).sum(dtype=torch.float64))
 

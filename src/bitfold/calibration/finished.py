@@ -10,7 +10,7 @@ from torch import nn
 from bitfold.calibration.spill import Answers, Spill
 
 
-class Finished:
+class AnswerReplay:
     """Parts of a block (its attention, say) whose layers are all quantized: run once more, then their answers repeated.
 
     Samples always come in the same order, so an answer is found by counting.

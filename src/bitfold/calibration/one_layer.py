@@ -13,19 +13,19 @@ from bitfold.formats import get_format
 from bitfold.methods.clip import clip
 from bitfold.methods.fits import CALIBRATED_FITS, get_fit
 from bitfold.methods.gptq import MoreDamping, no_zeros
-from bitfold.methods.hessian import Moments, Squares
+from bitfold.methods.hessian import BlockDiagonal, Moments
 from bitfold.methods.pruning import Fixed, SparseGPT, read_sparsity, wanda_mask
 from bitfold.methods.solvers import get_solver, is_feedback
 from bitfold.qtensor import QTensor
 from bitfold.recipes.recipe import Rule
-from bitfold.transforms import read_wish
+from bitfold.transforms import transform_spec
 
 _ONLY = "only gptq and ldlq, with or without a rotation, take inputs in ranges"
 
 
 def takes_ranges(rule: Rule) -> bool:
     """Whether the inputs of a layer under this rule can be taken in ranges, see hessian.py."""
-    plain = rule.prune == "none" and rule.fit not in CALIBRATED_FITS and not read_wish(rule.transform).diagonal
+    plain = rule.prune == "none" and rule.fit not in CALIBRATED_FITS and not transform_spec(rule.transform).diagonal
     return plain and is_feedback(rule.solver)
 
 
@@ -50,7 +50,7 @@ def solve(
         BitfoldError: with the name.
     """
     format = get_format(rule.format)
-    if isinstance(hessian, Squares) and not takes_ranges(rule):
+    if isinstance(hessian, BlockDiagonal) and not takes_ranges(rule):
         raise UsageError("this rule needs the Hessian of all inputs", where=name, hint=_ONLY)
     fit = clip(hessian) if rule.fit in CALIBRATED_FITS and isinstance(hessian, torch.Tensor) else get_fit(rule.fit)
     with warnings.catch_warnings(record=True) as said:

@@ -25,7 +25,7 @@ Tail = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class ActReport:
+class ActivationCost:
     """KL from the original model in nats per token, with float and with int8 activations."""
 
     kl_float: float
@@ -77,7 +77,9 @@ class Probe:
                 handle.remove()
 
     @torch.no_grad()
-    def measure(self, original: Iterable[torch.Tensor], quantized: Iterable[torch.Tensor], tail: Tail) -> ActReport:
+    def measure(
+        self, original: Iterable[torch.Tensor], quantized: Iterable[torch.Tensor], tail: Tail
+    ) -> ActivationCost:
         """Both KLs, from the last block's outputs in the three streams.
 
         Args:
@@ -93,7 +95,7 @@ class Probe:
                     found = tail(stream[:, part]).float().log_softmax(-1)
                     sums[which] += float((target.exp() * (target - found)).sum())
                 tokens += len(target)
-        return ActReport(sums[0] / tokens, sums[1] / tokens, tokens)
+        return ActivationCost(sums[0] / tokens, sums[1] / tokens, tokens)
 
 
 def _before(rounding: Rounding) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitfold.calibration import BlockWalk, Wanted, Whole, calibration_tokens, token_weights
+from bitfold.calibration import BlockWalk, TuningBlock, Wanted, calibration_tokens, token_weights
 from bitfold.calibration.one_layer import takes_ranges
-from bitfold.calibration.probe import ActReport, Rounding
+from bitfold.calibration.probe import ActivationCost, Rounding
 from bitfold.calibration.resume import Bookmarks
-from bitfold.calibration.shared_input import Folded, Group, Solved, solve_group
+from bitfold.calibration.shared_input import Folded, SharedInput, Solved, solve_group
 from bitfold.calibration.signround import is_signround, tune
 from bitfold.calibration.walk import HESSIANS
 from bitfold.checkpoints import Source
@@ -101,8 +101,8 @@ def solve_blocks(
     seed: int,
     tokenizer: Path,
     bookmarks: Bookmarks | None = None,
-    hessians: int = HESSIANS,
-) -> Iterator[Solved | Folded | ActReport]:
+    hessian_bytes: int = HESSIANS,
+) -> Iterator[Solved | Folded | ActivationCost]:
     """Quantize every layer and stack of experts whose rule asks for calibration, block by block.
 
     Layers outside the blocks and layers that never ran are not yielded: they are left to the data-free path. What 8-bit
@@ -116,7 +116,7 @@ def solve_blocks(
         seed: of rotations, labels and text.
         tokenizer: folder of the tokenizer.
         bookmarks: where the run is noted, so that another process can go on with it.
-        hessians: bytes of the Hessians of experts in memory at a time.
+        hessian_bytes: bytes of the Hessians of experts in memory at a time.
 
     Raises:
         ModelError: no model class, so nothing can be run.
@@ -129,7 +129,7 @@ def solve_blocks(
     ids, weights = found or _inputs(source, reader, wanted, calibration, seed, tokenizer)
     if bookmarks is not None and found is None:
         bookmarks.keep_inputs(ids, weights)
-    walk = BlockWalk(model, reader, ids, weights, None if bookmarks is None else bookmarks.spill, hessians)
+    walk = BlockWalk(model, reader, ids, weights, None if bookmarks is None else bookmarks.spill, hessian_bytes)
     walk.start()
     undecided = {d.site.module: d for d in wanted.values() if d.site is not None and _undecided(d)}
     if undecided:
@@ -164,7 +164,7 @@ def _solve_block(
     known = partial(_statistics_of, wanted, calibration, seed)
     for group, statistics in walk.block(index, [n for n in layers if n not in tuned], stacks, tuner, known):
         decisions = [wanted.get(f"{name}.weight") or wanted[name] for name in group]
-        together = Group(walk.model, decisions, statistics, *_before(decisions, plan, waiting))
+        together = SharedInput(walk.model, decisions, statistics, *_before(decisions, plan, waiting))
         for one in solve_group(together, drift=calibration.drift, seed=seed, refit=calibration.refit):
             if isinstance(one, Solved) and one.decision.tensor in takers:
                 waiting[one.decision.tensor] = one
@@ -209,7 +209,7 @@ def _tuned(prefix: str, wanted: dict[str, Decision]) -> dict[str, Decision]:
     return {d.site.module: d for d in inside if d.site is not None and is_signround(d)}
 
 
-def _learn(tuned: dict[str, Decision], learned: list[Solved], seed: int, path: str, whole: Whole) -> None:
+def _learn(tuned: dict[str, Decision], learned: list[Solved], seed: int, path: str, whole: TuningBlock) -> None:
     inside = {name.removeprefix(f"{path}."): decision for name, decision in tuned.items()}
     learned += [Solved(decision, q, w, None) for decision, q, w in tune(whole, inside, seed=seed)]
 
@@ -248,8 +248,8 @@ def _rounding(decision: Decision | None, seed: int) -> Rounding:
     transform = transform_of(decision.rule, decision.site, seed)
 
     def rounded(x: torch.Tensor) -> torch.Tensor:
-        turned = (x if transform is None else transform(x)).reshape(-1, x.shape[-1])
-        codes, scale = quantize_tokens(turned)
+        in_basis = (x if transform is None else transform(x)).reshape(-1, x.shape[-1])
+        codes, scale = quantize_tokens(in_basis)
         back = (codes * scale).to(x.dtype).view(x.shape)
         return back if transform is None else transform.inverse(back)
 

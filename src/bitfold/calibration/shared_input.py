@@ -26,7 +26,7 @@ from bitfold.nn import set_tensor
 from bitfold.planning.plan import Decision
 from bitfold.qtensor import QTensor, rows_stack, split_rows, stack
 from bitfold.recipes.recipe import Rule
-from bitfold.transforms import Diagonal, Transform, read_wish
+from bitfold.transforms import Diagonal, Transform, transform_spec
 from bitfold.transforms.activations import ACT_SCALE, read_act
 
 _RIDGE = 0.02  # of the mean diagonal, in the drift correction
@@ -64,7 +64,7 @@ class Folded:
 
 
 @dataclass(frozen=True)
-class Group:
+class SharedInput:
     """What is to be solved together.
 
     Args:
@@ -82,7 +82,7 @@ class Group:
     feeding: Solved | None = None
 
 
-def solve_group(group: Group, *, drift: float, seed: int, refit: bool = True) -> Iterator[Solved | Folded]:
+def solve_group(group: SharedInput, *, drift: float, seed: int, refit: bool = True) -> Iterator[Solved | Folded]:
     """Quantize the layers of one input.
 
     Args:
@@ -97,14 +97,14 @@ def solve_group(group: Group, *, drift: float, seed: int, refit: bool = True) ->
     first = group.decisions[0].site
     assert first is not None
     if len(first.shape) == 3:
-        yield _solve_stack(group, _Manner(0.0, seed, last=True, refit=refit))
+        yield _solve_stack(group, _SolveOptions(0.0, seed, last=True, refit=refit))
         return
     (statistics,) = group.statistics
     left = list(group.decisions)
     for rule in dict.fromkeys(_rule(d) for d in group.decisions):
         left = [d for d in left if d.rule != rule]
         alike = [d for d in group.decisions if d.rule == rule]
-        yield from _solve_alike(group, statistics, alike, _Manner(drift, seed, not left, refit))
+        yield from _solve_alike(group, statistics, alike, _SolveOptions(drift, seed, not left, refit))
 
 
 def _rule(decision: Decision) -> Rule:
@@ -113,7 +113,7 @@ def _rule(decision: Decision) -> Rule:
 
 
 @dataclass(frozen=True)
-class _Manner:
+class _SolveOptions:
     """Strength of the drift correction, seed, whether the statistics may be used up and row scales are refitted."""
 
     drift: float
@@ -123,21 +123,21 @@ class _Manner:
 
 
 def _solve_alike(
-    group: Group, statistics: Statistics, decisions: list[Decision], manner: _Manner
+    group: SharedInput, statistics: Statistics, decisions: list[Decision], options: _SolveOptions
 ) -> Iterator[Solved | Folded]:
     """Layers of one input under one rule."""
     rule, weights = _rule(decisions[0]), [_weight(group.model, d) for d in decisions]
-    transform, folded = _basis(group, statistics, decisions, weights, manner.seed)
+    transform, folded = _basis(group, statistics, decisions, weights, options.seed)
     yield from folded
-    turned = _target(weights, statistics, transform, manner)
+    target = _target(weights, statistics, transform, options)
     few = _too_few(statistics)
     hessian = _in_basis(statistics, transform)
-    if manner.last:  # a wide one is among the largest things there are
+    if options.last:  # a wide one is among the largest things there are
         statistics.hessian = torch.zeros(0, 0)
-    qs, flags = _code(rule, decisions, turned, None if few else hessian, manner)
+    qs, flags = _code(rule, decisions, target, None if few else hessian, options)
     sides = {} if folded or transform is None else transform.fields()
     sides = {**sides, **_act_scale(rule, statistics, transform)}
-    parts = torch.split(turned, [len(w) for w in weights])
+    parts = torch.split(target, [len(w) for w in weights])
     for decision, w, part, q in zip(decisions, weights, parts, qs, strict=True):
         decoded = q.dequantize()
         error = None if few else proxy_loss(part, decoded, hessian)
@@ -147,20 +147,20 @@ def _solve_alike(
 
 
 def _target(
-    weights: list[torch.Tensor], statistics: Statistics, transform: Transform | None, manner: _Manner
+    weights: list[torch.Tensor], statistics: Statistics, transform: Transform | None, options: _SolveOptions
 ) -> torch.Tensor:
     """What is to be coded: all weights, rows upon rows, corrected for drift, in the new basis."""
     whole = torch.cat(weights) if len(weights) > 1 else weights[0]
-    if statistics.turned and transform is not None:
-        return statistics.target(transform.weights(whole), manner.drift, damp=_RIDGE, last=manner.last)
-    whole = statistics.target(whole, manner.drift, damp=_RIDGE, last=manner.last)
+    if statistics.in_basis and transform is not None:
+        return statistics.target(transform.weights(whole), options.drift, damp=_RIDGE, last=options.last)
+    whole = statistics.target(whole, options.drift, damp=_RIDGE, last=options.last)
     return whole if transform is None else transform.weights(whole)
 
 
 def _in_basis(statistics: Statistics, transform: Transform | None) -> Moments:
     """The Hessian of the inputs as the codes will meet them."""
     hessian = statistics.hessian
-    if statistics.turned or transform is None:
+    if statistics.in_basis or transform is None:
         return hessian
     assert isinstance(hessian, torch.Tensor), "ranges of inputs are measured in their basis"
     return transform.hessian(hessian)
@@ -174,11 +174,11 @@ def _too_few(statistics: Statistics) -> tuple[str, ...]:
 
 
 def _basis(
-    group: Group, statistics: Statistics, decisions: list[Decision], weights: list[torch.Tensor], seed: int
+    group: SharedInput, statistics: Statistics, decisions: list[Decision], weights: list[torch.Tensor], seed: int
 ) -> tuple[Transform | None, list[Solved | Folded]]:
     """The transform, and what took it over: the parameters of the norm before, or the layer before."""
     rule = _rule(decisions[0])
-    wish = read_wish(rule.transform)
+    wish = transform_spec(rule.transform)
     assert decisions[0].site is not None
     if not wish.diagonal:
         return transform_of(rule, decisions[0].site, seed), []
@@ -189,7 +189,7 @@ def _basis(
     return _fold_norm(group, decisions[0].fold, scale) if group.feeding is None else _fold_rows(group, scale)
 
 
-def _fold_rows(group: Group, scale: torch.Tensor) -> tuple[Diagonal, list[Solved | Folded]]:
+def _fold_rows(group: SharedInput, scale: torch.Tensor) -> tuple[Diagonal, list[Solved | Folded]]:
     """Factors in the rows of the layer before, as far as its scales can store them."""
     assert group.feeding is not None
     q, wished = group.feeding.qtensor, scale.clamp(1 / _WIDEST, _WIDEST)[:, None]
@@ -207,7 +207,7 @@ def _fold_rows(group: Group, scale: torch.Tensor) -> tuple[Diagonal, list[Solved
     return Diagonal(len(scale), effective), done
 
 
-def _fold_norm(group: Group, path: str, scale: torch.Tensor) -> tuple[Diagonal, list[Solved | Folded]]:
+def _fold_norm(group: SharedInput, path: str, scale: torch.Tensor) -> tuple[Diagonal, list[Solved | Folded]]:
     """Factors as the norm can store them: what it will multiply by, over what it multiplied by."""
     norm: Any = group.model.get_submodule(path)
     found = folded_norm(norm, scale)
@@ -224,46 +224,46 @@ def _act_scale(rule: Rule, statistics: Statistics, transform: Transform | None) 
     if not read_act(rule.act).static:
         return {}
     absmax = torch.zeros(1) if statistics.absmax is None else statistics.absmax
-    turned = absmax if transform is None else transform(absmax)
-    return {ACT_SCALE: (turned.amax() / 127).reshape(1)}
+    largest = absmax if transform is None else transform(absmax)
+    return {ACT_SCALE: (largest.amax() / 127).reshape(1)}
 
 
 def _code(
-    rule: Rule, decisions: list[Decision], whole: torch.Tensor, hessian: Moments | None, manner: _Manner
+    rule: Rule, decisions: list[Decision], whole: torch.Tensor, hessian: Moments | None, options: _SolveOptions
 ) -> tuple[list[QTensor], tuple[str, ...]]:
     """Stacked where rows can be taken apart again, one after the other elsewhere."""
     shapes = [(d.site.qshape[0], d.site.qshape[1]) for d in decisions if d.site is not None]
     # SparseGPT shares its zeros out among all rows that it sees: each layer gets its own.
     if rows_stack(get_format(rule.format), shapes) and not rule.prune.startswith("sparsegpt"):
         name = ", ".join(d.tensor for d in decisions)
-        q, flags = solve(rule, whole, hessian, manner.seed, name, refit=manner.refit)
+        q, flags = solve(rule, whole, hessian, options.seed, name, refit=options.refit)
         return split_rows(q, shapes), flags
     parts = torch.split(whole, [n for n, _ in shapes])
-    how = partial(solve, rule, hessian=hessian, seed=manner.seed, refit=manner.refit)
+    how = partial(solve, rule, hessian=hessian, seed=options.seed, refit=options.refit)
     found = [how(p, name=d.tensor) for d, p in zip(decisions, parts, strict=True)]
     return [q for q, _ in found], tuple(dict.fromkeys(flag for _, flags in found for flag in flags))
 
 
-def _solve_stack(group: Group, manner: _Manner) -> Solved:
+def _solve_stack(group: SharedInput, options: _SolveOptions) -> Solved:
     """A stack of experts, each under the Hessian of the tokens that were sent to it."""
     (decision,) = group.decisions
     rule, whole = _rule(decision), _weight(group.model, decision)
     assert decision.site is not None
-    transform = transform_of(rule, decision.site, manner.seed)
-    turned = whole if transform is None else transform.weights(whole)
+    transform = transform_of(rule, decision.site, options.seed)
+    stacked = whole if transform is None else transform.weights(whole)
     qs, losses, flags = [], [], []
-    for expert, (w, statistics) in enumerate(zip(turned, group.statistics, strict=True)):
+    for expert, (w, statistics) in enumerate(zip(stacked, group.statistics, strict=True)):
         few = _too_few(statistics)
         hessian = _in_basis(statistics, transform)
         name = f"{decision.tensor}, expert {expert}"
-        q, odd = solve(rule, w, None if few else hessian, manner.seed, name, refit=manner.refit)
+        q, odd = solve(rule, w, None if few else hessian, options.seed, name, refit=options.refit)
         qs.append(q)
         flags += [f"expert {expert}: {flag}" for flag in (*few, *odd)]
         losses += [] if few else [proxy_loss(w, q.dequantize(), hessian)]
     q = stack(qs)
     decoded = q.dequantize()
     _put(group.model, decision, decoded if transform is None else transform.inverse(decoded))
-    return Solved(decision, q, turned, sum(losses) / len(losses) if losses else None, flags=tuple(flags))
+    return Solved(decision, q, stacked, sum(losses) / len(losses) if losses else None, flags=tuple(flags))
 
 
 def _weight(model: nn.Module, decision: Decision) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitfold.calibration import Whole
+from bitfold.calibration import TuningBlock
 from bitfold.errors import FormatError
 from bitfold.formats import Format, Params, get_format
 from bitfold.methods.fits import get_fit
@@ -40,7 +40,7 @@ def steps_of(solver: str) -> int:
 
 @torch.no_grad()
 def tune(
-    whole: Whole, decisions: dict[str, Decision], *, seed: int
+    whole: TuningBlock, decisions: dict[str, Decision], *, seed: int
 ) -> Iterator[tuple[Decision, QTensor, torch.Tensor]]:
     """Quantize layers of a block; the block gets the quantized weights.
 
@@ -72,7 +72,7 @@ def _solver(decision: Decision) -> str:
     return decision.rule.solver if decision.rule is not None else NAME
 
 
-def _loss(whole: Whole, layers: dict[str, _Layer]) -> float:
+def _loss(whole: TuningBlock, layers: dict[str, _Layer]) -> float:
     """Mean square error of the block's output with the codes as they are now."""
     for layer in layers.values():
         layer.show(layer.coded().dequantize())
@@ -84,7 +84,7 @@ def _loss(whole: Whole, layers: dict[str, _Layer]) -> float:
     return total / count
 
 
-def _step(whole: Whole, layers: dict[str, _Layer], generator: torch.Generator, rate: float) -> None:
+def _step(whole: TuningBlock, layers: dict[str, _Layer], generator: torch.Generator, rate: float) -> None:
     """One move of all offsets and factors against the signs of their gradients."""
     windows = torch.randint(len(whole.inputs), (min(_BATCH, len(whole.inputs)),), generator=generator)
     with torch.enable_grad():

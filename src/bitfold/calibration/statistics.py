@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from bitfold.methods.hessian import Moments, Squares, column_ranges, squares
+from bitfold.methods.hessian import BlockDiagonal, Moments, column_ranges, diagonal_blocks
 
 _COLUMNS = 512  # of the correction worked out at a time
 _WEIGHTS = 1 << 24  # corrected at a time
@@ -44,7 +44,7 @@ class Statistics:
         tokens: how many were seen.
         absmax: (k,) largest |x| of each channel, or None where nobody looked.
         mean: (k,) mean |x| of each channel, not weighted, or None.
-        turned: whether `hessian` and `cross` are about inputs turned by the basis that was wanted.
+        in_basis: whether `hessian` and `cross` are about inputs turned by the basis that was wanted.
     """
 
     hessian: Moments
@@ -52,7 +52,7 @@ class Statistics:
     tokens: int
     absmax: torch.Tensor | None = None
     mean: torch.Tensor | None = None
-    turned: bool = False
+    in_basis: bool = False
 
     def target(self, w: torch.Tensor, strength: float, damp: float, *, last: bool = False) -> torch.Tensor:
         """The weight that makes up for what the layers before have lost, part of the way (QEP, Qronos).
@@ -69,13 +69,13 @@ class Statistics:
         if self.cross is None or strength == 0 or mean == 0 or not math.isfinite(mean):
             return w  # nothing ever reaches the layer; or overflow does, which the solver refuses by name
         moved = torch.empty_like(w)  # first (W C - W H): the ridge is on both sides
-        for (part, h), (_, c) in zip(squares(self.hessian), squares(self.cross), strict=True):
+        for (part, h), (_, c) in zip(diagonal_blocks(self.hessian), diagonal_blocks(self.cross), strict=True):
             for at in range(part.start, part.stop, _COLUMNS):
                 here = slice(at - part.start, min(at + _COLUMNS, part.stop) - part.start)
                 moved[:, at : at + here.stop - here.start] = w[:, part] @ (c[:, here] - h[:, here])
         if last:
             self.cross = None
-        for part, h in squares(self.hessian):
+        for part, h in diagonal_blocks(self.hessian):
             _divide(moved[:, part], h, damp)
         return moved.mul_(strength).add_(w)
 
@@ -95,7 +95,7 @@ def _divide(x: torch.Tensor, hessian: torch.Tensor, damp: float) -> None:
 
 
 @dataclass(frozen=True)
-class Whole:
+class TuningBlock:
     """A block whose layers are to be tuned together.
 
     Args:
@@ -107,11 +107,11 @@ class Whole:
 
     block: nn.Module
     run: Callable[[int, torch.Tensor], torch.Tensor]
-    inputs: Windows
-    targets: Windows
+    inputs: HiddenStates
+    targets: HiddenStates
 
 
-class Windows(Protocol):
+class HiddenStates(Protocol):
     """Activations by window."""
 
     def __len__(self) -> int: ...
@@ -153,7 +153,7 @@ class Sums:
         for part, hessian in zip(self._ranges, self._hessian, strict=True):
             hessian.addmm_(weighted[:, part].T, x[:, part])
         if self._cross:
-            self._add_cross(x if same or original is None else self._turned(original), weighted)
+            self._add_cross(x if same or original is None else self._into_basis(original), weighted)
 
     def _begin(self, k: int) -> None:
         self._ranges = column_ranges(k, self._wanted.columns)
@@ -161,7 +161,7 @@ class Sums:
         self._cross = [torch.zeros_like(h) for h in self._hessian] if self._wanted.cross else []
         self._absmax, self._sum = torch.zeros(k), torch.zeros(k)
 
-    def _turned(self, x: torch.Tensor) -> torch.Tensor:
+    def _into_basis(self, x: torch.Tensor) -> torch.Tensor:
         return x if self._wanted.basis is None else self._wanted.basis(x)
 
     def _add_cross(self, matched: torch.Tensor, weighted: torch.Tensor) -> None:
@@ -178,9 +178,9 @@ class Sums:
             matrix.div_(n)
         hessian, cross = _joined(self._hessian), _joined(self._cross) if self._cross else None
         self._hessian, self._cross = [], []  # whoever has the result may let go of them
-        turned = self._wanted.basis is not None
-        return Statistics(hessian, cross, self.tokens, self._absmax, self._sum / n, turned)
+        in_basis = self._wanted.basis is not None
+        return Statistics(hessian, cross, self.tokens, self._absmax, self._sum / n, in_basis)
 
 
 def _joined(parts: list[torch.Tensor]) -> Moments:
-    return parts[0] if len(parts) == 1 else Squares(tuple(parts))
+    return parts[0] if len(parts) == 1 else BlockDiagonal(tuple(parts))

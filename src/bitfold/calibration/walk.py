@@ -20,15 +20,15 @@ from torch import nn
 from bitfold.calibration.calls import Call, shared
 from bitfold.calibration.embedded import Filled
 from bitfold.calibration.experts import Listener, one_at_a_time
-from bitfold.calibration.finished import Finished
-from bitfold.calibration.probe import ActReport, Probe, Rounding
+from bitfold.calibration.finished import AnswerReplay
+from bitfold.calibration.probe import ActivationCost, Probe, Rounding
 from bitfold.calibration.spill import Keyed, Spill, Stream
-from bitfold.calibration.statistics import Statistics, Sums, Wanted, Whole
+from bitfold.calibration.statistics import Statistics, Sums, TuningBlock, Wanted
 from bitfold.errors import ModelError
 from bitfold.nn import set_tensor
 
 HESSIANS = 2 << 30  # bytes of the Hessians of experts in memory at a time, where there is room
-Tuner = Callable[[str, Whole], None]
+Tuner = Callable[[str, TuningBlock], None]
 # What a model raises when its blocks answer with a tensor where it unpacks a tuple, or the other way round.
 _MISFITS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 
@@ -53,7 +53,7 @@ class BlockWalk:
         ids: token ids (samples, seqlen).
         weights: token weights (samples, seqlen) by layer name, or empty.
         spill: where activations wait for their turn; default: in memory.
-        hessians: bytes of the Hessians of experts in memory at a time.
+        hessian_bytes: bytes of the Hessians of experts in memory at a time.
 
     Raises:
         ModelError: the model has no list of blocks.
@@ -66,9 +66,9 @@ class BlockWalk:
         ids: torch.Tensor,
         weights: Mapping[str, torch.Tensor],
         spill: Spill | None = None,
-        hessians: int = HESSIANS,
+        hessian_bytes: int = HESSIANS,
     ) -> None:
-        self._hessians = hessians
+        self._hessian_bytes = hessian_bytes
         self.model, self._source, self._ids, self._weights = model, source, ids, weights
         self._spill = spill or Spill()
         self.path, self._blocks = find_blocks(model)
@@ -128,7 +128,7 @@ class BlockWalk:
         """Measure 8-bit activations on the way, after `start`: `rounding` says what a layer's input goes through."""
         self._probe, self._rounding = Probe(self._quantized, self._spill.stream("rounded-0")), rounding
 
-    def acts(self, retie: Callable[[nn.Module], None]) -> ActReport:
+    def acts(self, retie: Callable[[nn.Module], None]) -> ActivationCost:
         """What they cost, after the last block; `watch` must have been called.
 
         Args:
@@ -235,7 +235,7 @@ class BlockWalk:
         inside, stacked = ([n.removeprefix(f"{name}.") for n in names] for names in (layers, stacks))
         groups = self._groups(block, inside, stacked, calls)
         kept, outputs = self._run_original(index, groups, calls) if self._compared else ([], self._quantized)
-        finished = Finished(block, groups, len(calls), self._spill)
+        finished = AnswerReplay(block, groups, len(calls), self._spill)
         for number, group in enumerate(groups):
             finished.replay(number)
             full = [f"{name}.{layer}" for layer in group]
@@ -250,7 +250,7 @@ class BlockWalk:
         if tuner is not None:
             finished.close()
             run = partial(_run_of, block, calls)
-            tuner(name, Whole(block, run, self._quantized, outputs))
+            tuner(name, TuningBlock(block, run, self._quantized, outputs))
         finished.replay(len(groups))
         quantized = self._spill.stream(f"quantized-{index + 1}")
         for call, x in zip(calls, self._quantized, strict=True):
@@ -339,7 +339,7 @@ class BlockWalk:
         The block must not change in between.
         """
         shape = block.get_parameter(stack).shape
-        at_once = max(1, self._hessians // (4 * max(shape[1:]) ** 2))
+        at_once = max(1, self._hessian_bytes // (4 * max(shape[1:]) ** 2))
         for first in range(0, shape[0], at_once):
             sums = {e: Sums(shape[1:], Wanted(cross=False)) for e in range(first, min(first + at_once, shape[0]))}
 

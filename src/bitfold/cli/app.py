@@ -29,7 +29,7 @@ _ORDER = (
 )
 
 
-class _Group(TyperGroup):
+class _Commands(TyperGroup):
     """Lists commands as they are used, and ends with one message and an exit code whatever a command raises."""
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -93,7 +93,7 @@ def _hyphens(token: str) -> str:
 
 
 app = typer.Typer(
-    cls=_Group,
+    cls=_Commands,
     help="Fold the weights of neural networks into few bits: quantize, pack, store, run, and prove what was lost.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bitfold.errors import UsageError
-from bitfold.models.model_ref import Model, Subject, read_dtype
+from bitfold.models.model_ref import Model, ModelRef, read_dtype
 
 OnText = Callable[[str], None]
 Message = dict[str, str]
@@ -97,7 +97,7 @@ class Writer:
             ModelError: not a causal language model.
             CheckpointError, HubError, UsageError: it cannot be found, read or fetched.
         """
-        subject = Subject.of(model, revision=revision)
+        subject = ModelRef.of(model, revision=revision)
         subject.require_causal("only causal language models generate text")
         tokenizer = subject.tokenizer() if tokenizer is None else tokenizer
         return cls(subject.load("AutoModelForCausalLM", read_dtype(dtype)), tokenizer, subject.longest)

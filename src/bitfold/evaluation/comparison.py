@@ -11,7 +11,7 @@ from typing import Any
 from bitfold.checkpoints.inspection import inspect
 from bitfold.errors import UsageError
 from bitfold.evaluation import evaluate
-from bitfold.models.model_ref import Subject, weight_files
+from bitfold.models.model_ref import ModelRef, weight_files
 from bitfold.records.record import add_to_record, read_record
 
 SETTING = ("reference", "metric", "text", "context", "tokens", "dtype", "stride")
@@ -19,7 +19,7 @@ _MEASURED = ("perplexity", "kl_mean", "kl_median", "kl_p99", "top1", "top5", "to
 
 
 @dataclass(frozen=True)
-class Run:
+class Candidate:
     """One folder.
 
     Args:
@@ -59,7 +59,7 @@ class Comparison:
 
     setting: Mapping[str, Any]
     reference_perplexity: float | None
-    runs: tuple[Run, ...]
+    runs: tuple[Candidate, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -85,7 +85,7 @@ def compare(
     """
     if not folders:
         raise UsageError("there is nothing to compare")
-    found = [Subject.of(folder) for folder in folders]
+    found = [ModelRef.of(folder) for folder in folders]
     paths = [subject.path for subject in found if subject.path is not None]
     if reference is not None:
         evaluations = _measure(paths, reference, text, options)
@@ -136,11 +136,11 @@ def _recorded(paths: Sequence[Path]) -> list[dict[str, Any]]:
     return [evaluations[best] for evaluations in stored]
 
 
-def _run(name: str, path: Path, evaluation: Mapping[str, Any]) -> Run:
+def _run(name: str, path: Path, evaluation: Mapping[str, Any]) -> Candidate:
     size = sum(f.stat().st_size for f in weight_files(path))
     found = inspect(path)
     measured: dict[str, Any] = {key: float(evaluation[key]) for key in _MEASURED}
-    return Run(name, str(path), size, found.bpw_quantized, 8 * size / max(1, found.numel), **measured)
+    return Candidate(name, str(path), size, found.bpw_quantized, 8 * size / max(1, found.numel), **measured)
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
@@ -154,10 +154,10 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     return [f"{n} ({names[:i].count(n) + 1})" if names.count(n) > 1 else n for i, n in enumerate(names)]
 
 
-def pareto(runs: Sequence[Run]) -> list[Run]:
+def pareto(runs: Sequence[Candidate]) -> list[Candidate]:
     """The runs, smallest first, those that no other beats marked as the front."""
 
-    def beaten(run: Run) -> bool:
+    def beaten(run: Candidate) -> bool:
         return any(
             other.size <= run.size
             and other.kl_mean <= run.kl_mean

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bitfold.errors import ModelError, UsageError
-from bitfold.models.model_ref import Model, Subject
+from bitfold.models.model_ref import Model, ModelRef
 from bitfold.system import progress
 
 
@@ -67,7 +67,7 @@ def embedding_cosine(
     if not texts or not all(t.strip() for t in texts):
         raise UsageError("there is nothing to embed, or an empty text among the texts", where="texts")
     start = time.monotonic()
-    judged, against = Subject.of(model), Subject.of(reference)
+    judged, against = ModelRef.of(model), ModelRef.of(reference)
     if tokenizer is None:
         tokenizer = (against if against.path is not None else judged).tokenizer()
     batches = [
@@ -85,7 +85,7 @@ def embedding_cosine(
     return EmbeddingAgreement(cosines.mean().item(), cosines.min().item(), len(texts), a.shape[1], seconds)
 
 
-def _embeddings(subject: Subject, label: str, batches: list[Any], dtype: torch.dtype | None) -> torch.Tensor:
+def _embeddings(subject: ModelRef, label: str, batches: list[Any], dtype: torch.dtype | None) -> torch.Tensor:
     """float32 (texts, width)."""
     model = subject.load("AutoModel", dtype)
     parts = []

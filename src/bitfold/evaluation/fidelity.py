@@ -36,7 +36,7 @@ from bitfold.checkpoints.inspection import inspect
 from bitfold.errors import QualityError, UsageError
 from bitfold.evaluation.reading import CausalPassages, Passages, masked_passages
 from bitfold.evaluation.scoring import TOP, Beside, Scores, Setting, perplexity, reference_on_disk, score
-from bitfold.models.model_ref import Model, Subject, read_dtype, weight_files
+from bitfold.models.model_ref import Model, ModelRef, read_dtype, weight_files
 from bitfold.records.run_report import peak_memory
 from bitfold.text import windows as texts
 
@@ -190,10 +190,10 @@ def _require_tasks(tasks: Sequence[str], metric: str) -> None:
 
 def _subjects(
     model: Model, revision: str | None, reference: Model | None, metric: str
-) -> tuple[Subject, Subject | None]:
+) -> tuple[ModelRef, ModelRef | None]:
     """What is judged and what it is compared with; ModelError where the metric does not suit them."""
-    judged = Subject.of(model, revision=revision)
-    against = None if reference is None else Subject.of(reference)
+    judged = ModelRef.of(model, revision=revision)
+    against = None if reference is None else ModelRef.of(reference)
     for subject in (judged, against):
         if subject is not None:
             subject.require_kind(_AUTO[metric])
@@ -208,7 +208,7 @@ class _Sizes:
     max_tokens: int | None
 
 
-def _passages(model: Subject, reference: Subject | None, text: str, tokenizer: Any, sizes: _Sizes) -> Passages:
+def _passages(model: ModelRef, reference: ModelRef | None, text: str, tokenizer: Any, sizes: _Sizes) -> Passages:
     if tokenizer is not None:
         ids = texts.tokenize(text, tokenizer)
     else:
@@ -231,7 +231,7 @@ def _passages(model: Subject, reference: Subject | None, text: str, tokenizer: A
     return masked_passages(ids, tokenizer, context, sizes.max_tokens)
 
 
-def _context(asked: int | None, subjects: list[Subject], usual: int) -> int:
+def _context(asked: int | None, subjects: list[ModelRef], usual: int) -> int:
     limits = [limit for subject in subjects if (limit := subject.longest)]
     limit = min(limits, default=None)
     if asked is None:
@@ -253,7 +253,7 @@ def _workspace(cache_dir: str | Path | None) -> Iterator[Path]:
 
 
 def _run(
-    judged: Subject, against: Subject | None, setting: Setting, folder: Path
+    judged: ModelRef, against: ModelRef | None, setting: Setting, folder: Path
 ) -> tuple[Scores, float | None, nn.Module]:
     """Scores, the negative log-likelihood of the reference, and the model that was judged."""
     if against is not None and against.module is None:
@@ -267,7 +267,7 @@ def _run(
     return score(model, setting, beside), beside.nll, model
 
 
-def _file_facts(judged: Subject) -> dict[str, Any]:
+def _file_facts(judged: ModelRef) -> dict[str, Any]:
     if judged.path is None:
         return {"size": None, "bpw_whole": None}
     size = sum(f.stat().st_size for f in weight_files(judged.path))

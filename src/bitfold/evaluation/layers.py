@@ -25,7 +25,7 @@ from bitfold.checkpoints.bitfold_folder import QuantizedSource
 from bitfold.errors import ModelError, UsageError
 from bitfold.evaluation.reading import CausalPassages
 from bitfold.evaluation.scoring import divergence
-from bitfold.models.model_ref import Model, Subject, read_dtype
+from bitfold.models.model_ref import Model, ModelRef, read_dtype
 from bitfold.models.sites import LINEAR, Site, find_sites
 from bitfold.system import progress
 from bitfold.text import windows as texts
@@ -106,7 +106,7 @@ def layer_errors(
         ModelError: the reference does not have the tensors of the model.
         UsageError: too little text.
     """
-    subject, against = Subject.of(model), Subject.of(reference)
+    subject, against = ModelRef.of(model), ModelRef.of(reference)
     assert subject.path is not None
     source = QuantizedSource(subject.path)
     against.require_causal("layer errors are for causal language models")

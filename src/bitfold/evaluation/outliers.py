@@ -25,7 +25,7 @@ from torch import nn
 from bitfold.errors import ModelError
 from bitfold.evaluation.reading import CausalPassages
 from bitfold.evaluation.scoring import perplexity
-from bitfold.models.model_ref import Model, Subject, read_dtype
+from bitfold.models.model_ref import Model, ModelRef, read_dtype
 from bitfold.models.sites import LINEAR, find_sites
 from bitfold.nn import QLinear
 from bitfold.system import progress
@@ -128,7 +128,7 @@ class Outliers:
 
 
 @dataclass
-class _Group:
+class _LayerGroup:
     """Layers with one input, and what is counted of it."""
 
     layers: list[str]
@@ -206,7 +206,7 @@ def find_outliers(
         ModelError: not a causal language model, or one without linear layers.
         UsageError: too little text.
     """
-    subject = Subject.of(model, revision=revision)
+    subject = ModelRef.of(model, revision=revision)
     subject.require_causal("activations are inspected in causal language models")
     ids = texts.tokenize(texts.read_text(text, enough=16 * max_tokens), tokenizer or subject.tokenizer())
     windows = texts.cut(ids, min(context, max_tokens, subject.longest or context), None, max_tokens)
@@ -243,10 +243,10 @@ def _linear_layers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield path, w.T if module.weight.transposed else w
 
 
-def _groups(model: nn.Module, ids: torch.Tensor) -> list[_Group]:
+def _groups(model: nn.Module, ids: torch.Tensor) -> list[_LayerGroup]:
     """Layers that run, grouped by their input, in the order of their execution."""
     weights = dict(_linear_layers(model))
-    found: dict[tuple[int, int], _Group] = {}
+    found: dict[tuple[int, int], _LayerGroup] = {}
     alive: list[torch.Tensor] = []  # keeps the inputs, so that no two of them get the same address
 
     def note(layer: str) -> Callable[..., None]:
@@ -254,7 +254,7 @@ def _groups(model: nn.Module, ids: torch.Tensor) -> list[_Group]:
             x = inputs[0]
             alive.append(x)
             width = x.shape[-1]
-            group = found.setdefault((x.data_ptr(), width), _Group([], [], width, torch.zeros(width)))
+            group = found.setdefault((x.data_ptr(), width), _LayerGroup([], [], width, torch.zeros(width)))
             if layer not in group.layers:
                 group.layers.append(layer)
                 group.weights.append(weights[layer])
@@ -273,7 +273,7 @@ def _run(model: nn.Module, ids: torch.Tensor, hooks: dict[str, Callable[..., Non
         body(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
 
 
-def _hidden_size(model: nn.Module, groups: list[_Group]) -> int:
+def _hidden_size(model: nn.Module, groups: list[_LayerGroup]) -> int:
     config: Any = getattr(model, "config", None)
     config = getattr(config, "text_config", None) or config
     size = getattr(config, "hidden_size", None) or getattr(config, "n_embd", None)
@@ -302,13 +302,13 @@ class _Seen:
         return features, float(touched[0].double().mean()), float(touched[1].double().mean())
 
 
-def _first_pass(model: nn.Module, groups: list[_Group], windows: texts.Windows, seen: _Seen) -> float:
+def _first_pass(model: nn.Module, groups: list[_LayerGroup], windows: texts.Windows, seen: _Seen) -> float:
     """Maxima of every dimension, and the perplexity."""
     at = [0] * len(groups)
     hidden = len(seen.largest)
     beyond = {i: torch.zeros(hidden, dtype=torch.bool) for i, g in enumerate(groups) if g.reads(hidden)}
 
-    def watch(index: int, group: _Group) -> Callable[..., None]:
+    def watch(index: int, group: _LayerGroup) -> Callable[..., None]:
         def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             x = inputs[0].reshape(-1, group.width).float().abs().cpu()
             group.largest = torch.maximum(group.largest, x.amax(0))
@@ -336,8 +336,8 @@ def _first_pass(model: nn.Module, groups: list[_Group], windows: texts.Windows, 
     return perplexity(nll, passages.total)
 
 
-def _second_pass(model: nn.Module, groups: list[_Group], ids: torch.Tensor) -> None:
-    def measure(group: _Group) -> Callable[..., None]:
+def _second_pass(model: nn.Module, groups: list[_LayerGroup], ids: torch.Tensor) -> None:
+    def measure(group: _LayerGroup) -> Callable[..., None]:
         rotate, smooth = Hadamard(group.width, _SEED), group.smooth()
 
         def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -354,12 +354,12 @@ def _second_pass(model: nn.Module, groups: list[_Group], ids: torch.Tensor) -> N
             bar.advance()
 
 
-def _spikes(group: _Group) -> Iterator[WeightSpikes]:
+def _spikes(group: _LayerGroup) -> Iterator[WeightSpikes]:
     rotate = Hadamard(group.width, _SEED)
     for layer, w in zip(group.layers, group.weights, strict=True):
         numbers: list[Numbers] = [{}, {}]
         for basis, y in (("none", w.float()), ("hadamard", rotate(w.float()))):
-            scratch = _Group([], [], group.width, group.largest)
+            scratch = _LayerGroup([], [], group.width, group.largest)
             scratch.add(basis, y)
             numbers[0][basis] = _kurtosis(scratch.moments[basis])
             numbers[1][basis] = scratch.tops[basis] / max(float(scratch.magnitudes[basis][0].median()), 1e-30)

@@ -18,7 +18,7 @@ from torch import nn
 from bitfold.errors import CheckpointError, ModelError, UsageError
 from bitfold.evaluation.predictions import TOGETHER, VERSION, DiskPredictions, Predictions, Writer
 from bitfold.evaluation.reading import Passages, Piece
-from bitfold.models.model_ref import Subject
+from bitfold.models.model_ref import ModelRef
 from bitfold.system import memory, progress
 
 TOP = 5
@@ -151,7 +151,7 @@ class Beside:
         return p
 
 
-def reference_on_disk(reference: Subject, setting: Setting, folder: Path) -> tuple[DiskPredictions, float]:
+def reference_on_disk(reference: ModelRef, setting: Setting, folder: Path) -> tuple[DiskPredictions, float]:
     """The reference's predictions and its total negative log-likelihood; computed unless the folder has them.
 
     Raises:
@@ -169,7 +169,7 @@ def reference_on_disk(reference: Subject, setting: Setting, folder: Path) -> tup
         raise CheckpointError(f"cannot be read: {error}", where=str(facts), hint="delete the file") from error
 
 
-def _write_predictions(reference: Subject, setting: Setting, path: Path) -> dict[str, Any]:
+def _write_predictions(reference: ModelRef, setting: Setting, path: Path) -> dict[str, Any]:
     model = reference.load(setting.auto_class, setting.dtype)
     writer = Writer(path, setting.passages.total)
     nll, vocabulary, complete = 0.0, 0, False

@@ -29,17 +29,17 @@ _CLOSE = 0.97  # of a ceiling: estimates are a few per cent off, and the next wa
 
 
 @dataclass(frozen=True)
-class Economy:
+class MemoryUse:
     """How a run goes about its memory.
 
     Args:
         calibration: of the run, ranges of inputs chosen; None for a data-free run.
-        hessians: bytes of the Hessians of experts in memory at a time.
+        hessian_bytes: bytes of the Hessians of experts in memory at a time.
         found: the stages of the run, the largest first.
     """
 
     calibration: Calibration | None
-    hessians: int
+    hessian_bytes: int
     found: list[Stage]
 
     @property
@@ -49,7 +49,7 @@ class Economy:
 
 
 @dataclass(frozen=True)
-class Economist:
+class MemoryChooser:
     """Chooses for one run.
 
     Args:
@@ -64,7 +64,7 @@ class Economist:
     calibration: Calibration | None
     before: int | None = None
 
-    def choose(self, named: int | None) -> Economy:
+    def choose(self, named: int | None) -> MemoryUse:
         """The first way of going about it that fits under the ceiling with a little to spare; else the most frugal one.
 
         Args:
@@ -77,7 +77,7 @@ class Economist:
         if self.calibration is not None:
             check_ranges(self.plan.decisions, self.calibration)
         limit = memory.default_ceiling() if named is None else named
-        best: Economy | None = None
+        best: MemoryUse | None = None
         for way in self._ways(named is not None):
             best = way
             if limit is None or way.peak <= _CLOSE * limit:
@@ -85,15 +85,15 @@ class Economist:
         assert best is not None
         return best
 
-    def _ways(self, named: bool) -> Iterator[Economy]:
+    def _ways(self, named: bool) -> Iterator[MemoryUse]:
         """From the most generous to the most frugal."""
         if self.calibration is None:
             yield self._with(None, HESSIANS)
             return
         given = replace(self.calibration, columns=self.calibration.columns or self.before)
         experts = any(d.site is not None and d.site.kind == EXPERTS for d in self.plan.decisions)
-        for hessians in (HESSIANS, *((HESSIANS >> 2, HESSIANS >> 4, 1) if experts else ())):
-            yield self._with(given, hessians)
+        for hessian_bytes in (HESSIANS, *((HESSIANS >> 2, HESSIANS >> 4, 1) if experts else ())):
+            yield self._with(given, hessian_bytes)
         for columns in self._columns() if named and given.columns is None else ():
             yield self._with(replace(given, columns=columns), 1 if experts else HESSIANS)
 
@@ -110,5 +110,7 @@ class Economist:
         widths = {math.ceil(k / parts / ALIGNED) * ALIGNED for parts in range(2, _MOST + 1)}
         return sorted((width for width in widths if NARROWEST <= width < k), reverse=True)
 
-    def _with(self, calibration: Calibration | None, hessians: int) -> Economy:
-        return Economy(calibration, hessians, stages(self.source, self.plan, calibration, self.model, hessians))
+    def _with(self, calibration: Calibration | None, hessian_bytes: int) -> MemoryUse:
+        return MemoryUse(
+            calibration, hessian_bytes, stages(self.source, self.plan, calibration, self.model, hessian_bytes)
+        )

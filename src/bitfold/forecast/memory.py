@@ -37,7 +37,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Group:
+class GroupShape:
     """Layers that are solved together: inputs k, rows n, in all, and how they are solved.
 
     Args:
@@ -45,7 +45,7 @@ class Group:
         k, n: of the weights, one upon the other.
         layers: how many they are.
         largest: rows of the largest one.
-        turned: whether a transform makes copies of them.
+        in_basis: whether a transform makes copies of them.
     """
 
     name: str
@@ -53,16 +53,16 @@ class Group:
     n: int
     layers: int
     largest: int
-    turned: bool
+    in_basis: bool
 
 
 def stages(
-    source: Source, plan: Plan, calibration: Calibration | None, model: nn.Module | None, hessians: int = HESSIANS
+    source: Source, plan: Plan, calibration: Calibration | None, model: nn.Module | None, hessian_bytes: int = HESSIANS
 ) -> list[Stage]:
-    """All stages, the largest first; `hessians`: bytes of those of experts that are in memory at a time."""
+    """All stages, the largest first; `hessian_bytes`: bytes of those of experts that are in memory at a time."""
     found = [_data_free(source, item, d) for item in plan.items for d in item.decisions.values()]
     if calibration is not None and model is not None:
-        found += calibrated_stages(plan, calibration, model, hessians)
+        found += calibrated_stages(plan, calibration, model, hessian_bytes)
     return sorted(found, key=lambda stage: -stage.nbytes)
 
 
@@ -81,13 +81,13 @@ def _data_free(source: Source, item: Item, decision: Decision) -> Stage:
         wide *= 2
     if decision.rule is None:
         return Stage(f"keeping {decision.tensor}", at_once * 2 * wide)
-    turned = 0 if decision.rule.transform == "none" else 8
+    in_basis = 0 if decision.rule.transform == "none" else 8
     packed = decision.nbytes() * (2 if pieces else 1)
     decoded = 4 if at_once <= 1 << 24 else 0
-    return Stage(f"quantizing {decision.tensor}", at_once * (2 * wide + turned + decoded) + packed)
+    return Stage(f"quantizing {decision.tensor}", at_once * (2 * wide + in_basis + decoded) + packed)
 
 
-def groups_of(decisions: Iterable[Decision]) -> list[Group]:
+def groups_of(decisions: Iterable[Decision]) -> list[GroupShape]:
     """Layers of a block that most likely share their input: one parent module, one width."""
     members: dict[tuple[str, int], list[Decision]] = defaultdict(list)
     for d in decisions:
@@ -96,10 +96,10 @@ def groups_of(decisions: Iterable[Decision]) -> list[Group]:
     return [_group(name, k, found) for (name, k), found in members.items()]
 
 
-def _group(name: str, k: int, members: list[Decision]) -> Group:
+def _group(name: str, k: int, members: list[Decision]) -> GroupShape:
     rows = [d.site.qshape[0] for d in members if d.site is not None]
-    turned = any(d.rule is not None and d.rule.transform != "none" for d in members)
-    return Group(name, k, sum(rows), len(rows), max(rows), turned)
+    in_basis = any(d.rule is not None and d.rule.transform != "none" for d in members)
+    return GroupShape(name, k, sum(rows), len(rows), max(rows), in_basis)
 
 
 def blocks_of(plan: Plan) -> dict[str, list[Decision]]:
@@ -113,7 +113,7 @@ def blocks_of(plan: Plan) -> dict[str, list[Decision]]:
     return dict(found)
 
 
-def calibrated_stages(plan: Plan, calibration: Calibration, model: nn.Module, hessians: int) -> list[Stage]:
+def calibrated_stages(plan: Plan, calibration: Calibration, model: nn.Module, hessian_bytes: int) -> list[Stage]:
     """Of the walk over the blocks, and of what comes before it."""
     seqlen, hidden = sequence_length(calibration, model), _hidden(model)
     found = _before(plan, calibration, model, seqlen)
@@ -132,51 +132,51 @@ def calibrated_stages(plan: Plan, calibration: Calibration, model: nn.Module, he
             needed = max(measuring(group, calibration, seqlen) + running, solving(group, calibration))
             found.append(Stage(f"solving {group.name} ({_inputs(group, calibration)})", weights + needed))
         found += [
-            Stage(f"solving {d.tensor} ({d.site.qshape[0]} experts)", weights + _experts(d.site.qshape, hessians))
+            Stage(f"solving {d.tensor} ({d.site.qshape[0]} experts)", weights + _experts(d.site.qshape, hessian_bytes))
             for d in wanted
             if d.site is not None and d.site.kind == EXPERTS
         ]
     return found
 
 
-def _inputs(group: Group, calibration: Calibration) -> str:
+def _inputs(group: GroupShape, calibration: Calibration) -> str:
     ranges = column_ranges(group.k, calibration.columns)
     return f"{group.k} inputs" + (f" in {len(ranges)} ranges" if len(ranges) > 1 else "")
 
 
-def _moments(group: Group, calibration: Calibration) -> tuple[int, int]:
+def _moments(group: GroupShape, calibration: Calibration) -> tuple[int, int]:
     """Bytes of the Hessian, and of its largest part."""
     sizes = [4 * (part.stop - part.start) ** 2 for part in column_ranges(group.k, calibration.columns)]
     return sum(sizes), max(sizes)
 
 
-def measuring(group: Group, calibration: Calibration, seqlen: int) -> int:
+def measuring(group: GroupShape, calibration: Calibration, seqlen: int) -> int:
     """Bytes while the statistics of a group are summed: of H, of what it has to do with the original, of inputs."""
     h, _ = _moments(group, calibration)
     return h * (2 if calibration.drift > 0 else 1) + 4 * 4 * seqlen * group.k
 
 
-def solving(group: Group, calibration: Calibration) -> int:
+def solving(group: GroupShape, calibration: Calibration) -> int:
     """Bytes at the worst moment of one group: its Hessian H (k, k), its weights W (n, k) and copies of some rows."""
     h, part = _moments(group, calibration)
     w, one = 4 * group.n * group.k, 4 * group.largest * group.k
     rows = 4 * min(group.n * group.k, max(ROWS * group.k, CODED))
     stacked, corrects = w * (group.layers > 1), calibration.drift > 0
-    own = w if stacked or corrects or group.turned else 0
+    own = w if stacked or corrects or group.in_basis else 0
     # The products before the factorization; then the double copy that is factored in place, rows solved in double.
     correcting = stacked + w + max(2 * h, h + 2 * part + 4 * rows) if corrects else 0
-    turning = max(own + w, own + 2 * h) if group.turned else 0
+    turning = max(own + w, own + 2 * h) if group.in_basis else 0
     factoring = own + 2 * h + 2 * part  # H, the factors so far, a double copy and the factor made from it
     feeding_back = own + 2 * h + 5 * rows + w // 4 + w // 4
-    judging = own + h + one * (3 if group.turned else 1) + 4 * min(one, CODED * 4) + w // 4
+    judging = own + h + one * (3 if group.in_basis else 1) + 4 * min(one, CODED * 4) + w // 4
     return max(correcting, turning, factoring, feeding_back, judging)
 
 
-def _experts(shape: tuple[int, ...], hessians: int) -> int:
+def _experts(shape: tuple[int, ...], hessian_bytes: int) -> int:
     """Bytes for a stack (experts, n, k): some Hessians, the factorization of one, and the stack before and after."""
     experts, n, k = shape
     h = 4 * max(n, k) ** 2
-    at_once = min(experts, max(1, hessians // h))
+    at_once = min(experts, max(1, hessian_bytes // h))
     return at_once * 4 * k * k + 3 * 4 * k * k + 3 * 4 * experts * n * k
 
 

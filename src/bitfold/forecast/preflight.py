@@ -18,7 +18,7 @@ from bitfold.calibration.session import in_ranges
 from bitfold.checkpoints import Source
 from bitfold.checkpoints.shards import plan_shards
 from bitfold.errors import ResourceError
-from bitfold.forecast.ceiling import Economy
+from bitfold.forecast.ceiling import MemoryUse
 from bitfold.forecast.memory import Stage, working_disk
 from bitfold.forecast.time import seconds
 from bitfold.formats import get_format
@@ -107,7 +107,7 @@ class Asked:
     max_memory: int | None = None
 
 
-def preflight(source: Source, model: nn.Module | None, plan: Plan, economy: Economy, asked: Asked) -> Preflight:
+def preflight(source: Source, model: nn.Module | None, plan: Plan, economy: MemoryUse, asked: Asked) -> Preflight:
     """Estimate a run that goes about its memory as `economy` says."""
     calibration, numel = economy.calibration, plan.numel
     output = plan_shards(plan.stored(), asked.max_shard_bytes).nbytes

@@ -24,7 +24,7 @@ class Coder(Protocol):
     @property
     def at_once(self) -> int: ...
     @property
-    def feed(self) -> Callable[[rounding.Fed], None] | None: ...
+    def feed(self) -> Callable[[rounding.FeedbackColumns], None] | None: ...
 
     def encode(self, w: torch.Tensor, start: int) -> torch.Tensor:
         """Code the columns w (n, c) that begin at column `start`; returns what they decode to, float32 (n, c).
@@ -63,7 +63,7 @@ class GridCoder:
             self._zero = None if stored.zero_point is None else stored.zero_point[rows].T.contiguous()
         self.at_once = rounding.AT_ONCE if format.grid.uniform and self._scale is not None else 0
 
-    def feed(self, columns: rounding.Fed) -> None:
+    def feed(self, columns: rounding.FeedbackColumns) -> None:
         """Code some columns, the errors of each fed to the next; only where `at_once` is not 0."""
         assert self._scale is not None
         span = self._format.grid.span

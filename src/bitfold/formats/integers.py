@@ -74,7 +74,7 @@ class Scales:
 
 
 @dataclass(frozen=True)
-class Fed:
+class FeedbackColumns:
     """Neighbouring columns on their way through error feedback, transposed and contiguous.
 
     Args:
@@ -96,7 +96,7 @@ class Fed:
     error: torch.Tensor
 
 
-def feed(columns: Fed, scales: Scales, codes: torch.Tensor) -> None:
+def feed(columns: FeedbackColumns, scales: Scales, codes: torch.Tensor) -> None:
     """Code the columns one after the other, each aiming at target + (carried + lower error) / pivot.
 
     Args:
@@ -118,7 +118,7 @@ def feed(columns: Fed, scales: Scales, codes: torch.Tensor) -> None:
     )  # fmt: skip
 
 
-def _feed(columns: Fed, scales: Scales, codes: torch.Tensor) -> None:
+def _feed(columns: FeedbackColumns, scales: Scales, codes: torch.Tensor) -> None:
     """`feed` in PyTorch: each error goes to all later columns at once, so that sums grow in the order of the core's."""
     c, low = columns, scales.span[0]
     carried, pivots = c.carried.clone(), 1 / c.lower.diagonal()

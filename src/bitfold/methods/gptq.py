@@ -19,8 +19,8 @@ import torch
 from bitfold.errors import FormatError, WeightError
 from bitfold.formats import AnyFormat, Fit
 from bitfold.formats.columns import Coder
-from bitfold.formats.integers import Fed
-from bitfold.methods.hessian import Moments, product, squares
+from bitfold.formats.integers import FeedbackColumns
+from bitfold.methods.hessian import Moments, diagonal_blocks, product
 from bitfold.methods.pruning import Pruner
 from bitfold.methods.rtn import fit_by_rows
 from bitfold.qtensor import QTensor, row_ranges
@@ -52,8 +52,8 @@ def ldlq(
 
     Args:
         w: (n, k), any float dtype.
-        hessian: (k, k) float32, second moment of the inputs; `Squares` of it, whose columns are then coded without
-            regard for those of the others; None = identity, which is rounding to nearest.
+        hessian: (k, k) float32, second moment of the inputs; `BlockDiagonal` of it, whose columns are then coded
+            without regard for those of the others; None = identity, which is rounding to nearest.
         format: any format that codes by columns.
         fit: chooses the scales beforehand (static groups).
         seed: not used: nothing is drawn.
@@ -86,7 +86,7 @@ def ldlq(
         coder = _begin(alive[rows], format, fit, start)
         grain = coder.step if pruner is None else max(coder.step, pruner.group)
         step = 0 if coder.at_once else coder.step
-        factors = factors or [_factored(c, h, damp, step, grain * by_energy) for c, h in squares(hessian)]
+        factors = factors or [_factored(c, h, damp, step, grain * by_energy) for c, h in diagonal_blocks(hessian)]
         decoded = _coded(alive[rows], factors, coder, pruner)
         fields = coder.fields()
         if refit and format.rescaled is not None:
@@ -198,7 +198,7 @@ class _Feedback:
         target, carried, decoded, error = (t[part] for t in (self._target, self._carried, self.decoded, self._error))
         feed = self._coder.feed
         assert feed is not None  # at_once is not 0
-        feed(Fed(self._order[part], self._lower[part, part], target, carried, kept, decoded, error))
+        feed(FeedbackColumns(self._order[part], self._lower[part, part], target, carried, kept, decoded, error))
         if kept is not None and bool((decoded[~kept] != 0).any()):
             raise no_zeros()
 
@@ -226,7 +226,7 @@ def _diagonal_inverses(lower: torch.Tensor, step: int) -> dict[int, torch.Tensor
 
 def _check(hessian: Moments, k: int) -> torch.Tensor:
     """Which inputs are always zero; their weights do not matter."""
-    for _, part in squares(hessian):
+    for _, part in diagonal_blocks(hessian):
         if part.dim() != 2 or part.shape[0] != part.shape[1] or not torch.isfinite(part).all():
             raise WeightError(f"the Hessian is {tuple(part.shape)} or not finite; {(k, k)} is needed")
     if len(hessian) != k:
@@ -315,7 +315,7 @@ def proxy_loss(w: torch.Tensor, q: torch.Tensor, hessian: Moments) -> float:
 def _energy(w: torch.Tensor, hessian: Moments) -> float:
     """tr(w H w^T), from the upper half of H: nearly half of the products."""
     total = 0.0
-    for columns, part in squares(hessian):
+    for columns, part in diagonal_blocks(hessian):
         x, h = w[:, columns], part.to(w.dtype)
         for at in range(0, len(h), _SQUARE):
             here = slice(at, at + _SQUARE)

@@ -16,7 +16,7 @@ ALIGNED = 256  # columns: a multiple of every tile, and of the groups that there
 
 
 @dataclass(frozen=True)
-class Squares:
+class BlockDiagonal:
     """Squares on the diagonal of a symmetric matrix.
 
     Args:
@@ -33,10 +33,10 @@ class Squares:
         return torch.cat([part.diagonal() for part in self.parts])
 
 
-Moments = torch.Tensor | Squares
+Moments = torch.Tensor | BlockDiagonal
 
 
-def squares(moments: Moments) -> list[tuple[slice, torch.Tensor]]:
+def diagonal_blocks(moments: Moments) -> list[tuple[slice, torch.Tensor]]:
     """What is known, each part with the columns that it is about; a whole matrix is one part."""
     if isinstance(moments, torch.Tensor):
         return [(slice(0, len(moments)), moments)]
@@ -50,12 +50,12 @@ def product(x: torch.Tensor, moments: Moments) -> torch.Tensor:
     """x (m, k) times the matrix, zeros where nothing is known: (m, k)."""
     if isinstance(moments, torch.Tensor):
         return x @ moments.to(x.dtype)
-    return torch.cat([x[:, columns] @ part.to(x.dtype) for columns, part in squares(moments)], 1)
+    return torch.cat([x[:, columns] @ part.to(x.dtype) for columns, part in diagonal_blocks(moments)], 1)
 
 
 def widest(moments: Moments) -> int:
     """Inputs of the largest part."""
-    return max((len(part) for _, part in squares(moments)), default=0)
+    return max((len(part) for _, part in diagonal_blocks(moments)), default=0)
 
 
 def column_ranges(k: int, largest: int | None) -> list[slice]:

@@ -30,7 +30,7 @@ _NOT_CAUSAL = "masked language models: bitfold eval --metric masked; other encod
 
 
 @dataclass(frozen=True)
-class Subject:
+class ModelRef:
     """A model, not loaded before it is needed.
 
     Args:
@@ -42,7 +42,7 @@ class Subject:
     module: nn.Module | None = None
 
     @classmethod
-    def of(cls, model: Model, *, revision: str | None = None) -> Subject:
+    def of(cls, model: Model, *, revision: str | None = None) -> ModelRef:
         """Find the model; repositories are downloaded.
 
         Raises:

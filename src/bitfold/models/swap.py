@@ -17,7 +17,7 @@ from bitfold.nn import QEmbedding, QLinear, QWeight, attach
 from bitfold.qtensor import QTensor
 from bitfold.recipes.recipe import Recipe, Rule
 from bitfold.system import progress
-from bitfold.transforms import Diagonal, Hadamard, Transform, read_wish
+from bitfold.transforms import Diagonal, Hadamard, Transform, transform_spec
 from bitfold.transforms.activations import MEASURED
 
 
@@ -167,7 +167,7 @@ def quantize_site_tensor(w: torch.Tensor, site: Site, rule: Rule, seed: int) -> 
 
 def transform_of(rule: Rule, site: Site, seed: int) -> Transform | None:
     """The transform that a rule wants for a site; one that calibration has still to choose changes nothing."""
-    wish, size = read_wish(rule.transform), site.qshape[-1]
+    wish, size = transform_spec(rule.transform), site.qshape[-1]
     if wish.diagonal:
         return Diagonal.stored(torch.ones(size))
     return Hadamard(size, seed) if wish.kind == "hadamard" else None

@@ -23,7 +23,7 @@ from bitfold.models.swap import decide, is_plain, transform_of
 from bitfold.recipes.recipe import Recipe, Rule
 from bitfold.records.run_report import QuantizeReport, TensorReport
 from bitfold.system.tensorinfo import TensorInfo
-from bitfold.transforms import read_wish
+from bitfold.transforms import transform_spec
 from bitfold.transforms.activations import MEASURED
 
 
@@ -285,7 +285,7 @@ def _takes_rows(own: Mapping[str, Decision]) -> bool:
 
 
 def _wants_factors(decision: Decision) -> bool:
-    return decision.rule is not None and read_wish(decision.rule.transform).diagonal
+    return decision.rule is not None and transform_spec(decision.rule.transform).diagonal
 
 
 def _without_factors(decision: Decision) -> Decision:

@@ -15,7 +15,7 @@ from bitfold.formats import get_format
 from bitfold.methods.fits import CALIBRATED_FITS, get_fit
 from bitfold.methods.pruning import read_sparsity
 from bitfold.methods.solvers import get_solver, is_calibrated, is_feedback
-from bitfold.transforms import read_wish
+from bitfold.transforms import transform_spec
 from bitfold.transforms.activations import read_act
 
 if sys.version_info >= (3, 11):
@@ -66,7 +66,7 @@ class Rule:
             raise RecipeError(f"{self.format} stores ordinary tensors, which know no transform and no activation type")
         try:
             read_act(self.act)
-            read_wish(self.transform)
+            transform_spec(self.transform)
             sparsity = read_sparsity(self.prune)
         except UsageError as error:
             raise RecipeError(error.what, hint=error.hint) from error
@@ -82,7 +82,7 @@ class Rule:
             return False
         data = (
             self.prune != "none"
-            or read_wish(self.transform).diagonal
+            or transform_spec(self.transform).diagonal
             or read_act(self.act).static
             or self.fit in CALIBRATED_FITS
         )

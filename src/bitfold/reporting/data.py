@@ -10,7 +10,7 @@ from typing import Any
 from bitfold.checkpoints.inspection import Inspection, inspect
 from bitfold.errors import CheckpointError, UsageError
 from bitfold.evaluation.comparison import Comparison, compare, short_names
-from bitfold.models.model_ref import Subject, is_bitfold
+from bitfold.models.model_ref import ModelRef, is_bitfold
 from bitfold.records.record import add_to_record, environment, read_record
 
 PROMPTS = (
@@ -155,7 +155,7 @@ def gather(folders: Sequence[str | Path], measuring: Measuring | None = None) ->
 
 
 def _folder(folder: str | Path) -> Path:
-    subject = Subject.of(folder)
+    subject = ModelRef.of(folder)
     if subject.path is None or not is_bitfold(subject.config):
         raise CheckpointError("was not written by bitfold", where=str(folder), hint="quantize it first")
     return subject.path

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bitfold.errors import CheckpointError, UsageError
-from bitfold.evaluation.comparison import Run
+from bitfold.evaluation.comparison import Candidate
 from bitfold.recipes.recipe import Recipe, Rule
 from bitfold.reporting.charts import Plot, plots
 from bitfold.reporting.data import ReportData, RunData, TensorFacts
@@ -144,7 +144,7 @@ def _summary(data: ReportData) -> str:
     return _setting(data) + _table("summary", "Runs", columns, rows, filtered=False)
 
 
-def _summary_row(run: RunData, measured: Run | None) -> list[Any]:
+def _summary_row(run: RunData, measured: Candidate | None) -> list[Any]:
     found = run.inspection
     formats = ", ".join(t.format for t in found.totals() if t.quantized)
     row = [run.name, formats, (size_text(found.nbytes), str(found.nbytes))]

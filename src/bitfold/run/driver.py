@@ -21,7 +21,7 @@ from bitfold.checkpoints import Source, open_source
 from bitfold.checkpoints.bitfold_folder import QUANT_METHOD
 from bitfold.checkpoints.safetensors import digest_of
 from bitfold.errors import CheckpointError, UsageError
-from bitfold.forecast.ceiling import Economist, Economy
+from bitfold.forecast.ceiling import MemoryChooser, MemoryUse
 from bitfold.forecast.preflight import Asked, preflight, refuse_impossible
 from bitfold.models.opening import open_skeleton
 from bitfold.planning.accounting import account_for
@@ -31,7 +31,7 @@ from bitfold.recipes.options import choose_recipe, leaves_the_choice
 from bitfold.recipes.recipe import Recipe
 from bitfold.records.record import write_record
 from bitfold.records.run_report import QuantizeReport, TensorReport, peak_memory
-from bitfold.run.writing import Job, OnTensor, Run, Writing
+from bitfold.run.writing import Job, OnTensor, PlannedRun, Writing
 from bitfold.system import progress
 from bitfold.system.memory import Ceiling
 from bitfold.text.tokens import BUNDLED
@@ -151,7 +151,7 @@ def _quantize(job: Job, manner: _Manner, *, shorten: bool, dry_run: bool, on_ten
         plan = make_plan(source, model, job.rules, shorten_groups=shorten)
         economy = _economy(source, model, plan, job, manner)
         job = replace(job, calibration=economy.calibration)
-        run = Run(source, model, plan, job, account_for(source, plan), economy.hessians)
+        run = PlannedRun(source, model, plan, job, account_for(source, plan), economy.hessian_bytes)
         report = blank_report(plan, job.source, None if dry_run else str(job.out), job.rules)
         report.ceiling, report.method = manner.max_memory, why
         asked = Asked(job.seed, job.max_shard_bytes, dry_run, manner.max_memory)
@@ -173,10 +173,10 @@ def _quantize(job: Job, manner: _Manner, *, shorten: bool, dry_run: bool, on_ten
     return report
 
 
-def _economy(source: Source, model: nn.Module | None, plan: Plan, job: Job, manner: _Manner) -> Economy:
+def _economy(source: Source, model: nn.Module | None, plan: Plan, job: Job, manner: _Manner) -> MemoryUse:
     """How it goes about its memory: as an interrupted run did that it is to go on with."""
     before = {} if manner.restart else recorded(partial_of(job.out)).get("calibration") or {}
-    return Economist(source, model, plan, job.calibration, before.get("columns")).choose(manner.max_memory)
+    return MemoryChooser(source, model, plan, job.calibration, before.get("columns")).choose(manner.max_memory)
 
 
 def _chosen(
@@ -219,7 +219,7 @@ def _open_model(source: Source) -> nn.Module | None:
     return model
 
 
-def _write(run: Run, report: QuantizeReport, manner: _Manner, on_tensor: OnTensor | None) -> None:
+def _write(run: PlannedRun, report: QuantizeReport, manner: _Manner, on_tensor: OnTensor | None) -> None:
     """Do the work, or go on with it; after a failure, what is finished stays for the next time."""
     work = Workspace(run.job.out, _identity(run), restart=manner.restart)
     if work.published:  # an earlier run had time for everything but this
@@ -245,7 +245,7 @@ def _write(run: Run, report: QuantizeReport, manner: _Manner, on_tensor: OnTenso
         raise
 
 
-def _identity(run: Run) -> dict[str, Any]:
+def _identity(run: PlannedRun) -> dict[str, Any]:
     """What decides the bytes of the result."""
     job = run.job
     calibration = None if job.calibration is None else asdict(job.calibration)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitfold.calibration.probe import ActReport
+from bitfold.calibration.probe import ActivationCost
 from bitfold.calibration.resume import Bookmarks
 from bitfold.calibration.session import Calibration, solve_blocks
 from bitfold.calibration.shared_input import Folded, Solved
@@ -60,19 +60,19 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Run:
-    """A job with its source open; `hessians`: bytes of those of experts in memory at a time."""
+class PlannedRun:
+    """A job with its source open; `hessian_bytes`: bytes of those of experts in memory at a time."""
 
     source: Source
     model: nn.Module | None
     plan: Plan
     job: Job
     account: Account
-    hessians: int = HESSIANS
+    hessian_bytes: int = HESSIANS
 
 
 @dataclass
-class Finished:
+class WrittenTensors:
     """What is written so far: reports by tensor, hashes by stored name."""
 
     reports: dict[str, TensorReport] = field(default_factory=dict)
@@ -89,12 +89,12 @@ class Writing:
         on_tensor: who is told, in Python.
     """
 
-    def __init__(self, run: Run, work: Workspace, events: Events, on_tensor: OnTensor | None) -> None:
+    def __init__(self, run: PlannedRun, work: Workspace, events: Events, on_tensor: OnTensor | None) -> None:
         self.run, self.work, self._events, self._on_tensor = run, work, events, on_tensor
         self._writer = PlannedWriter(work.result, plan_shards(run.plan.stored(), run.job.max_shard_bytes))
-        self.done = Finished()
+        self.done = WrittenTensors()
         self.ceiling = Ceiling(None)
-        self.acts: ActReport | None = None
+        self.acts: ActivationCost | None = None
 
     def tensors(self) -> None:
         """Write every tensor: first what needs calibration, block by block, then the rest in the source's order."""
@@ -124,7 +124,7 @@ class Writing:
     def _remaining(self) -> Iterator[TensorReport]:
         if self.run.job.calibration is not None:
             for solved in self._calibrated(self.run.job.calibration):
-                if isinstance(solved, ActReport):
+                if isinstance(solved, ActivationCost):
                     self._measured(solved)
                 elif isinstance(solved, Folded):
                     yield self._finish(solved.decision, {solved.decision.tensor: solved.value})
@@ -135,7 +135,7 @@ class Writing:
             if any(d.alias_of is None and name not in self.done.reports for name, d in item.decisions.items()):
                 yield from self._write_item(item)
 
-    def _calibrated(self, calibration: Calibration) -> Iterator[Solved | Folded | ActReport]:
+    def _calibrated(self, calibration: Calibration) -> Iterator[Solved | Folded | ActivationCost]:
         run, tokenizer = self.run, self.run.source.path
         if not tokenizer.is_dir():  # a GGUF file carries its tokenizer inside
             tokenizer = self.work.state / "tokenizer"
@@ -144,10 +144,10 @@ class Writing:
             write_json(tokenizer / "config.json", run.source.config)
         marks = Bookmarks(self.work, self.done.reports, self._writer.sync, self._events)
         yield from solve_blocks(
-            run.source, run.model, run.plan, calibration, run.job.seed, tokenizer, marks, run.hessians
+            run.source, run.model, run.plan, calibration, run.job.seed, tokenizer, marks, run.hessian_bytes
         )
 
-    def _measured(self, acts: ActReport) -> None:
+    def _measured(self, acts: ActivationCost) -> None:
         """Activations that were left to measurement are decided."""
         self.acts = acts
         costs = f"KL {acts.kl_int8:.4f} with int8 activations, {acts.kl_float:.4f} with float ones"
@@ -297,7 +297,7 @@ def _stored_bytes(folder: Path, files: list[str]) -> dict[str, int]:
     return {name: info.nbytes for file in files for name, info in read_header(folder / file).items()}
 
 
-def _config(run: Run, report: QuantizeReport) -> dict[str, Any]:
+def _config(run: PlannedRun, report: QuantizeReport) -> dict[str, Any]:
     entries = run.plan.entries(run.job.seed, auto="float" if report.acts is None else report.acts["choice"])
     return {
         "quant_method": QUANT_METHOD,

@@ -13,7 +13,16 @@ from bitfold.system.tensorinfo import TensorInfo
 from bitfold.transforms.diagonal import Diagonal, aware_scale, smooth_scale
 from bitfold.transforms.hadamard import Hadamard
 
-__all__ = ["Diagonal", "Hadamard", "Transform", "Wish", "aware_scale", "read_transform", "read_wish", "smooth_scale"]
+__all__ = [
+    "Diagonal",
+    "Hadamard",
+    "Transform",
+    "TransformSpec",
+    "aware_scale",
+    "read_transform",
+    "smooth_scale",
+    "transform_spec",
+]
 
 
 class Transform(Protocol):
@@ -43,7 +52,7 @@ def read_transform(text: Mapping[str, Any] | None) -> Transform | None:
 
 
 @dataclass(frozen=True)
-class Wish:
+class TransformSpec:
     """What a rule wants.
 
     Args:
@@ -60,7 +69,7 @@ class Wish:
         return self.kind in ("smooth", "awq")
 
 
-def read_wish(text: str) -> Wish:
+def transform_spec(text: str) -> TransformSpec:
     """`none`, `hadamard`, `smooth`, `smooth:0.85` or `awq`.
 
     Raises:
@@ -68,7 +77,7 @@ def read_wish(text: str) -> Wish:
     """
     kind, _, number = text.partition(":")
     if text in ("none", "hadamard", "smooth", "awq"):
-        return Wish(kind)
+        return TransformSpec(kind)
     if kind != "smooth":
         raise UsageError(f"unknown transform {text!r}", hint="none, hadamard, smooth, smooth:0.85 or awq")
     try:
@@ -77,4 +86,4 @@ def read_wish(text: str) -> Wish:
         alpha = -1.0
     if not 0 <= alpha <= 1:
         raise UsageError(f"{number!r} is no migration strength", hint="0 to 1, as in smooth:0.5")
-    return Wish(kind, alpha)
+    return TransformSpec(kind, alpha)

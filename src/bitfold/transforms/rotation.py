@@ -18,7 +18,7 @@ from bitfold.system import native
 
 
 @dataclass(frozen=True)
-class Plan:
+class RotationPlan:
     """What the core needs to know of a rotation: blocks are matrices (order, width)."""
 
     width: int  # butterflies of a power of two
@@ -30,7 +30,7 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(size: int, seed: int) -> Plan:
+def _plan(size: int, seed: int) -> RotationPlan:
     from bitfold.transforms.hadamard import factors, signs
 
     parts = list(factors(size))
@@ -39,7 +39,7 @@ def _plan(size: int, seed: int) -> Plan:
     order = len(dense[0]) if dense else 1
     matrix = dense[0].float().sign().contiguous() if dense else torch.empty(0, 0)
     scale = 1 / math.sqrt(order * width)
-    return Plan(width, order, matrix, matrix.T.contiguous(), signs(size, seed).float().contiguous(), scale)
+    return RotationPlan(width, order, matrix, matrix.T.contiguous(), signs(size, seed).float().contiguous(), scale)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
