@@ -53,6 +53,8 @@ class Recorder:
     """A coder that rounds to integers and remembers what it was asked to code."""
 
     step = 1
+    at_once = 0
+    feed = None
 
     def __init__(self) -> None:
         self.asked: dict[int, torch.Tensor] = {}

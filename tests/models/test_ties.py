@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import bitfold
 from bitfold.checkpoints import open_source
-from bitfold.models.model_ref import Subject
+from bitfold.models.model_ref import ModelRef
 from bitfold.models.opening import open_skeleton
 from bitfold.models.skeleton import tied_names
 from model_zoo import ZOO, outputs
@@ -86,7 +86,7 @@ def test_all_of_the_tied_quantized(tmp_path: Path) -> None:
 def test_originals_are_streamed_so(name: str, change: str, tmp_path: Path) -> None:
     stored(tmp_path / "m", name, change)
     kind = "AutoModelForMaskedLM" if "bert" in name else "AutoModelForCausalLM"
-    found = Subject.of(tmp_path / "m").load(kind, torch.float32)
+    found = ModelRef.of(tmp_path / "m").load(kind, torch.float32)
     wanted = by_transformers(tmp_path / "m", name)
     assert all(torch.equal(a, wanted.state_dict()[key]) for key, a in found.state_dict().items())
 
