@@ -89,20 +89,6 @@ def test_overlapping_windows_predict_each_token_once(original: Path, changed: Pa
     assert result.kl_mean == pytest.approx(expected["kl"], rel=1e-4)
 
 
-@given(st.integers(2, 12), st.integers(1, 12), st.integers(2, 60))
-def test_every_token_but_the_first_of_a_window_counts_once(context: int, stride: int, length: int) -> None:
-    if stride > context or length < context:
-        return
-    windows = texts.cut(torch.arange(length), context, stride, None)
-    counted = [
-        int(windows.ids[w, i + 1]) for w in range(len(windows)) for i in range(windows.first(w), windows.context - 1)
-    ]
-    assert len(counted) == len(set(counted)) == windows.total
-    covered = (len(windows) - 1) * stride + context
-    unpredictable = range(0, covered, context) if stride == context else [0]
-    assert sorted(counted) == [t for t in range(covered) if t not in unpredictable]
-
-
 def test_the_floor_of_the_measurement(original: Path) -> None:
     """A model against itself: nothing but the rounding of stored predictions."""
     result = evaluate(original, original, tiny_lm.TEXT, context=CONTEXT, max_tokens=512)

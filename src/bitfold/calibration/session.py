@@ -30,7 +30,8 @@ from bitfold.nn import set_tensor
 from bitfold.planning.plan import Decision, Plan
 from bitfold.recipes.catalog import AUTO, find_method
 from bitfold.system import progress
-from bitfold.text.tokens import BUNDLED, SELF, own_text
+from bitfold.text.tokens import BUNDLED, SELF, load_tokenizer, own_text
+from bitfold.text.windows import text_start
 from bitfold.transforms.activations import MEASURED
 
 LONGEST = 2048  # tokens of a window, where nobody says otherwise
@@ -51,6 +52,7 @@ class Calibration:
         columns: inputs whose Hessian is kept whole; layers with more are solved in ranges of at most so many, which
             costs some accuracy and saves memory; None = whole, unless a ceiling of memory is named that needs this.
         refit: error feedback ends with the row scales that cost least under the Hessian.
+        start_token: windows begin as the tokenizer begins a text.
     """
 
     text: str = BUNDLED
@@ -60,6 +62,7 @@ class Calibration:
     fisher: bool | None = None
     columns: int | None = None
     refit: bool = True
+    start_token: bool = True
 
     def __post_init__(self) -> None:
         if self.nsamples < 1 or (self.seqlen is not None and self.seqlen < 2):
@@ -81,6 +84,7 @@ def settings(
     fisher: bool | None = None,
     columns: int | None = None,
     refit: bool = True,
+    start_token: bool = True,
 ) -> Calibration | None:
     """The calibration that options mean: None where no text is named and the method is known to need none."""
     found = None if method is None or method == AUTO else find_method(method)
@@ -90,7 +94,7 @@ def settings(
     strength = (0.5 if corrects else 0.0) if drift is None else drift
     seqlen = seqlen or (found.seqlen if found is not None else None)
     weighed = fisher if corrects or fisher is not None else False
-    return Calibration(text or BUNDLED, nsamples, seqlen, strength, weighed, columns, refit)
+    return Calibration(text or BUNDLED, nsamples, seqlen, strength, weighed, columns, refit, start_token)
 
 
 def solve_blocks(
@@ -330,12 +334,12 @@ def _inputs(
     fisher = weighs_tokens(wanted.values(), calibration)
     own = calibration.text == SELF
     whole = _whole(source, reader) if fisher or own else None
+    sizes = {"nsamples": calibration.nsamples, "seqlen": calibration.seqlen or LONGEST}
     if own and whole is not None:
-        ids = own_text(whole, nsamples=calibration.nsamples, seqlen=calibration.seqlen or LONGEST, seed=seed)
+        start = text_start(load_tokenizer(tokenizer), calibration.start_token)
+        ids = own_text(whole, **sizes, seed=seed, start=start)
     else:
-        ids = calibration_tokens(
-            tokenizer, calibration.text, nsamples=calibration.nsamples, seqlen=calibration.seqlen or LONGEST
-        )
+        ids = calibration_tokens(tokenizer, calibration.text, **sizes, start_token=calibration.start_token)
     if not fisher or whole is None:
         return ids, {}
     layers = [d.site.module for d in wanted.values() if d.site is not None and d.site.kind != EXPERTS]

@@ -43,6 +43,12 @@ ContextOption = Annotated[
 ]
 StrideOption = Annotated[int | None, typer.Option(help="Tokens between windows; less than the context: they overlap.")]
 MaxTokensOption = Annotated[int, typer.Option(help="Tokens from the start of the text to use; 0: all.")]
+StartTokenOption = Annotated[
+    bool,
+    typer.Option(
+        "--start-token/--no-start-token", help="Begin windows as the tokenizer begins a text, with <s>, <bos> or none."
+    ),
+]
 BatchOption = Annotated[int, typer.Option(help="Windows to run at once.", min=1)]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as the weights are stored.")]
 TasksOption = Annotated[
@@ -83,6 +89,7 @@ def evaluate(
     context: ContextOption = None,
     stride: StrideOption = None,
     max_tokens: MaxTokensOption = 20480,
+    start_token: StartTokenOption = True,
     batch: BatchOption = 1,
     dtype: DtypeOption = "float32",
     tasks: TasksOption = None,
@@ -116,6 +123,7 @@ def evaluate(
         "revision": revision,
         "tasks": [name for group in tasks or () for name in group.split(",")],
         "limit": limit,
+        "start_token": start_token,
     }
     _language(model, reference, text, options, _After(save, update_card, limits), json=json)
 
@@ -176,6 +184,7 @@ def layers(
         int, typer.Option(help="Swap so many tensors one by one and measure the KL divergence of each; -1: all.")
     ] = 0,
     swap_tokens: Annotated[int, typer.Option(help="Tokens to measure a swap on.", min=2)] = 512,
+    start_token: StartTokenOption = True,
     dtype: DtypeOption = "float32",
     save: SaveOption = False,
     json: Json = False,
@@ -192,6 +201,7 @@ def layers(
         swaps=swaps,
         swap_tokens=swap_tokens,
         dtype=dtype,
+        start_token=start_token,
     )
     if json:
         print_json({"model": model, "reference": reference, **result.to_dict()})

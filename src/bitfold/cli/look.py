@@ -28,12 +28,16 @@ def inspect(
     context: Annotated[int, typer.Option(help="With --activations: tokens of a window.", min=2)] = 512,
     max_tokens: Annotated[int, typer.Option(help="With --activations: tokens to read.", min=2)] = 4096,
     dtype: Annotated[str, typer.Option(help="With --activations: of the arithmetic, as in `eval`.")] = "float32",
+    start_token: Annotated[
+        bool, typer.Option("--start-token/--no-start-token", help="With --activations: as in `eval`.")
+    ] = True,
     revision: Revision = None,
     json: Json = False,
 ) -> None:
     """List what is in a checkpoint: format, shape, bits and bytes of each tensor; or find its outliers."""
     if activations is not None:
         sizes = {"context": context, "max_tokens": max_tokens, "dtype": dtype, "revision": revision}
+        sizes["start_token"] = start_token
         _outliers(model, activations, sizes, json=json)
         return
     if len(model) != 1:

@@ -45,6 +45,10 @@ CalibrationOption = Annotated[
 ]
 NsamplesOption = Annotated[int, typer.Option(help="Samples of calibration text.")]
 SeqlenOption = Annotated[int | None, typer.Option(help="Tokens of a sample (default: 2048, or what fits).")]
+StartTokenOption = Annotated[
+    bool,
+    typer.Option("--start-token/--no-start-token", help="Begin samples as the tokenizer begins a text, or without."),
+]
 DriftOption = Annotated[float | None, typer.Option(help="Correction for the loss of earlier layers, 0 to 1.")]
 FisherOption = Annotated[
     bool | None,
@@ -99,6 +103,7 @@ def quantize(
     calibration: CalibrationOption = None,
     nsamples: NsamplesOption = 32,
     seqlen: SeqlenOption = None,
+    start_token: StartTokenOption = True,
     drift: DriftOption = None,
     fisher: FisherOption = None,
     refit: RefitOption = True,
@@ -134,7 +139,7 @@ def quantize(
         output_dir or Path("unused"),
         **how,
         **manner,
-        calibration=settings(method, calibration, nsamples, seqlen, drift, fisher, columns, refit),
+        calibration=settings(method, calibration, nsamples, seqlen, drift, fisher, columns, refit, start_token),
         max_memory=None if max_memory is None else parse_size(max_memory, where="--max-memory"),
         revision=revision,
         upload_repo=upload_repo,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from bitfold.cli.app import Json, app, print_json
-from bitfold.cli.evaluate import CacheDirOption, DtypeOption
+from bitfold.cli.evaluate import CacheDirOption, DtypeOption, StartTokenOption
 from bitfold.errors import UsageError
 
 RunsArgument = Annotated[
@@ -31,6 +31,7 @@ def compare(
     text: TextOption = None,
     context: ContextOption = None,
     max_tokens: MaxTokensOption = 20480,
+    start_token: StartTokenOption = True,
     dtype: DtypeOption = "float32",
     cache_dir: CacheDirOption = None,
     save: Annotated[bool, typer.Option("--save", help="Keep the numbers in the folders.")] = False,
@@ -41,6 +42,7 @@ def compare(
     from bitfold.evaluation.comparison import compare as run
 
     options = {"context": context, "max_tokens": max_tokens or None, "dtype": dtype, "cache_dir": cache_dir}
+    options["start_token"] = start_token
     result = run(runs, reference, text, save=save, **options)
     if json:
         print_json(result.to_dict())
@@ -66,6 +68,7 @@ def report(
     text: TextOption = None,
     context: ContextOption = None,
     max_tokens: MaxTokensOption = 20480,
+    start_token: StartTokenOption = True,
     swaps: Annotated[int, typer.Option(help="As in `layers`: tensors to swap in each folder; with --reference.")] = 0,
     prompt: Annotated[
         list[str] | None, typer.Option(help="For the sample texts; with --reference. Repeatable.")
@@ -84,7 +87,7 @@ def report(
     if reference is None and (text or prompt or swaps or context):
         raise UsageError("what is measured needs the original", where="--reference")
     check_output(output)
-    options = {"context": context, "max_tokens": max_tokens or None}
+    options = {"context": context, "max_tokens": max_tokens or None, "start_token": start_token}
     measuring = None if reference is None else Measuring(reference, text, options, swaps, tuple(prompt or PROMPTS))
     data = gather(folders, measuring)
     path = write_report(data, output)

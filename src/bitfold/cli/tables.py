@@ -134,6 +134,7 @@ def show_evaluation(result: Evaluation) -> None:
             ("weight files", None if result.size is None else _files(result.size, result.bpw_whole)),
             ("tokens", f"{result.tokens} predicted, in {result.windows} windows of {result.context}"),
             ("text", result.text),
+            ("start of a window", result.start_token),
             ("time", f"{duration(result.seconds)}, {result.tokens_per_second:.0f} tokens/s"),
             ("peak memory", None if result.peak_memory is None else size_text(result.peak_memory)),
         ]

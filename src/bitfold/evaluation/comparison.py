@@ -14,7 +14,7 @@ from bitfold.evaluation import evaluate
 from bitfold.models.model_ref import ModelRef, weight_files
 from bitfold.records.record import add_to_record, read_record
 
-SETTING = ("reference", "metric", "text", "context", "tokens", "dtype", "stride")
+SETTING = ("reference", "metric", "text", "start_token", "context", "tokens", "dtype", "stride")
 _MEASURED = ("perplexity", "kl_mean", "kl_median", "kl_p99", "top1", "top5", "tokens_per_second")
 
 
@@ -52,7 +52,7 @@ class Comparison:
     """Runs measured in the same setting, smallest first.
 
     Args:
-        setting: what was measured on: reference, metric, text, context, tokens, dtype, stride.
+        setting: what was measured on: reference, metric, text, start token, context, tokens, dtype, stride.
         reference_perplexity: of the original.
         runs: the folders.
     """
@@ -77,7 +77,8 @@ def compare(
         reference: the original; all runs are then measured now. None: what `bitfold eval --save` left in the folders is
             used, and must have been measured in the same setting.
         text: see `evaluate`; only with a reference.
-        options: for `evaluate`: context, stride, max_tokens, batch, dtype, cache_dir; and `save`: keep the numbers.
+        options: for `evaluate`: context, stride, max_tokens, batch, dtype, cache_dir, start_token; and `save`: keep the
+            numbers.
 
     Raises:
         UsageError: no folders, or numbers that are missing or cannot be compared.

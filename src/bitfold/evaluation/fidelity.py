@@ -1,6 +1,6 @@
 """How far a language model has moved from its reference.
 
-Three numbers, over windows of text without a begin-of-text token:
+Three numbers, over windows of text that begin as the tokenizer begins a text (see `text.windows`):
 
 * perplexity, exp of the mean negative log-likelihood of the next token;
 * KL(reference || model) for each token, in nats: what the change costs whatever the text says next, and a far less
@@ -36,6 +36,7 @@ from bitfold.checkpoints.inspection import inspect
 from bitfold.errors import QualityError, UsageError
 from bitfold.evaluation.reading import CausalPassages, Passages, masked_passages
 from bitfold.evaluation.scoring import TOP, Beside, Scores, Setting, perplexity, reference_on_disk, score
+from bitfold.evaluation.tasks import check_tasks, run_tasks
 from bitfold.models.model_ref import Model, ModelRef, read_dtype, weight_files
 from bitfold.records.run_report import peak_memory
 from bitfold.text import windows as texts
@@ -60,6 +61,7 @@ class Evaluation:
         windows, context: how many windows of how many tokens.
         metric: "lm" or "masked".
         text: the name of the text.
+        start_token: what each window begins with, such as "<bos>"; None for nothing.
         seconds: wall-clock time, loading included.
         tokens_per_second: tokens read a second by the model judged.
         peak_memory: largest resident size of this process so far, bytes; None where the system does not tell.
@@ -82,6 +84,7 @@ class Evaluation:
     context: int
     metric: str
     text: str
+    start_token: str | None
     seconds: float
     tokens_per_second: float
     peak_memory: int | None
@@ -133,6 +136,7 @@ def evaluate(
     revision: str | None = None,
     tasks: Sequence[str] = (),
     limit: int | None = None,
+    start_token: bool = True,
 ) -> Evaluation:
     """Judge a language model, alone or against the model it was made from.
 
@@ -153,6 +157,7 @@ def evaluate(
         revision: branch, tag or commit of the model's Hub repository.
         tasks: of lm-eval, run on the loaded model as well (needs the extra `tasks`).
         limit: documents of each task; None: all.
+        start_token: windows begin as the tokenizer begins a text (masked models': always).
 
     Raises:
         UsageError: a text that is missing or too short, sizes that do not fit, tokenizers that differ.
@@ -160,32 +165,30 @@ def evaluate(
         CheckpointError, HubError: a model that cannot be read or fetched.
     """
     start = time.monotonic()
-    if metric not in _AUTO:
-        raise UsageError(f"unknown metric {metric!r}", hint=" or ".join(_AUTO))
-    if tasks:
-        _require_tasks(tasks, metric)
+    _check(metric, tasks)
     judged, against = _subjects(model, revision, reference, metric)
     content = texts.read_text(text, enough=None if max_tokens is None else _CHARACTERS * max_tokens)
-    passages = _passages(judged, against, content, tokenizer, _Sizes(metric, context, stride, max_tokens))
+    sizes = _Sizes(metric, context, stride, max_tokens, start_token)
+    passages, tokenizer = _passages(judged, against, content, tokenizer, sizes)
     setting = Setting(passages, batch, read_dtype(dtype), _AUTO[metric])
     with _workspace(cache_dir) as folder:
         scores, reference_nll, loaded = _run(judged, against, setting, folder)
     facts = {"metric": metric, "text": texts.text_name(text), "bpw": stored_bpw(loaded), **_file_facts(judged)}
+    facts["start_token"] = texts.start_name(passages.start, tokenizer)
     if tasks:
-        from bitfold.evaluation.tasks import run_tasks
-
-        facts["tasks"] = run_tasks(loaded, tokenizer or judged.tokenizer(), tasks, limit=limit, batch=batch)
+        facts["tasks"] = run_tasks(loaded, tokenizer, tasks, limit=limit, batch=batch)
     facts["seconds"] = time.monotonic() - start
     return _summary(scores, reference_nll, passages, facts)
 
 
-def _require_tasks(tasks: Sequence[str], metric: str) -> None:
-    """UsageError, before anything is run, for tasks that cannot be."""
-    if metric != CAUSAL:
+def _check(metric: str, tasks: Sequence[str]) -> None:
+    """UsageError, before anything is run, for an unknown metric and for tasks that cannot be run."""
+    if metric not in _AUTO:
+        raise UsageError(f"unknown metric {metric!r}", hint=" or ".join(_AUTO))
+    if tasks and metric != CAUSAL:
         raise UsageError("tasks of lm-eval are for causal language models", where="tasks")
-    from bitfold.evaluation.tasks import check_tasks
-
-    check_tasks(tasks)
+    if tasks:
+        check_tasks(tasks)
 
 
 def _subjects(
@@ -206,29 +209,32 @@ class _Sizes:
     context: int | None
     stride: int | None
     max_tokens: int | None
+    start_token: bool
 
 
-def _passages(model: ModelRef, reference: ModelRef | None, text: str, tokenizer: Any, sizes: _Sizes) -> Passages:
-    if tokenizer is not None:
-        ids = texts.tokenize(text, tokenizer)
-    else:
-        with_path = [s for s in (reference, model) if s is not None and s.path is not None] or [model]
-        tokenizers = [subject.tokenizer() for subject in with_path]
-        tokenizer = tokenizers[0]
-        ids, *others = (texts.tokenize(text, t) for t in tokenizers)
-        if any(not torch.equal(ids, other) for other in others):
-            raise UsageError(
-                "the model and the reference split the text into different tokens",
-                where=model.name,
-                hint="is it the right reference?",
-            )
+def _passages(
+    model: ModelRef, reference: ModelRef | None, text: str, tokenizer: Any, sizes: _Sizes
+) -> tuple[Passages, Any]:
+    """The text as the models read it, and the tokenizer."""
+    with_path = [s for s in (reference, model) if s is not None and s.path is not None] or [model]
+    tokenizer, *others = [s.tokenizer() for s in with_path] if tokenizer is None else [tokenizer]
+    ids, start = texts.tokenize(text, tokenizer), texts.text_start(tokenizer, sizes.start_token)
+    hint = "is it the right reference?"
+    if any(not torch.equal(ids, texts.tokenize(text, other)) for other in others):
+        what = "the model and the reference split the text into different tokens"
+        raise UsageError(what, where=model.name, hint=hint)
+    for other in others:
+        if (own := texts.text_start(other, sizes.start_token)) != start:
+            names = [texts.start_name(s, t) or "nothing" for s, t in ((own, other), (start, tokenizer))]
+            what = f"its tokenizer begins a text with {names[0]}, the reference's with {names[1]}"
+            raise UsageError(what, where=model.name, hint=f"{hint} --no-start-token begins with neither")
     longest = 2**62 if sizes.metric == CAUSAL else _MASKED_CONTEXT
     context = _context(sizes.context, [s for s in (model, reference) if s], longest)
     if sizes.metric == CAUSAL:
-        return CausalPassages(texts.cut(ids, context, sizes.stride, sizes.max_tokens))
+        return CausalPassages(texts.cut(ids, context, sizes.stride, sizes.max_tokens, start)), tokenizer
     if sizes.stride is not None:
         raise UsageError("windows of masked models do not overlap", where="stride")
-    return masked_passages(ids, tokenizer, context, sizes.max_tokens)
+    return masked_passages(ids, tokenizer, context, sizes.max_tokens), tokenizer
 
 
 def _context(asked: int | None, subjects: list[ModelRef], usual: int) -> int:

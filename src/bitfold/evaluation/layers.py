@@ -63,11 +63,13 @@ class LayerErrors:
     Args:
         layers: one for each tensor, in the order of the model.
         text: name of the text.
+        start_token: what each window begins with; None for nothing.
         tokens: under how many tokens output errors were measured.
         swap_tokens: on how many predictions a swap was measured.
     """
 
     text: str
+    start_token: str | None
     tokens: int
     swap_tokens: int = 0
     layers: list[LayerError] = field(default_factory=list)
@@ -88,6 +90,7 @@ def layer_errors(
     swap_tokens: int = 512,
     dtype: str = "float32",
     tokenizer: Any = None,
+    start_token: bool = True,
 ) -> LayerErrors:
     """Compare every quantized tensor of a folder with the original one.
 
@@ -100,6 +103,7 @@ def layer_errors(
         swap_tokens: on how many tokens a swap is measured.
         dtype: of the original's arithmetic.
         tokenizer: for a reference that is a module.
+        start_token: windows begin as the tokenizer begins a text.
 
     Raises:
         CheckpointError: not a folder of bitfold.
@@ -113,24 +117,19 @@ def layer_errors(
     tokenizer = against.tokenizer() if tokenizer is None else tokenizer
     text = texts.CALIBRATION if text is None else text
     ids = texts.tokenize(texts.read_text(text, enough=16 * max_tokens), tokenizer)
+    start = texts.text_start(tokenizer, start_token)
     context = min(context, max_tokens, against.longest or context)
-    windows = texts.cut(ids, context, None, max_tokens)
+    windows = texts.cut(ids, context, None, max_tokens, start)
     original = against.load("AutoModelForCausalLM", read_dtype(dtype))
     sites = _matching(original, source, subject.name)
-    result = LayerErrors(texts.text_name(text), windows.ids.numel())
+    result = LayerErrors(texts.text_name(text), texts.start_name(start, tokenizer), windows.ids.numel())
     result.layers = list(_weight_errors(original, source, sites))
     outputs = _output_errors(original, source, sites, windows.ids)
     for layer in result.layers:
         layer.output_error = outputs.get(layer.tensor)
     if swaps:
-        result.swap_tokens = _swap(original, source, result.layers, (swaps, _few(windows, swap_tokens)))
+        result.swap_tokens = _swap(original, source, result.layers, (swaps, windows.head(swap_tokens)))
     return result
-
-
-def _few(windows: texts.Windows, tokens: int) -> texts.Windows:
-    """The first tokens, in windows no longer than they are."""
-    ids = windows.ids.flatten()
-    return texts.cut(ids, min(windows.context, max(2, tokens)), None, max(2, tokens))
 
 
 def _matching(original: nn.Module, source: QuantizedSource, name: str) -> dict[str, Site]:

@@ -96,7 +96,7 @@ class Outliers:
         model: its name.
         parameters: how many it has, packed ones counted as weights.
         perplexity: on the text.
-        text, tokens: what it read.
+        text, start_token, tokens: what it read, and what each window began with (None: nothing).
         hidden: width of the hidden states.
         layers_affected: share of these projections whose inputs exceed 6 in an outlier feature.
         positions_affected: share of positions at which an outlier feature exceeds 6.
@@ -108,6 +108,7 @@ class Outliers:
     parameters: int
     perplexity: float
     text: str
+    start_token: str | None
     tokens: int
     hidden: int
     layers_affected: float
@@ -191,6 +192,7 @@ def find_outliers(
     dtype: str = "float32",
     tokenizer: Any = None,
     revision: str | None = None,
+    start_token: bool = True,
 ) -> Outliers:
     """Look for outliers in a causal language model, quantized or not.
 
@@ -201,6 +203,7 @@ def find_outliers(
         dtype: of the arithmetic.
         tokenizer: for a module.
         revision: of the repository.
+        start_token: windows begin as the tokenizer begins a text.
 
     Raises:
         ModelError: not a causal language model, or one without linear layers.
@@ -208,8 +211,10 @@ def find_outliers(
     """
     subject = ModelRef.of(model, revision=revision)
     subject.require_causal("activations are inspected in causal language models")
-    ids = texts.tokenize(texts.read_text(text, enough=16 * max_tokens), tokenizer or subject.tokenizer())
-    windows = texts.cut(ids, min(context, max_tokens, subject.longest or context), None, max_tokens)
+    tokenizer = tokenizer or subject.tokenizer()
+    ids = texts.tokenize(texts.read_text(text, enough=16 * max_tokens), tokenizer)
+    start = texts.text_start(tokenizer, start_token)
+    windows = texts.cut(ids, min(context, max_tokens, subject.longest or context), None, max_tokens, start)
     loaded = subject.load("AutoModelForCausalLM", read_dtype(dtype))
     name = subject.path.name if subject.path is not None else subject.name
     with torch.no_grad():
@@ -222,9 +227,8 @@ def find_outliers(
         _second_pass(loaded, groups, windows.ids)
         features, layers, positions = seen.features()
         weights = [spikes for group in groups for spikes in _spikes(group)]
-    result = Outliers(
-        name, _parameters(loaded), value, texts.text_name(text), windows.ids.numel(), hidden, layers, positions
-    )
+    read = (texts.text_name(text), texts.start_name(start, tokenizer), windows.ids.numel())
+    result = Outliers(name, _parameters(loaded), value, *read, hidden, layers, positions)
     result.features, result.inputs, result.weights = features, [g.result() for g in groups], weights
     return result
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from bitfold.errors import ModelError, UsageError
-from bitfold.text.windows import Windows
+from bitfold.text.windows import Windows, text_ends
 
 PIECE_BYTES = 1 << 25  # of float32 logits at a time: scoring makes some eight temporaries of this size
 LARGEST_PIECE = 256  # rows
@@ -53,6 +53,11 @@ class Passages(Protocol):
         """Tokens of a window."""
         ...
 
+    @property
+    def start(self) -> tuple[int, ...]:
+        """Token ids that each window begins with, whatever the text."""
+        ...
+
     def __len__(self) -> int: ...
 
     def digest(self) -> str:
@@ -79,6 +84,11 @@ class CausalPassages:
     def context(self) -> int:
         """Tokens of a window."""
         return self.windows.context
+
+    @property
+    def start(self) -> tuple[int, ...]:
+        """See `Passages`."""
+        return self.windows.start
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -131,6 +141,11 @@ class MaskedPassages:
         """Tokens of a window."""
         return int(self.ids.shape[1])
 
+    @property
+    def start(self) -> tuple[int, ...]:
+        """See `Passages`."""
+        return tuple(self.ids[0, : self.edges[0]].tolist())
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -161,7 +176,7 @@ def masked_passages(ids: torch.Tensor, tokenizer: Any, context: int, max_tokens:
     """
     if tokenizer.mask_token_id is None:
         raise UsageError("the tokenizer has no mask token", hint="is it a masked language model?")
-    ends = [[t] if t is not None else [] for t in (tokenizer.cls_token_id, tokenizer.sep_token_id)]
+    ends = text_ends(tokenizer)
     body = context - len(ends[0]) - len(ends[1])
     ids = ids[:max_tokens]
     if body < 1 or len(ids) < body:

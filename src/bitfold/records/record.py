@@ -19,7 +19,7 @@ from bitfold.records.run_report import QuantizeReport
 from bitfold.version import __version__
 
 FILE = "bitfold_report.json"
-_SAME = ("reference", "metric", "text", "context", "tokens", "dtype")  # one evaluation is kept for each of these
+_SAME = ("reference", "metric", "text", "start_token", "context", "tokens", "dtype")  # one evaluation is kept for each
 
 
 def environment() -> dict[str, str]:

@@ -165,6 +165,7 @@ def _complete(paths: Sequence[Path], measuring: Measuring) -> None:
     from bitfold.evaluation.layers import layer_errors
     from bitfold.evaluation.outliers import find_outliers
 
+    start = {"start_token": (measuring.options or {}).get("start_token", True)}
     try:
         compare(paths)
     except UsageError:
@@ -172,10 +173,10 @@ def _complete(paths: Sequence[Path], measuring: Measuring) -> None:
     for path in paths:
         known = read_record(path).get("layers")
         if known is None or (measuring.swaps and not known.get("swap_tokens")):
-            errors = layer_errors(path, measuring.reference, swaps=measuring.swaps)
+            errors = layer_errors(path, measuring.reference, swaps=measuring.swaps, **start)
             add_to_record(path, "layers", errors.to_dict())
     if any("outliers" not in read_record(path) for path in paths):
-        outliers = find_outliers(measuring.reference).to_dict()
+        outliers = find_outliers(measuring.reference, **start).to_dict()
         for path in paths:
             add_to_record(path, "outliers", outliers)
     if missing := [path for path in paths if not _sampled(path, measuring.prompts)]:

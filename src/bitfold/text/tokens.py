@@ -12,13 +12,16 @@ from torch import nn
 
 from bitfold.errors import CheckpointError, UsageError
 from bitfold.system import progress
+from bitfold.text import windows
 from bitfold.text.documents import documents
 
 SELF, BUNDLED = "self", "default"
 
 
-def calibration_tokens(folder: Path, spec: str, *, nsamples: int, seqlen: int) -> torch.Tensor:
-    """Token ids (samples, seqlen), int64: documents joined and cut into windows, none skipped.
+def calibration_tokens(
+    folder: Path, spec: str, *, nsamples: int, seqlen: int, start_token: bool = True
+) -> torch.Tensor:
+    """Token ids (samples, seqlen), int64: documents joined and cut into windows side by side.
 
     Args:
         folder: where the tokenizer is.
@@ -26,24 +29,26 @@ def calibration_tokens(folder: Path, spec: str, *, nsamples: int, seqlen: int) -
             `train` where the name says no other).
         nsamples: windows wanted; fewer if the text is shorter.
         seqlen: tokens of a window.
+        start_token: windows begin as the tokenizer begins a text (see `windows`).
 
     Raises:
         UsageError: no such file, or too little text for a single window.
         CheckpointError, HubError: the data set or the tokenizer cannot be read.
     """
     tokenizer = load_tokenizer(folder)
-    ids: list[int] = []
+    start = windows.text_start(tokenizer, start_token)
+    parts: list[torch.Tensor] = []
     for text in _documents(spec):
-        ids += tokenizer(text)["input_ids"]
-        if len(ids) >= nsamples * seqlen:
+        parts.append(windows.tokenize(text, tokenizer))
+        if sum(map(len, parts)) >= nsamples * seqlen:
             break
-    count = min(nsamples, len(ids) // seqlen)
-    if count == 0:
+    ids = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+    if len(ids) < seqlen - len(start):
         raise UsageError(
-            f"the calibration text {spec!r} has {len(ids)} tokens, one sample needs {seqlen}",
+            f"the calibration text {spec!r} has {len(ids)} tokens, one sample needs {seqlen - len(start)}",
             hint="give more text, or a shorter --seqlen",
         )
-    return torch.tensor(ids[: count * seqlen]).view(count, seqlen)
+    return windows.cut(ids, seqlen, None, None, start).ids[:nsamples]
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -64,24 +69,26 @@ def _documents(spec: str) -> Iterator[str]:
 
 
 @torch.no_grad()
-def own_text(model: nn.Module, *, nsamples: int, seqlen: int, seed: int) -> torch.Tensor:
+def own_text(model: nn.Module, *, nsamples: int, seqlen: int, seed: int, start: tuple[int, ...] = ()) -> torch.Tensor:
     """Token ids (samples, seqlen) that the model writes itself, from its first token, at temperature 1.
 
     Args:
         model: a causal language model of transformers, in memory.
         nsamples, seqlen: shape of the result.
         seed: of the sampling.
+        start: what it goes on from, see `windows.text_start`; where nothing begins a text, the token that its config
+            names for it.
     """
     config: Any = model.config
-    first = config.bos_token_id if config.bos_token_id is not None else 0
+    first = start or (config.bos_token_id if config.bos_token_id is not None else 0,)
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.full((nsamples, 1), int(first))
-    cache = None
+    ids = torch.tensor(first).repeat(nsamples, 1)
+    new, cache = ids, None
     with progress.bar("write calibration text", seqlen) as bar:
-        for _ in range(seqlen - 1):
-            out = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+        for _ in range(seqlen - len(first)):
+            out = model(input_ids=new, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
-            nxt = torch.multinomial(out.logits[:, -1].float().softmax(-1), 1, generator=generator)
-            ids = torch.cat([ids, nxt], 1)
+            new = torch.multinomial(out.logits[:, -1].float().softmax(-1), 1, generator=generator)
+            ids = torch.cat([ids, new], 1)
             bar.advance(1)
     return ids

@@ -1,4 +1,9 @@
-"""Text -> windows of token ids, in the one way that perplexities are comparable."""
+"""Text -> windows of token ids, in the one way that perplexities are comparable.
+
+Each window begins as the tokenizer begins a text. A model that has only ever seen texts behind a start token is lost
+without it: Gemma-3-270M finds WikiText-2 at a perplexity of 75 in windows that begin with a word, and of 40 in windows
+that begin with `<bos>`.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +23,7 @@ BUNDLED = Path(__file__).parent / "data" / "wikitext2-test.txt"
 CALIBRATION = BUNDLED.with_name("wikitext2-valid.txt")
 DEFAULT_CONTEXT = 2048
 DEFAULT_MAX_TOKENS = 20480
+_PROBE = "a text"
 
 
 @dataclass(frozen=True)
@@ -25,12 +31,14 @@ class Windows:
     """Token ids cut into windows of equal length.
 
     Args:
-        ids: int64 (windows, context).
-        stride: tokens between the starts of two windows, at most the context.
+        ids: int64 (windows, context), start tokens included.
+        stride: tokens of the text between the starts of two windows, at most the context without start tokens.
+        start: what each window begins with: given, not predicted.
     """
 
     ids: torch.Tensor
     stride: int
+    start: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
@@ -42,7 +50,8 @@ class Windows:
 
     def first(self, window: int) -> int:
         """First position of the window whose prediction counts: those before were predicted in an earlier window."""
-        return 0 if window == 0 else max(0, self.context - 1 - self.stride)
+        after_start = max(0, len(self.start) - 1)
+        return after_start if window == 0 else max(after_start, self.context - 1 - self.stride)
 
     def scored(self, window: int) -> int:
         """Predictions of the window that count; the last position predicts nothing that the window holds."""
@@ -53,9 +62,15 @@ class Windows:
         """Predictions that count in all windows."""
         return sum(self.scored(i) for i in range(len(self)))
 
+    def head(self, tokens: int) -> Windows:
+        """The first windows, `tokens` in all; of a single one only so many tokens of it."""
+        context = min(self.context, max(tokens, len(self.start) + 2))
+        windows = max(1, tokens // context)
+        return Windows(self.ids[:windows, :context], min(self.stride, context - len(self.start)), self.start)
+
     def digest(self) -> str:
         """Hash of the ids and how they are cut."""
-        head = f"{tuple(self.ids.shape)} {self.stride} ".encode()
+        head = f"{tuple(self.ids.shape)} {self.stride} {len(self.start)} ".encode()
         return hashlib.sha256(head + self.ids.contiguous().numpy().tobytes()).hexdigest()
 
 
@@ -107,30 +122,74 @@ def read_lines(text: str | os.PathLike[str] | None) -> list[str]:
     return [line.strip() for line in read_text(text).splitlines() if line.strip()]
 
 
+def text_ends(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Token ids that the tokenizer puts before and behind a text: what it does counts, not which tokens it names.
+
+    Llama has `<s>` before, BERT `[CLS]` and `[SEP]` around, GLM two tokens before; GPT-2 names a token for it and puts
+    nothing.
+    """
+    whole, alone = (list(tokenizer(_PROBE, add_special_tokens=special)["input_ids"]) for special in (True, False))
+    if whole == alone:  # nothing, or a tokenizer that always puts it
+        special = set(getattr(tokenizer, "all_special_ids", ()))
+        before = next((i for i, token in enumerate(whole) if token not in special), 0)
+        return tuple(whole[:before]), ()
+    places = range(len(whole) - len(alone) + 1)
+    at = next((i for i in places if whole[i : i + len(alone)] == alone), 0)
+    return tuple(whole[:at]), tuple(whole[at + len(alone) :])
+
+
+def text_start(tokenizer: Any, wanted: bool = True) -> tuple[int, ...]:
+    """What windows of a causal model begin with: the ids that the tokenizer puts before a text; () if not wanted.
+
+    What it puts behind a text is for its end, and a window is not one.
+    """
+    return text_ends(tokenizer)[0] if wanted else ()
+
+
+def start_name(start: tuple[int, ...], tokenizer: Any) -> str | None:
+    """How reports call what windows begin with, such as "<bos>"; None for nothing."""
+    return "".join(map(str, tokenizer.convert_ids_to_tokens(list(start)))) if start else None
+
+
 def tokenize(text: str, tokenizer: Any) -> torch.Tensor:
-    """int64 (tokens,): the ids of the text alone, no begin-of-text or other special token added."""
+    """int64 (tokens,): the ids of the text alone; a start token that it brings along is left to the windows."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+    start = text_start(tokenizer)
+    own = len(start) if start and tuple(ids[: len(start)]) == start else 0
+    return torch.tensor(ids[own:], dtype=torch.int64)
 
 
-def cut(ids: torch.Tensor, context: int, stride: int | None, max_tokens: int | None) -> Windows:
+def cut(
+    ids: torch.Tensor, context: int, stride: int | None, max_tokens: int | None, start: tuple[int, ...] = ()
+) -> Windows:
     """Windows of `context` tokens over the first `max_tokens` ids, `stride` apart (None: side by side).
+
+    Args:
+        ids: int64 (tokens,) of the text alone, see `tokenize`.
+        context: tokens of a window, with its start.
+        stride: tokens of the text between the starts of two windows.
+        max_tokens: of the text.
+        start: what each window begins with, see `text_start`.
 
     A rest shorter than a window is left out.
 
     Raises:
         UsageError: impossible sizes, or a text shorter than one window.
     """
-    stride = context if stride is None else stride
-    if context < 2:
-        raise UsageError(f"a window needs at least 2 tokens, not {context}", where="context")
-    if not 1 <= stride <= context:
+    own = context - len(start)  # tokens of the text in a window
+    if context < 2 or own < 1:
+        raise UsageError(f"a window needs at least {max(2, len(start) + 1)} tokens, not {context}", where="context")
+    if stride is not None and not 1 <= stride <= context:
         raise UsageError(f"the stride must be between 1 and the context, {context}, not {stride}", where="stride")
     if max_tokens is not None and max_tokens < context:
         raise UsageError(f"fewer than one window of {context} tokens", where=f"max_tokens = {max_tokens}")
-    if ids.numel() < context:
+    if ids.numel() < own:
+        longest = ids.numel() + len(start)
         raise UsageError(
             f"the text has {ids.numel()} tokens, fewer than one window of {context}",
-            hint=f"give a longer text, or a context of at most {ids.numel()}",
+            hint=f"give a longer text, or a context of at most {longest}",
         )
-    return Windows(ids[:max_tokens].unfold(0, context, stride).contiguous(), stride)
+    stride = min(own if stride is None else stride, own)
+    windows = ids[:max_tokens].unfold(0, own, stride)
+    before = torch.tensor(start, dtype=torch.int64).expand(len(windows), -1)
+    return Windows(torch.cat([before, windows], 1), stride, start)
