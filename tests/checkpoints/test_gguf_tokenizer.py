@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import warnings
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bitfold.checkpoints.gguf.pre_tokenizers import PRE_TOKENIZERS, USUAL, byte_letters, nearest
 from bitfold.checkpoints.gguf.source import GgufSource
-from bitfold.checkpoints.gguf.tokenizer import PRE_TOKENIZERS, generation_config, write_tokenizer
+from bitfold.checkpoints.gguf.tokenizer import generation_config, read_tokenizer
 from bitfold.errors import CheckpointError
 from gguf_files import LLAMA, llama_tensors, write_gguf
 
@@ -73,7 +76,9 @@ def bpe() -> dict[str, Any]:
 
 def written(metadata: dict[str, Any], folder: Path) -> Any:
     """The tokenizer that the tokenizers library reads from what we wrote."""
-    assert "tokenizer.json" in write_tokenizer(metadata, folder, "model.gguf")
+    found = read_tokenizer(metadata, "model.gguf")
+    assert found is not None
+    assert "tokenizer.json" in found.write(folder)
     return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
@@ -98,22 +103,22 @@ SPLITS = {
     "llama-bpe": ["In", " ", "198", "7", " ,", " ", "123", "45", " people"],
     "qwen2": ["In", " ", "1", "9", "8", "7", " ,", " ", "1", "2", "3", "4", "5", " people"],
     "tekken": ["In", " ", "1", "9", "8", "7", " ,", " ", "1", "2", "3", "4", "5", " people"],
+    "gpt-4o": ["In", " ", "198", "7", " ,", " ", "123", "45", " people"],
+    "deepseek-v3": ["In", " ", "198", "7", " ,", " ", "123", "45", " people"],
+    "deepseek-coder": ["In", " ", "1", "9", "8", "7", " ,", " ", "1", "2", "3", "4", "5", " people"],
+    "deepseek-llm": ["In", " ", "1987", " ,", " ", "12345", " people"],
+    "falcon": ["In", " ", "198", "7", " ", ",", " ", "123", "45", " people"],
+    "bloom": ["In", " 1987", " ,", " 12345", " people"],
+    "viking": ["In", " ", "1", "9", "8", "7", " ,", " ", "1", "2", "3", "4", "5", " people"],
     "default": ["In", " ", "198", "7", " ", ",", " ", "123", "45", " people"],
 }
 
 
 def pieces(tokenizer: Any, text: str) -> list[str]:
     """How the text is cut before merging, as readable text."""
-    alphabet = {c: b for b, c in _byte_alphabet().items()}
+    alphabet = byte_letters()
     cut = tokenizer.pre_tokenizer.pre_tokenize_str(text)
     return [bytes(alphabet[c] for c in piece).decode() for piece, _ in cut]
-
-
-def _byte_alphabet() -> dict[int, str]:
-    """GPT-2's printable stand-ins for bytes."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [b for b in range(256) if b not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(rest)}
 
 
 @pytest.mark.parametrize("pre", SPLITS)
@@ -128,6 +133,9 @@ def test_letters_and_contractions(bpe: dict[str, Any], tmp_path: Path):
 
     assert cut("tekken", "HTTPServer camelCase") == ["HTTPServer", " camel", "Case"]
     assert cut("llama-bpe", "we'LL\n\n  x(y)") == ["we", "'LL", "\n\n", " ", " x", "(y", ")"]
+    assert cut("gpt-4o", "HTTPServer's camelCase") == ["HTTPServer's", " camel", "Case"]
+    assert cut("deepseek-v3", "x(yes)\u4e2d\u3042 don't") == ["x", "(yes", ")", "\u4e2d\u3042", " don", "'t"]
+    assert cut("deepseek-llm", "\u4e2d\u0431\u0431 x") == ["\u4e2d", "\u0431\u0431", " x"]
     assert cut("gpt-2", "we'LL\n\n  x(y)") == ["we", "'", "LL", "\n\n ", " x", "(", "y", ")"]
 
 
@@ -184,20 +192,69 @@ def test_named_chat_templates(bpe: dict[str, Any], tmp_path: Path):
     assert [t["name"] for t in config["chat_template"]] == ["default", "tool_use"]
 
 
-def test_what_cannot_be_converted_says_so(bpe: dict[str, Any], tmp_path: Path):
-    cases = {
-        "names no pre-tokenizer": {},
-        "'exotic' is not known": {"tokenizer.ggml.pre": "exotic"},
-        "kind 'bert'": {"tokenizer.ggml.model": "bert"},
-        "same token twice": {"tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.tokens": ["a", "a"]},
-        "token_type is missing": {"tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.token_type": [1]},
-        "merges is missing": {"tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.merges": ["joined"]},
-        "not a token": {"tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.bos_token_id": 10**6},
+def test_what_cannot_be_read_says_so(bpe: dict[str, Any]):
+    last = len(bpe["tokenizer.ggml.tokens"]) - 1
+    cases: dict[str, dict[str, Any]] = {
+        r"kind 'bert' \(WordPiece\)": {"tokenizer.ggml.model": "bert"},
+        "kind 't5'": {"tokenizer.ggml.model": "t5"},
+        "kind 'exotic'": {"tokenizer.ggml.model": "exotic"},
+        "kind None": {"tokenizer.ggml.model": None},
+        "'a' is twice in the vocabulary, as 0 and 2": {"tokenizer.ggml.tokens": ["a", "b", "a"]},
+        "tokens is empty": {"tokenizer.ggml.tokens": []},
+        "tokens is no list of str": {"tokenizer.ggml.tokens": [1, 2]},
+        f"token_type has 1 entries for {last + 1} tokens": {"tokenizer.ggml.token_type": [1]},
+        "'joined' in tokenizer.ggml.merges is no merge": {"tokenizer.ggml.merges": ["joined"]},
+        "merges is missing": {"tokenizer.ggml.merges": None},
+        "scores is missing": {"tokenizer.ggml.model": "llama"},
+        "bos_token_id is 1000000": {"tokenizer.ggml.bos_token_id": 10**6},
+        "chat_template is no text": {"tokenizer.chat_template": 7},
     }
     for message, change in cases.items():
+        changed = {k: v for k, v in {**bpe, "tokenizer.ggml.pre": "qwen2", **change}.items() if v is not None}
         with pytest.raises(CheckpointError, match=message) as caught:
-            write_tokenizer({**bpe, **change}, tmp_path, "model.gguf")
+            read_tokenizer(changed, "model.gguf")
         assert "model.gguf" in str(caught.value)
-    assert not list(tmp_path.iterdir())
-    assert write_tokenizer({}, tmp_path, "model.gguf") == []
+    assert read_tokenizer({}, "model.gguf") is None
+    assert read_tokenizer({"tokenizer.ggml.model": "none"}, "model.gguf") is None
     assert generation_config({}) == {}
+
+
+def test_what_can_be_mended_is_mended_and_said(bpe: dict[str, Any], tmp_path: Path):
+    named = {**bpe, "tokenizer.ggml.pre": "qwen2"}
+    with pytest.warns(UserWarning, match="1 of .* merges make no token"):
+        read_tokenizer({**named, "tokenizer.ggml.merges": [*named["tokenizer.ggml.merges"], "Q Q"]}, "m")
+    for template in ("{% for m in messages %}{{ m", "{% endif %}"):
+        with pytest.warns(UserWarning, match="chat template cannot be used: line 1"):
+            read_tokenizer({**named, "tokenizer.chat_template": template}, "m")
+    good = "{% generation %}{% for m in x %}{% break %}{% endfor %}{% endgeneration %}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_tokenizer({**named, "tokenizer.chat_template": good}, "m")
+    without = {k: v for k, v in named.items() if k != "tokenizer.ggml.token_type"}
+    with pytest.warns(UserWarning, match="does not say what kind its tokens are"):
+        tokenizer = written(without, tmp_path)
+    assert tokenizer.encode("a<|im_end|>").ids[-1] == 2  # it ends a text, so it is special
+
+
+@pytest.mark.parametrize("pre", ["exotic", None])
+def test_an_unknown_pre_tokenizer_is_the_nearest_one_and_said(pre: str | None, bpe: dict[str, Any], tmp_path: Path):
+    with pytest.warns(UserWarning, match=r"m.gguf: the .*'gpt-2', which fits the vocabulary best"):
+        found = read_tokenizer({**bpe, **({"tokenizer.ggml.pre": pre} if pre else {})}, "m.gguf")
+    assert found is not None
+    assert found.pre == PRE_TOKENIZERS["gpt-2"]  # too small a vocabulary to tell
+
+
+@pytest.mark.parametrize("pre", USUAL)
+def test_the_nearest_pre_tokenizer_is_found_out_from_a_vocabulary(pre: str):
+    """A vocabulary made under a rule is never cut by it, and by others it is."""
+    steps = {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre].steps()}
+    blank = {"pre_tokenizer": steps, "model": {"type": "BPE", "vocab": {}, "merges": []}}
+    maker = tokenizers.Tokenizer.from_str(json.dumps(blank))
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=4000, show_progress=False)
+    code = [
+        f"item.getElementById(window.setTimeout, {n * n}); // it's {n}, JavaScript's innerHTML\n\n    return document"
+        for n in range(1900, 2100)
+    ]
+    prose = (files("bitfold.text") / "data" / "wikitext2-valid.txt").read_text(encoding="utf-8")[:300_000]
+    maker.train_from_iterator([prose, *code], trainer)
+    assert nearest(list(maker.get_vocab())) == pre

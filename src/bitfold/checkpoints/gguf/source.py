@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bitfold.checkpoints.gguf.arch import CONFIG_TENSORS, Facts, find_arch, hf_config
 from bitfold.checkpoints.gguf.file import GgufFile, GgufTensor
-from bitfold.checkpoints.gguf.tokenizer import generation_config, write_tokenizer
+from bitfold.checkpoints.gguf.tokenizer import generation_config, read_tokenizer
 from bitfold.checkpoints.safetensors import file_facts, write_json
 from bitfold.errors import CheckpointError
 from bitfold.formats.families.ggml import GGML
@@ -61,6 +61,7 @@ class GgufSource:
         self.config["dtype"] = _dtype_name(tensors.values())
         self._names = self._hf_names()
         self._check_complete()
+        self._tokenizer = read_tokenizer(self._file.metadata, str(self.path))
         self._noise = None if dither_seed is None else _Noise(dither_seed, _quantized(self._file))
 
     @property
@@ -152,7 +153,7 @@ class GgufSource:
 
     def copy_side_files(self, out_dir: Path) -> list[str]:
         """Write the tokenizer with its chat template and special tokens, and generation_config.json."""
-        written = write_tokenizer(self._file.metadata, Path(out_dir), str(self.path))
+        written = [] if self._tokenizer is None else self._tokenizer.write(Path(out_dir))
         write_json(Path(out_dir) / "generation_config.json", generation_config(self._file.metadata))
         return [*written, "generation_config.json"]
 

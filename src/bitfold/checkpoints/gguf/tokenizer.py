@@ -1,118 +1,142 @@
 """tokenizer.json and its companions out of GGUF metadata.
 
-GGUF stores a vocabulary and the *name* of the pre-tokenizer (`tokenizer.ggml.pre`); the splitting itself lives in the
-reader. A wrong splitting still gives plausible tokens and quietly worse text (SmolLM's digits are the known case), so a
-name that is not in PRE_TOKENIZERS is an error. Two kinds of model are read: byte-level BPE (`gpt2`), whose merges are
-in the file, and SentencePiece BPE with byte fallback (`llama`), whose merges follow from the scores of its pieces.
-The files are written as JSON, without needing the tokenizers library.
+Two kinds of model are read: byte-level BPE (`gpt2`), whose merges are in the file, and SentencePiece BPE with byte
+fallback (`llama`), whose merges follow from the scores of its pieces. Everything is checked when the file is opened, so
+that no run finds out after its work that there is no tokenizer to go with it. The files are written as JSON, without
+needing the tokenizers library.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from bitfold.checkpoints.gguf.pre_tokenizers import BYTE_LEVEL, PRE_TOKENIZERS, Pre, guessed
 from bitfold.errors import CheckpointError
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _BYTE = 1, 2, 3, 4, 6
 _SPACE = "▁"
-
-# Patterns as the models' own tokenizers define them; each piece that matches is a word of its own.
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_GPT4_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _GPT4_TAIL
-_QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _GPT4_TAIL
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+_NO_TOKENIZER = ("none", "no_vocab")
+_ENDS = ("eos", "eot", "eom")
+_ROLES = (*("bos", "unknown", "padding"), *_ENDS)
+_TEMPLATE = "tokenizer.chat_template"
+_REMAKE = "the file is damaged or not made by a sound tool: make it anew from the original model"
+# What other kinds are, for messages.
+_KINDS = {"bert": "WordPiece", "t5": "SentencePiece unigram", "rwkv": "RWKV's trie", "plamo2": "PLaMo-2's trie"}
 
 
 @dataclass(frozen=True)
-class Pre:
-    """How text is cut before byte-level BPE.
+class GgufTokenizer:
+    """A tokenizer that was found to be in order.
 
     Args:
-        splits: patterns applied one after the other; "digits" cuts every digit off; () leaves it all to GPT-2's rule.
-        gpt2_rule: whether GPT-2's own pattern is applied last.
-        normalizer: Unicode normalization, or None.
-        ignore_merges: a word that is in the vocabulary is taken whole.
-        add_bos: whether text begins with the BOS token when the file does not say.
+        vocabulary: the token lists.
+        pre: how byte-level BPE cuts words; None for SentencePiece.
     """
 
-    splits: tuple[str, ...] = ()
-    gpt2_rule: bool = False
-    normalizer: str | None = None
-    ignore_merges: bool = False
-    add_bos: bool = False
+    vocabulary: _Vocabulary
+    pre: Pre | None
+
+    def write(self, out_dir: Path) -> list[str]:
+        """Write tokenizer.json, tokenizer_config.json (with the chat template) and special_tokens_map.json.
+
+        Returns the names written.
+        """
+        v, metadata = self.vocabulary, self.vocabulary.metadata
+        document = _sentencepiece_bpe(v) if self.pre is None else _byte_level_bpe(v, self.pre)
+        special = v.special_tokens()
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
+        config["model_max_length"] = metadata.get(f"{metadata.get('general.architecture')}.context_length", 10**30)
+        files = {"tokenizer.json": document, "tokenizer_config.json": config, "special_tokens_map.json": special}
+        config |= _chat_template(metadata)
+        for name, content in files.items():
+            # Without indent: of a quarter of a million tokens the standard library would make its lines in ten seconds.
+            (out_dir / name).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+        return list(files)
 
 
-_GPT2_STYLE = Pre(gpt2_rule=True)
-_DIGITS_STYLE = Pre(("digits",), gpt2_rule=True)
-_LLAMA3_STYLE = Pre((_LLAMA3,), ignore_merges=True, add_bos=True)
-_QWEN_STYLE = Pre((_QWEN2,), normalizer="NFC")
-PRE_TOKENIZERS: dict[str, Pre] = {
-    "gpt-2": _GPT2_STYLE,
-    "gpt2": _GPT2_STYLE,
-    "phi-2": _GPT2_STYLE,
-    "olmo": _GPT2_STYLE,
-    "mpt": _GPT2_STYLE,
-    "smollm": _DIGITS_STYLE,
-    "starcoder": _DIGITS_STYLE,
-    "refact": _DIGITS_STYLE,
-    "command-r": _DIGITS_STYLE,
-    "codeshell": _DIGITS_STYLE,
-    "llama3": _LLAMA3_STYLE,
-    "llama-v3": _LLAMA3_STYLE,
-    "llama-bpe": _LLAMA3_STYLE,
-    "falcon3": _LLAMA3_STYLE,
-    "smaug-bpe": Pre((_LLAMA3,)),
-    "dbrx": Pre((_LLAMA3,)),
-    "qwen2": _QWEN_STYLE,
-    "deepseek-r1-qwen": _QWEN_STYLE,
-    "tekken": Pre((_TEKKEN,), ignore_merges=True),
-    # llama.cpp's own rule for files that name no model's: it is what such files were made and judged with.
-    "default": Pre((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
-}
+def read_tokenizer(metadata: Mapping[str, Any], where: str) -> GgufTokenizer | None:
+    """The tokenizer that a file carries, checked; None if it says that it carries none.
 
-
-def write_tokenizer(metadata: Mapping[str, Any], out_dir: Path, where: str) -> list[str]:
-    """Write tokenizer.json, tokenizer_config.json (with the chat template) and special_tokens_map.json.
-
-    Returns the names written; none if the file carries no tokenizer.
+    A pre-tokenizer that is not known is replaced by the nearest one, with a warning.
 
     Raises:
-        CheckpointError: a kind of tokenizer or a pre-tokenizer that is not known here, or lists that do not fit.
+        CheckpointError: a kind of tokenizer that is not read here, or lists that do not fit; what is wrong, by name.
     """
-    model = metadata.get("tokenizer.ggml.model", "none")
-    if model in ("none", "no_vocab"):
-        return []
+    kind = metadata.get("tokenizer.ggml.model", "none" if "tokenizer.ggml.tokens" not in metadata else None)
+    if kind in _NO_TOKENIZER:
+        return None
+    if kind not in ("gpt2", "llama"):
+        name = f"{kind!r} ({_KINDS[kind]})" if kind in _KINDS else repr(kind)
+        hint = "byte-level BPE (gpt2) and SentencePiece BPE (llama) are read; use the model's original folder"
+        raise CheckpointError(f"a tokenizer of kind {name} cannot be read", where=where, hint=hint)
     vocabulary = _Vocabulary(metadata, where)
-    if model == "gpt2":
-        tokenizer = _byte_level_bpe(vocabulary)
-    elif model == "llama":
-        tokenizer = _sentencepiece_bpe(vocabulary)
-    else:
-        hint = "byte-level BPE (gpt2) and SentencePiece BPE (llama) are supported"
-        raise CheckpointError(f"tokenizers of kind {model!r} cannot be converted", where=where, hint=hint)
-    special = vocabulary.special_tokens()
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
-    config["model_max_length"] = metadata.get(f"{metadata.get('general.architecture')}.context_length", 10**30)
-    files = {"tokenizer.json": tokenizer, "tokenizer_config.json": config, "special_tokens_map.json": special}
-    config |= _chat_template(metadata)
-    for name, content in files.items():
-        (out_dir / name).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    return list(files)
+    vocabulary.check(merged=kind == "gpt2")
+    _check_templates(metadata, where)
+    return GgufTokenizer(vocabulary, _pre(vocabulary) if kind == "gpt2" else None)
+
+
+def _pre(vocabulary: _Vocabulary) -> Pre:
+    """The rule that the file names, or the nearest one, said aloud."""
+    name = vocabulary.metadata.get("tokenizer.ggml.pre")
+    if name in PRE_TOKENIZERS:
+        return PRE_TOKENIZERS[name]
+    taken, pre = guessed(vocabulary.normal())
+    what = f"the pre-tokenizer {name!r} is not known" if name else "the file names no pre-tokenizer"
+    warnings.warn(
+        f"{vocabulary.where}: {what} (tokenizer.ggml.pre): text is cut by the rule of {taken!r}, which fits the"
+        " vocabulary best; the tokens may differ a little from the model's own",
+        stacklevel=2,
+    )
+    return pre
+
+
+def _check_templates(metadata: Mapping[str, Any], where: str) -> None:
+    """Say at once that a chat template is of no use; it is carried over as it is."""
+    for key, template in metadata.items():
+        if key != _TEMPLATE and not key.startswith(f"{_TEMPLATE}."):
+            continue
+        if not isinstance(template, str):
+            raise CheckpointError(f"{key} is no text", where=where, hint="the file is damaged")
+        if (fault := template_fault(template)) is not None:
+            warnings.warn(f"{where}: the chat template cannot be used: {fault} ({key})", stacklevel=2)
+
+
+def template_fault(template: str) -> str | None:
+    """Why a chat template does not parse; None if it does, or if jinja2 is not there to tell."""
+    try:
+        from jinja2 import TemplateSyntaxError, nodes
+        from jinja2.ext import Extension
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        return None
+
+    class Generation(Extension):
+        """{% generation %} of transformers, which marks what the assistant says."""
+
+        tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    extensions = [Generation, "jinja2.ext.loopcontrols"]
+    try:
+        ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions).parse(template)
+    except TemplateSyntaxError as error:
+        return f"line {error.lineno}: {error.message}"
+    return None
 
 
 def generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Content of generation_config.json: begin, pad and all end tokens (end of text, of turn, of message)."""
-    ends = [metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
+    ends = [metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in _ENDS]
     stop = list(dict.fromkeys(e for e in ends if e is not None))
     config = {
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
@@ -130,28 +154,75 @@ class _Vocabulary:
         self.tokens: list[str] = self._list("tokens", str, None)
         self.ids = {token: i for i, token in enumerate(self.tokens)}
         if len(self.ids) != len(self.tokens):
-            raise CheckpointError("tokenizer.ggml.tokens holds the same token twice", where=where)
-        self.types: list[int] = self._list("token_type", int, [_NORMAL] * len(self.tokens))
+            last = next(i for i, token in enumerate(self.tokens) if self.ids[token] != i)
+            token = self.tokens[last]
+            what = f"the token {token!r} is twice in the vocabulary, as {last} and {self.ids[token]}"
+            hint = "no tokenizer can have that; make the file anew from the original model"
+            raise CheckpointError(f"{what} (tokenizer.ggml.tokens)", where=where, hint=hint)
+        self.types: list[int] = self._types()
+
+    def _types(self) -> list[int]:
+        if "tokenizer.ggml.token_type" in self.metadata:
+            return self._list("token_type", int, None)
+        special = {self.metadata.get(f"tokenizer.ggml.{role}_token_id") for role in _ROLES}
+        warnings.warn(
+            f"{self.where}: the file does not say what kind its tokens are (tokenizer.ggml.token_type): only those that"
+            " begin, end or pad a text are taken as special ones",
+            stacklevel=2,
+        )
+        return [_CONTROL if i in special else _NORMAL for i in range(len(self.tokens))]
 
     def _list(self, key: str, kind: type, default: list[Any] | None) -> list[Any]:
-        values = self.metadata.get(f"tokenizer.ggml.{key}", default)
-        count = len(self.tokens) if key != "tokens" else None
-        good = isinstance(values, list) and count in (None, len(values)) and all(isinstance(v, kind) for v in values)
-        if not good:
-            raise CheckpointError(f"tokenizer.ggml.{key} is missing or does not fit the tokens", where=self.where)
-        return list(values or ())
+        values, full = self.metadata.get(f"tokenizer.ggml.{key}", default), f"tokenizer.ggml.{key}"
+        if values is None:
+            raise CheckpointError(f"{full} is missing", where=self.where, hint=_REMAKE)
+        if not isinstance(values, list) or not all(isinstance(v, kind) for v in values):
+            raise CheckpointError(f"{full} is no list of {kind.__name__}", where=self.where, hint=_REMAKE)
+        if key != "tokens" and len(values) != len(self.tokens):
+            what = f"{full} has {len(values)} entries for {len(self.tokens)} tokens"
+            raise CheckpointError(what, where=self.where, hint=_REMAKE)
+        if not values:
+            raise CheckpointError(f"{full} is empty", where=self.where, hint=_REMAKE)
+        return list(values)
+
+    def check(self, *, merged: bool) -> None:
+        """Everything that writing the tokenizer will need: merges or scores, and the tokens that play a role.
+
+        Raises:
+            CheckpointError: what is missing or does not fit.
+        """
+        for role in _ROLES:
+            self.token(role)
+        if merged:
+            self.merges  # noqa: B018 - read, and checked, now
+        else:
+            self.scores()
+
+    def normal(self) -> list[str]:
+        """The tokens that came about by merging."""
+        return [t for t, kind in zip(self.tokens, self.types, strict=True) if kind == _NORMAL]
 
     def scores(self) -> list[float]:
         """Score of each piece."""
         return self._list("scores", float, None)
 
+    @cached_property
     def merges(self) -> list[list[str]]:
         """The merges of byte-level BPE, pairs of tokens."""
         merges = self.metadata.get("tokenizer.ggml.merges")
-        if not isinstance(merges, list) or not all(isinstance(m, str) and " " in m[1:] for m in merges):
-            raise CheckpointError("tokenizer.ggml.merges is missing or damaged", where=self.where)
+        if not isinstance(merges, list):
+            raise CheckpointError("tokenizer.ggml.merges is missing", where=self.where, hint=_REMAKE)
+        if odd := next((m for m in merges if not isinstance(m, str) or " " not in m[1:]), None):
+            raise CheckpointError(f"{odd!r} in tokenizer.ggml.merges is no merge", where=self.where, hint=_REMAKE)
         # A token may itself begin with a space; the separator is the first one after its first character.
-        return [[m[: (cut := m.index(" ", 1))], m[cut + 1 :]] for m in merges]
+        pairs = [[m[: (cut := m.index(" ", 1))], m[cut + 1 :]] for m in merges]
+        # llama.cpp falls back to bytes where a merge makes no token, which is as if there were no such merge; the
+        # tokenizers library refuses them.
+        good = [[a, b] for a, b in pairs if a in self.ids and b in self.ids and a + b in self.ids]
+        if len(good) < len(pairs):
+            left = f"{len(pairs) - len(good)} of {len(pairs)} merges make no token of the vocabulary and are left out"
+            warnings.warn(f"{self.where}: {left} (tokenizer.ggml.merges)", stacklevel=2)
+        return good
 
     def token(self, kind: str) -> str | None:
         """The token that plays a role (bos, eos, unknown, padding), if any."""
@@ -159,7 +230,8 @@ class _Vocabulary:
         if index is None:
             return None
         if not isinstance(index, int) or not 0 <= index < len(self.tokens):
-            raise CheckpointError(f"tokenizer.ggml.{kind}_token_id is {index!r}, not a token", where=self.where)
+            what = f"tokenizer.ggml.{kind}_token_id is {index!r}, and there are {len(self.tokens)} tokens"
+            raise CheckpointError(what, where=self.where, hint=_REMAKE)
         return self.tokens[index]
 
     def special_tokens(self) -> dict[str, str]:
@@ -206,32 +278,18 @@ def _document(vocabulary: _Vocabulary, model: dict[str, Any], **parts: Any) -> d
     return {**head, **parts, "model": {**bpe, "vocab": vocabulary.ids}}
 
 
-def _byte_level_bpe(vocabulary: _Vocabulary) -> dict[str, Any]:
-    name = vocabulary.metadata.get("tokenizer.ggml.pre")
-    if name not in PRE_TOKENIZERS:
-        what = f"the pre-tokenizer {name!r} is not known" if name else "the file names no pre-tokenizer"
-        hint = f"known: {', '.join(PRE_TOKENIZERS)}; guessing one would silently change the tokens"
-        raise CheckpointError(f"{what} (tokenizer.ggml.pre)", where=vocabulary.where, hint=hint)
-    pre = PRE_TOKENIZERS[name]
+def _byte_level_bpe(vocabulary: _Vocabulary, pre: Pre) -> dict[str, Any]:
     template = vocabulary.template(pre.add_bos)
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    splits = [_split(pattern) for pattern in pre.splits]
-    post = {**byte_level, "use_regex": True}
+    post = {**BYTE_LEVEL, "use_regex": True}
     model = {"unk_token": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": pre.ignore_merges}
     return _document(
         vocabulary,
-        {**model, "merges": vocabulary.merges()},
+        {**model, "merges": vocabulary.merges},
         normalizer={"type": pre.normalizer} if pre.normalizer else None,
-        pre_tokenizer=_sequence("pretokenizers", [*splits, {**byte_level, "use_regex": pre.gpt2_rule}]),
+        pre_tokenizer=_sequence("pretokenizers", pre.steps()),
         post_processor=post if template is None else _sequence("processors", [post, template]),
-        decoder={**byte_level, "use_regex": True},
+        decoder=post,
     )
-
-
-def _split(pattern: str) -> dict[str, Any]:
-    if pattern == "digits":
-        return {"type": "Digits", "individual_digits": True}
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
 def _sentencepiece_bpe(vocabulary: _Vocabulary) -> dict[str, Any]:
@@ -268,8 +326,7 @@ def score_merges(tokens: list[str], types: list[int], scores: list[float]) -> li
 
 def _chat_template(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The default template, or the list of all if there are named ones (`tokenizer.chat_template.NAME`)."""
-    default = metadata.get("tokenizer.chat_template")
-    prefix = "tokenizer.chat_template."
+    default, prefix = metadata.get(_TEMPLATE), f"{_TEMPLATE}."
     named = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
     if not named:
         return {} if default is None else {"chat_template": default}
