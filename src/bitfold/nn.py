@@ -20,6 +20,7 @@ from bitfold.errors import UsageError
 from bitfold.formats import AnyFormat
 from bitfold.kernels.mixed import mixed_matmul
 from bitfold.qtensor import QTensor
+from bitfold.system.tensorinfo import require_rows
 from bitfold.transforms import Transform
 from bitfold.transforms.activations import ACT_SCALE, read_act, round_static
 
@@ -115,7 +116,12 @@ class QWeight(nn.Module):
         return mixed_matmul(x, self.qtensor, threshold, product, lambda: self._bound("float"))
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows of an embedding table: ids of any shape -> (..., k); only the rows asked for are decoded."""
+        """Rows of an embedding table: ids of any shape -> (..., k); only the rows asked for are decoded.
+
+        Raises:
+            UsageError: an id that the table has no row for.
+        """
+        require_rows(ids, self.qshape[0], "the embedding")
         unique, inverse = torch.unique(ids, return_inverse=True)
         rows = self.qtensor.rows(unique)
         return (rows if self.transform is None else self.transform.inverse(rows)).to(self.dtype)[inverse]

@@ -11,6 +11,7 @@ import torch
 
 from bitfold.errors import FormatError
 from bitfold.formats import AnyFormat
+from bitfold.system.tensorinfo import require_rows
 
 _MANY = 1 << 12  # times
 ALIGNED = 256  # rows: a multiple of all tiles
@@ -51,7 +52,12 @@ class QTensor:
         return self.format.decode(self.fields, self.shape).to(dtype)
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
-        """float32 rows (len(index), k) of an (n, k) weight."""
+        """float32 rows (len(index), k) of an (n, k) weight.
+
+        Raises:
+            UsageError: a row that it does not have.
+        """
+        require_rows(index, self.shape[0], "the weight")
         return self.format.decode_rows(self.fields, self.shape, index)
 
     def expert(self, index: int) -> QTensor:

@@ -26,6 +26,7 @@ from bitfold.models import skeleton
 from bitfold.models.opening import open_skeleton
 from bitfold.models.sites import EMBEDDING, EXPERTS
 from bitfold.models.swap import transform_of
+from bitfold.models.vocabulary import refuse_unknown_tokens
 from bitfold.nn import set_tensor
 from bitfold.planning.plan import Decision, Plan
 from bitfold.recipes.catalog import AUTO, find_method
@@ -297,12 +298,12 @@ class _Reader:
     """Tensors of the model by name, whatever tensors of the source they are made from."""
 
     def __init__(self, source: Source, model: nn.Module, plan: Plan) -> None:
-        self._source, self._model = source, model
+        self._source, self.model = source, model
         self._items = {name: item.target for item in plan.items for name in item.target.names}
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor; WeightError when it is not finite."""
-        tensor = self._items[name].read(self._source.read, self._model)[name]
+        tensor = self._items[name].read(self._source.read, self.model)[name]
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise WeightError("NaN or infinity among the weights", where=name, hint="the checkpoint is damaged")
         return tensor
@@ -332,14 +333,17 @@ def _inputs(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Token ids, and token weights where they can be afforded."""
     fisher = weighs_tokens(wanted.values(), calibration)
-    own = calibration.text == SELF
-    whole = _whole(source, reader) if fisher or own else None
     sizes = {"nsamples": calibration.nsamples, "seqlen": calibration.seqlen or LONGEST}
-    if own and whole is not None:
-        start = text_start(load_tokenizer(tokenizer), calibration.start_token)
-        ids = own_text(whole, **sizes, seed=seed, start=start)
+    own, known = calibration.text == SELF, load_tokenizer(tokenizer)
+    start = text_start(known, calibration.start_token)
+    if own:
+        ids = torch.tensor(start, dtype=torch.int64)
     else:
         ids = calibration_tokens(tokenizer, calibration.text, **sizes, start_token=calibration.start_token)
+    refuse_unknown_tokens(reader.model, ids, known)  # before the whole model is read
+    whole = _whole(source, reader) if fisher or own else None
+    if own and whole is not None:
+        ids = own_text(whole, **sizes, seed=seed, start=start)
     if not fisher or whole is None:
         return ids, {}
     layers = [d.site.module for d in wanted.values() if d.site is not None and d.site.kind != EXPERTS]

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from bitfold.checkpoints.untrusted import LARGEST, parse_json_object, read_json_object, shape_of
 from bitfold.errors import CheckpointError
-from bitfold.system.tensorinfo import TensorInfo
+from bitfold.system.tensorinfo import TensorInfo, require_rows
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -73,8 +73,13 @@ class SafetensorsSource:
             raise CheckpointError(f"cannot read tensor {name}: {error}", where=str(file)) from error
 
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        """Some rows of a matrix, by their numbers in ascending order; only their bytes are read."""
+        """Some rows of a matrix, by their numbers in ascending order; only their bytes are read.
+
+        Raises:
+            UsageError: a row that it does not have.
+        """
         file, info = self._where[name], self._info[name]
+        require_rows(rows, info.shape[0], name)
         start, width = data_start(file, name), info.nbytes // max(1, info.shape[0])
         out = torch.empty((len(rows), *info.shape[1:]), dtype=info.dtype)
         target: Any = out.view(-1).view(torch.uint8).numpy().reshape(len(rows), width)

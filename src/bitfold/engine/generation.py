@@ -13,6 +13,8 @@ from torch import nn
 
 from bitfold.errors import UsageError
 from bitfold.models.model_ref import Model, ModelRef, read_dtype
+from bitfold.models.vocabulary import refuse_unknown_tokens
+from bitfold.text.windows import text_start, tokenize
 
 OnText = Callable[[str], None]
 Message = dict[str, str]
@@ -104,8 +106,8 @@ class Writer:
 
     def write(self, prompt: str, sampling: Sampling | None = None, on_text: OnText | None = None) -> Generation:
         """Continue the prompt; `on_text` gets the new text piece by piece, word by word."""
-        tokens = self.tokenizer(prompt, return_tensors="pt")
-        return self._run(prompt, tokens["input_ids"], sampling or Sampling(), on_text)
+        ids = torch.cat([torch.tensor(text_start(self.tokenizer), dtype=torch.int64), tokenize(prompt, self.tokenizer)])
+        return self._run(prompt, ids[None], sampling or Sampling(), on_text)
 
     def say(self, text: str, sampling: Sampling | None = None, on_text: OnText | None = None) -> Generation:
         """Answer a message, with the conversation so far as context; both are added to it.
@@ -127,6 +129,7 @@ class Writer:
     def _run(self, prompt: str, ids: torch.Tensor, sampling: Sampling, on_text: OnText | None) -> Generation:
         if ids.shape[1] == 0:
             raise UsageError("the prompt is empty")
+        refuse_unknown_tokens(self.model, ids, self.tokenizer)
         room = sampling.max_new_tokens if self.longest is None else self.longest - ids.shape[1]
         if room < 1:
             hint = "shorten it, or begin a new conversation"

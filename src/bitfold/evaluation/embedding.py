@@ -13,6 +13,7 @@ from torch import nn
 
 from bitfold.errors import ModelError, UsageError
 from bitfold.models.model_ref import Model, ModelRef
+from bitfold.models.vocabulary import refuse_unknown_tokens
 from bitfold.system import progress
 
 
@@ -74,8 +75,8 @@ def embedding_cosine(
         tokenizer(list(texts[i : i + batch]), return_tensors="pt", padding=True, truncation=True, max_length=max_length)
         for i in range(0, len(texts), batch)
     ]
-    b = _embeddings(against, "reference", batches, dtype)
-    a = _embeddings(judged, "evaluating", batches, dtype)
+    b = _embeddings(against, "reference", batches, dtype, tokenizer)
+    a = _embeddings(judged, "evaluating", batches, dtype, tokenizer)
     if a.shape != b.shape:
         raise ModelError(f"embeddings of {a.shape[1]} and {b.shape[1]} numbers cannot be compared", where=judged.name)
     cosines = torch.cosine_similarity(a.double(), b.double(), dim=-1)
@@ -85,12 +86,15 @@ def embedding_cosine(
     return EmbeddingAgreement(cosines.mean().item(), cosines.min().item(), len(texts), a.shape[1], seconds)
 
 
-def _embeddings(subject: ModelRef, label: str, batches: list[Any], dtype: torch.dtype | None) -> torch.Tensor:
+def _embeddings(
+    subject: ModelRef, label: str, batches: list[Any], dtype: torch.dtype | None, tokenizer: Any
+) -> torch.Tensor:
     """float32 (texts, width)."""
     model = subject.load("AutoModel", dtype)
     parts = []
     with progress.bar(label, len(batches)) as bar:
         for tokens in batches:
+            refuse_unknown_tokens(model, tokens["input_ids"], tokenizer)
             parts.append(_embed(model, tokens))
             bar.advance()
     del model

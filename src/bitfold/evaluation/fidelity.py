@@ -170,7 +170,7 @@ def evaluate(
     content = texts.read_text(text, enough=None if max_tokens is None else _CHARACTERS * max_tokens)
     sizes = _Sizes(metric, context, stride, max_tokens, start_token)
     passages, tokenizer = _passages(judged, against, content, tokenizer, sizes)
-    setting = Setting(passages, batch, read_dtype(dtype), _AUTO[metric])
+    setting = Setting(passages, batch, read_dtype(dtype), _AUTO[metric], tokenizer)
     with _workspace(cache_dir) as folder:
         scores, reference_nll, loaded = _run(judged, against, setting, folder)
     facts = {"metric": metric, "text": texts.text_name(text), "bpw": stored_bpw(loaded), **_file_facts(judged)}

@@ -27,6 +27,7 @@ from bitfold.evaluation.reading import CausalPassages
 from bitfold.evaluation.scoring import divergence
 from bitfold.models.model_ref import Model, ModelRef, read_dtype
 from bitfold.models.sites import LINEAR, Site, find_sites
+from bitfold.models.vocabulary import refuse_unknown_tokens
 from bitfold.system import progress
 from bitfold.text import windows as texts
 
@@ -121,6 +122,7 @@ def layer_errors(
     context = min(context, max_tokens, against.longest or context)
     windows = texts.cut(ids, context, None, max_tokens, start)
     original = against.load("AutoModelForCausalLM", read_dtype(dtype))
+    refuse_unknown_tokens(original, windows.ids, tokenizer)
     sites = _matching(original, source, subject.name)
     result = LayerErrors(texts.text_name(text), texts.start_name(start, tokenizer), windows.ids.numel())
     result.layers = list(_weight_errors(original, source, sites))

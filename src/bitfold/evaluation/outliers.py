@@ -27,6 +27,7 @@ from bitfold.evaluation.reading import CausalPassages
 from bitfold.evaluation.scoring import perplexity
 from bitfold.models.model_ref import Model, ModelRef, read_dtype
 from bitfold.models.sites import LINEAR, find_sites
+from bitfold.models.vocabulary import refuse_unknown_tokens
 from bitfold.nn import QLinear
 from bitfold.system import progress
 from bitfold.text import windows as texts
@@ -216,6 +217,7 @@ def find_outliers(
     start = texts.text_start(tokenizer, start_token)
     windows = texts.cut(ids, min(context, max_tokens, subject.longest or context), None, max_tokens, start)
     loaded = subject.load("AutoModelForCausalLM", read_dtype(dtype))
+    refuse_unknown_tokens(loaded, windows.ids, tokenizer)
     name = subject.path.name if subject.path is not None else subject.name
     with torch.no_grad():
         groups = _groups(loaded, windows.ids[:1, :8])

@@ -54,6 +54,11 @@ class Passages(Protocol):
         ...
 
     @property
+    def tokens(self) -> torch.Tensor:
+        """int64: all ids that the model will see."""
+        ...
+
+    @property
     def start(self) -> tuple[int, ...]:
         """Token ids that each window begins with, whatever the text."""
         ...
@@ -84,6 +89,11 @@ class CausalPassages:
     def context(self) -> int:
         """Tokens of a window."""
         return self.windows.context
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """See `Passages`."""
+        return self.windows.ids
 
     @property
     def start(self) -> tuple[int, ...]:
@@ -140,6 +150,11 @@ class MaskedPassages:
     def context(self) -> int:
         """Tokens of a window."""
         return int(self.ids.shape[1])
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """See `Passages`."""
+        return torch.cat([self.ids.flatten(), torch.tensor([self.mask])])
 
     @property
     def start(self) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from bitfold.errors import CheckpointError, ModelError, UsageError
 from bitfold.evaluation.predictions import TOGETHER, VERSION, DiskPredictions, Predictions, Writer
 from bitfold.evaluation.reading import Passages, Piece
 from bitfold.models.model_ref import ModelRef
+from bitfold.models.vocabulary import refuse_unknown_tokens
 from bitfold.system import memory, progress
 
 TOP = 5
@@ -34,12 +35,19 @@ class Setting:
         batch: windows at once.
         dtype: what to compute in; None: as stored.
         auto_class: the kind of model, as transformers calls it.
+        tokenizer: for the names of tokens; may be None.
     """
 
     passages: Passages
     batch: int
     dtype: torch.dtype | None
     auto_class: str
+    tokenizer: Any = None
+
+    def read(self, model: nn.Module) -> Iterator[Piece]:
+        """Run a model over the text; ModelError for tokens that it has no row for."""
+        refuse_unknown_tokens(model, self.passages.tokens, self.tokenizer)
+        return self.passages.read(model, self.batch)
 
 
 @dataclass
@@ -118,7 +126,7 @@ def perplexity(nll: float, tokens: int) -> float:
 def score(model: nn.Module, setting: Setting, reference: Predictions | None) -> Scores:
     """Run the model over the text and count."""
     scores, passages, name = Scores(), setting.passages, type(model).__name__
-    pieces = passages.read(model, setting.batch)
+    pieces = setting.read(model)
     with progress.bar("evaluating", passages.total) as bar:
         while True:
             before = time.monotonic()
@@ -135,7 +143,7 @@ class Beside:
 
     def __init__(self, model: nn.Module, setting: Setting) -> None:
         self.nll = 0.0
-        self._source: Iterator[Piece] = setting.passages.read(model, setting.batch)
+        self._source: Iterator[Piece] = setting.read(model)
         self._logits, self._targets = torch.empty(0, 0), torch.empty(0, dtype=torch.int64)
 
     def take(self, rows: int) -> torch.Tensor:
@@ -175,7 +183,7 @@ def _write_predictions(reference: ModelRef, setting: Setting, path: Path) -> dic
     nll, vocabulary, complete = 0.0, 0, False
     try:
         with progress.bar("reference", setting.passages.total) as bar:
-            for piece in setting.passages.read(model, setting.batch):
+            for piece in setting.read(model):
                 for logits, targets in _few_rows(piece):
                     nll -= _likelihood(torch.log_softmax(logits, -1), targets)
                 writer.append(piece.logits)

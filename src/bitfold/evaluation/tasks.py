@@ -72,7 +72,7 @@ def run_tasks(
         found = lm_eval.simple_evaluate(
             model=judged, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, IndexError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"lm-eval stopped: {first}", where=", ".join(tasks)) from error
     return {task: _numbers(scores) for task, scores in found["results"].items()}

@@ -23,7 +23,7 @@ from bitfold.checkpoints.gguf.tokenizer import generation_config, read_tokenizer
 from bitfold.checkpoints.safetensors import file_facts, write_json
 from bitfold.errors import CheckpointError
 from bitfold.formats.families.ggml import GGML
-from bitfold.system.tensorinfo import TensorInfo
+from bitfold.system.tensorinfo import TensorInfo, require_rows
 
 _PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _CHUNK = 1 << 21  # weights dithered at a time
@@ -98,8 +98,11 @@ class GgufSource:
         """`read(name)[rows]` of a matrix or a stack; only the bytes of these rows are read.
 
         Dithered weights are made whole first: their noise is one stream.
+
+        Raises:
+            UsageError: a row that it does not have.
         """
-        self.info(name)
+        require_rows(rows, self.info(name).shape[0], name)
         tensor = self._names[name]
         if self._noise is not None or len(tensor.shape) < 2:
             return self.read(name)[rows]
