@@ -19,6 +19,7 @@ from bitfold import Calibration
 from bitfold.calibration import BlockWalk, Statistics, calibration_tokens, fisher, token_weights
 from bitfold.calibration.probe import ActivationCost
 from bitfold.errors import BitfoldError, UsageError
+from numerics import check_all_same_answers, check_same_answers
 
 SHORT: dict[str, Any] = {"nsamples": 6, "seqlen": 48}
 
@@ -64,7 +65,7 @@ def test_both_loaders_agree_and_bytes_repeat(source: Path, tmp_path: Path) -> No
     with torch.no_grad():
         ours = bitfold.load(tmp_path / "a")(ids).logits
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "a")(ids).logits
-    assert torch.equal(ours, theirs)
+    check_same_answers(ours, theirs)
     bitfold.checkpoints.convert(tmp_path / "a", tmp_path / "plain", dtype="float32")
     with torch.no_grad():
         plain = LlamaForCausalLM.from_pretrained(tmp_path / "plain")(ids).logits
@@ -248,8 +249,7 @@ def test_finished_parts_answer_from_memory(source: Path, monkeypatch: pytest.Mon
         patch.setattr("bitfold.calibration.finished.AnswerReplay.replay", lambda *_: None)
         slow = measure()
     fast = measure()
-    assert all(torch.equal(a, b) for a, b in zip(fast[0], slow[0], strict=True))
-    assert torch.equal(fast[1], slow[1])
+    check_all_same_answers([*fast[0], fast[1]], [*slow[0], slow[1]])
     assert fast[2] < slow[2]
 
 
@@ -322,10 +322,11 @@ def test_activations_left_to_measurement(source: Path, tmp_path: Path) -> None:
         bitfold.quantize(source, tmp_path / act, **options, act=act, calibration=settings)
         with torch.no_grad():
             logits.append(bitfold.load(tmp_path / act)(ids).logits)
-    assert not torch.equal(*logits)
+    largest = float(logits[0].abs().max())
+    assert float((logits[0] - logits[1]).abs().max()) > 1e-3 * largest  # eight bits are seen
     with torch.no_grad():
         chosen = bitfold.load(tmp_path / "out")(ids).logits
-    assert torch.equal(chosen, logits[report.acts["choice"] == "int8"])
+    check_same_answers(chosen, logits[report.acts["choice"] == "int8"])
 
 
 @pytest.mark.parametrize("tied", [False, True])

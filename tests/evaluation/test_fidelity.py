@@ -97,18 +97,18 @@ def test_the_floor_of_the_measurement(original: Path) -> None:
     assert abs(result.kl_mean) < 1e-6
     assert result.top5 is not None
     assert result.top5 > 0.999
-    assert result.perplexity == result.reference_perplexity
+    assert result.perplexity == pytest.approx(result.reference_perplexity, rel=1e-5)
 
 
 def test_modules_side_by_side_equal_folders(original: Path, changed: Path) -> None:
     on_disk = evaluate(changed, original, tiny_lm.TEXT, context=CONTEXT, max_tokens=256)
     reference, model = tiny_lm.model(), disturbed(tiny_lm.model(), 0.02)
     in_memory = evaluate(model, reference, tiny_lm.TEXT, context=CONTEXT, max_tokens=256, tokenizer=tiny_lm.tokenizer())
-    assert in_memory.perplexity == on_disk.perplexity
-    assert in_memory.reference_perplexity == on_disk.reference_perplexity
+    assert in_memory.perplexity == pytest.approx(on_disk.perplexity, rel=1e-5)
+    assert in_memory.reference_perplexity == pytest.approx(on_disk.reference_perplexity, rel=1e-5)
     assert in_memory.kl_mean == pytest.approx(on_disk.kl_mean, rel=1e-5)
     itself = evaluate(model, model, tiny_lm.TEXT, context=CONTEXT, max_tokens=256, tokenizer=tiny_lm.tokenizer())
-    assert itself.kl_mean == itself.kl_max == 0.0
+    assert 0 <= itself.kl_mean <= itself.kl_max < 1e-6
 
 
 def test_without_a_reference(original: Path) -> None:

@@ -16,6 +16,7 @@ from bitfold.methods.gptq import factor, ldlq
 from bitfold.methods.pruning import Fixed
 from bitfold.methods.quantize import quantize_tensor
 from bitfold.system import native
+from numerics import check_same_codes
 
 INTEGERS = [name for name, f in FORMATS.items() if f.grid and f.grid.uniform and f.scale]
 SIDES = ["native", "torch"]
@@ -79,14 +80,41 @@ def test_every_code_is_the_nearest_to_its_aim(name: str, by_energy: bool) -> Non
 @pytest.mark.parametrize("name", INTEGERS)
 @pytest.mark.parametrize("fit", ["mse", "minmax"])
 def test_the_same_bytes_without_the_core(name: str, fit: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rounding to nearest and with feedback."""
+    """Rounding to nearest; with feedback, the codes, which products of PyTorch's lie between."""
     if native.core() is None:
         pytest.skip("no native core")
     w, hessian = problem()
     format, chosen = get_format(name), get_fit(fit)
-    found = [(quantize_tensor(w, format, fit=fit), ldlq(w, hessian, format, chosen)) for _ in _both(monkeypatch)]
-    for one, other in zip(*found, strict=True):
-        assert all(torch.equal(one.fields[field], other.fields[field]) for field in one.fields)
+    one, other = (quantize_tensor(w, format, fit=fit) for _ in _both(monkeypatch))
+    assert all(torch.equal(one.fields[field], other.fields[field]) for field in one.fields)
+    one, other = (ldlq(w, hessian, format, chosen) for _ in _both(monkeypatch))
+    check_same_codes(one.fields["codes"], other.fields["codes"])
+
+
+@pytest.mark.parametrize("rows", [1, 63, 130])
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("pruned", [False, True])
+def test_columns_are_fed_to_the_same_bytes_without_the_core(
+    rows: int, shifted: bool, pruned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same sums in the same order: codes, decoded weights and errors."""
+    if native.core() is None:
+        pytest.skip("no native core")
+    count, generator = 40, torch.Generator().manual_seed(rows)
+    target, carried, room = (torch.randn(count, rows, generator=generator) for _ in range(3))
+    lower = torch.randn(count, count, generator=generator).tril() + 3 * torch.eye(count)
+    places = torch.randperm(64, generator=generator)[:count]
+    kept = room > -0.5 if pruned else None
+    scale = torch.rand(2, rows, generator=generator) * 0.3
+    zero = torch.randn(2, rows, generator=generator) if shifted else None
+    scales = rounding.Scales((-8.0, 7.0), 32, scale, zero)
+    outcomes = []
+    for _ in _both(monkeypatch):
+        codes = torch.zeros(64, rows, dtype=torch.uint8)
+        fed = [torch.zeros(count, rows) for _ in range(2)]
+        rounding.feed(rounding.FeedbackColumns(places, lower, target, carried, kept, *fed), scales, codes)
+        outcomes.append([codes, *fed])
+    assert all(torch.equal(one, other) for one, other in zip(*outcomes, strict=True))
 
 
 def _both(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:

@@ -18,6 +18,7 @@ from bitfold.models.swap import quantize_
 from bitfold.nn import QLinear
 from bitfold.recipes.recipe import Recipe
 from bitfold.transforms import Hadamard
+from numerics import check_same_answers, check_same_tensors
 
 peft = pytest.importorskip("peft")
 
@@ -66,7 +67,7 @@ def test_every_linear_layer_gets_an_adapter_and_learns(recipe: Recipe) -> None:
     expected = quantized(IDS).logits
     model = with_adapters(quantized)
     assert sum(isinstance(m, QLoraLinear) for m in model.modules()) == 14
-    assert torch.equal(model(IDS).logits, expected)
+    check_same_answers(model(IDS).logits, expected)
     fields = {name: b.clone() for name, b in model.named_buffers()}
     losses = train(model, 8)
     assert losses[-1] < losses[0] - 0.3
@@ -95,13 +96,14 @@ def test_gradients_are_those_of_the_dequantized_model(recipe: Recipe) -> None:
 
 @bases
 def test_adapters_come_back(recipe: Recipe, tmp_path: Path) -> None:
-    """Saved in PEFT's format, put on a fresh base: the same logits, bit for bit."""
+    """Saved in PEFT's format, put on a fresh base: the same model."""
     model = with_adapters(base(recipe))
     train(model, 2)
     model.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").exists()
     again = peft.PeftModel.from_pretrained(base(recipe), tmp_path)
-    assert torch.equal(again(IDS).logits, model.eval()(IDS).logits)
+    check_same_tensors(again, model.eval())
+    check_same_answers(again(IDS).logits, model(IDS).logits)
     assert isinstance(again.unload().model.layers[0].mlp.up_proj, QLinear)
 
 

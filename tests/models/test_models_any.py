@@ -14,6 +14,7 @@ import bitfold
 from bitfold.nn import QWeight
 from bitfold.recipes.recipe import Recipe, Rule
 from model_zoo import ZOO, Case, outputs
+from numerics import check_all_same_answers, check_same_tensors
 
 # Rows of 8 bits, small groups that do not divide every row, a codebook with doubly quantized scales.
 RECIPES = {
@@ -71,9 +72,10 @@ def quantized(case: Case, recipe: Recipe) -> tuple[nn.Module, list[torch.Tensor]
 
 
 def check_same(loaded: nn.Module, model: nn.Module, expected: list[torch.Tensor], case: Case) -> None:
-    """Whether a model is the other one, bit for bit."""
+    """Whether a model is the other one: its tensors bit for bit, its answers but for the order of sums."""
     assert weights_of(loaded).keys() == weights_of(model).keys()
-    assert all(torch.equal(a, b) for a, b in zip(outputs(loaded, case.inputs()), expected, strict=True))
+    check_same_tensors(loaded, model)
+    check_all_same_answers(outputs(loaded, case.inputs()), expected)
 
 
 @cases
@@ -124,7 +126,8 @@ def test_half_precision(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     assert all(out.dtype == dtype and out.isfinite().all() for out in expected)
     bitfold.save(model, tmp_path / "out")
     for loaded in (bitfold.load(tmp_path / "out"), type(model).from_pretrained(tmp_path / "out")):  # type: ignore[attr-defined]
-        assert all(torch.equal(a, b) for a, b in zip(outputs(loaded, inputs), expected, strict=True))
+        check_same_tensors(loaded, model)
+        check_all_same_answers(outputs(loaded, inputs), expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "whisper"])
@@ -162,8 +165,7 @@ def test_embeddings_and_heads_when_a_rule_names_them(name: str, tmp_path: Path) 
     check_close(outputs(model, case.inputs()), dequantized(case, model), case)
     expected = outputs(model, case.inputs())
     bitfold.save(model, tmp_path / "out")
-    loaded = bitfold.load(tmp_path / "out")
-    assert all(torch.equal(a, b) for a, b in zip(outputs(loaded, case.inputs()), expected, strict=True))
+    check_same(bitfold.load(tmp_path / "out"), model, expected, case)
 
 
 def test_a_copy_is_independent() -> None:
@@ -174,4 +176,5 @@ def test_a_copy_is_independent() -> None:
     other = copy.deepcopy(model)
     for weight in weights_of(other).values():
         weight.scale.zero_()  # type: ignore[operator]
-    assert all(torch.equal(a, b) for a, b in zip(outputs(model, case.inputs()), expected, strict=True))
+    assert all(bool(weight.scale.any()) for weight in weights_of(model).values())  # type: ignore[operator,union-attr]
+    check_all_same_answers(outputs(model, case.inputs()), expected)

@@ -17,6 +17,7 @@ import bitfold
 from bitfold.checkpoints.bitfold_folder import QuantizedSource
 from bitfold.errors import BitfoldError, CheckpointError, FormatError, ModelError, RecipeError, UsageError, WeightError
 from bitfold.recipes.recipe import Recipe, Rule
+from numerics import check_same_answers, check_same_tensors
 
 
 def tiny(folder: Path, *, tied: bool = True, shard: str = "5GB") -> Path:
@@ -61,9 +62,10 @@ def test_folder_is_complete_and_loads_both_ways(source: Path, tmp_path: Path, op
     }
     assert not (out / "pytorch_model.bin").exists()
     assert len(report.quantized) == 14
-    ours = logits(bitfold.load(out, dtype=torch.float32))
-    theirs = logits(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32))
-    assert torch.equal(ours, theirs)
+    models = bitfold.load(out, dtype=torch.float32), AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    check_same_tensors(*models)
+    ours, theirs = map(logits, models)
+    check_same_answers(ours, theirs)
     plain = LlamaForCausalLM.from_pretrained(source, dtype=torch.float32)
     quantized = QuantizedSource(out)
     state = {name: quantized.read(name).float() for name in quantized.names()}
@@ -114,7 +116,7 @@ def test_shards(tmp_path: Path) -> None:
     single = load_file(tmp_path / "one" / "model.safetensors")
     assert together.keys() == single.keys()
     assert all(torch.equal(together[n], single[n]) for n in single)
-    assert torch.equal(logits(bitfold.load(tmp_path / "one")), logits(bitfold.load(tmp_path / "many")))
+    check_same_tensors(bitfold.load(tmp_path / "one"), bitfold.load(tmp_path / "many"))
 
 
 def test_rules(source: Path, tmp_path: Path) -> None:
@@ -140,7 +142,8 @@ def test_rules(source: Path, tmp_path: Path) -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.model.layers[1].mlp.down_proj.weight.act == "int8"
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    assert torch.equal(logits(model), logits(theirs))
+    check_same_tensors(model, theirs)
+    check_same_answers(logits(model), logits(theirs))
 
 
 def test_mixture_of_experts(tmp_path: Path) -> None:

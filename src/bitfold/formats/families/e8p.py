@@ -130,7 +130,10 @@ class _Nearest:
     def _try_outer(self, size: Tensor, odd: Tensor, where: Tensor) -> None:
         threes = _outer_threes()
         against = ((threes[..., None] + 0.5) * size).amin(1)  # the cheapest entry to turn, if one must be
-        gains = threes @ size + size.sum(0) / 2 - 6 - torch.where(odd, 0.0, 2 * against)
+        whole = size.new_zeros(len(threes), size.shape[1])
+        for i in range(BLOCK):  # in this order everywhere: a product of matrices would add up as its library likes
+            whole += threes[:, i, None] * size[i]
+        gains = whole + size.sum(0) / 2 - 6 - torch.where(odd, 0.0, 2 * against)
         gain, which = gains.max(0)
         better = gain > self.gain[where]
         self.gain[where] = torch.where(better, gain, self.gain[where])
