@@ -14,9 +14,10 @@ from pathlib import Path
 
 from bitfold.checkpoints.bitfold_folder import QuantizedSource, quantization_config
 from bitfold.checkpoints.gguf.source import GgufSource
+from bitfold.checkpoints.headers import read_header
 from bitfold.checkpoints.manifest import FILE as MANIFEST
 from bitfold.checkpoints.manifest import verify
-from bitfold.checkpoints.safetensors import INDEX, SINGLE, SafetensorsSource, read_header
+from bitfold.checkpoints.safetensors import INDEX, SINGLE, SafetensorsSource
 from bitfold.checkpoints.schema import read_entries
 from bitfold.errors import BitfoldError
 from bitfold.recipes.recipe import Recipe

@@ -15,17 +15,21 @@ def open_source(path: str | Path) -> Source:
     """Open a local checkpoint for reading, whatever it is: safetensors folder, bitfold folder, GGUF file.
 
     Raises:
-        CheckpointError: nothing there, or nothing that can be read; the message says what to do.
+        CheckpointError: nothing there, or nothing that can be read, as what another program quantized; the message
+            says what to do.
     """
     path = Path(path)
     if path.is_file():
         return _open_file(path)
     from bitfold.checkpoints.bitfold_folder import QuantizedSource, quantization_config
+    from bitfold.checkpoints.foreign import refuse_foreign
     from bitfold.checkpoints.safetensors import SafetensorsSource
 
     if quantization_config(path) is not None:
         return QuantizedSource(path)
-    return SafetensorsSource(path)
+    source = SafetensorsSource(path)
+    refuse_foreign(source.config, {name: source.info(name) for name in source.names()}, path)
+    return source
 
 
 def _open_file(path: Path) -> Source:

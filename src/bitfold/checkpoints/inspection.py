@@ -11,6 +11,11 @@ from typing import Any
 import torch
 
 from bitfold.checkpoints.base import TensorInfo
+from bitfold.checkpoints.bitfold_folder import QuantizedSource, quantization_config
+from bitfold.checkpoints.foreign import foreign_quantization
+from bitfold.checkpoints.headers import ForeignInfo
+from bitfold.checkpoints.safetensors import SafetensorsSource
+from bitfold.checkpoints.schema import read_entries
 
 _FLOAT_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 
@@ -69,7 +74,7 @@ class Inspection:
 
     Args:
         path: the folder or file.
-        kind: "bitfold", "safetensors", "gguf", or "safetensors (METHOD)" for folders other programs quantized.
+        kind: "bitfold", "safetensors", "gguf", or "safetensors (HOW)" for folders other programs quantized.
         model_type: architecture as the config names it, or None.
         tensors: one row each.
         recipe: the rules it was quantized with, if bitfold did.
@@ -146,36 +151,31 @@ def _by_layer(row: TensorRow) -> list[tuple[int, str]]:
 
 
 def _inspect_folder(path: Path) -> Inspection:
-    from bitfold.checkpoints import open_source
-
-    source = open_source(path)
-    try:
-        quantization = getattr(source, "quantization", None)
-        if quantization is not None:
-            return _inspect_bitfold(path, source, quantization)
-        method = (source.config.get("quantization_config") or {}).get("quant_method")
-        kind = f"safetensors ({method})" if method else "safetensors"
-        rows = tuple(_plain_row(name, source.info(name)) for name in source.names())
-        return Inspection(str(path), kind, source.config.get("model_type"), rows)
-    finally:
-        source.close()
+    if (quantization := quantization_config(path)) is not None:
+        return _inspect_bitfold(path, QuantizedSource(path), quantization)
+    source = SafetensorsSource(path)  # not open_source: what another program quantized is looked at all the same
+    infos = {name: source.info(name) for name in source.names()}
+    method = foreign_quantization(source.config, infos, path)
+    kind = f"safetensors ({method})" if method else "safetensors"
+    rows = tuple(_plain_row(name, info) for name, info in infos.items())
+    return Inspection(str(path), kind, source.config.get("model_type"), rows)
 
 
 def _plain_row(name: str, info: TensorInfo, note: str = "") -> TensorRow:
     label = _FLOAT_NAMES.get(info.dtype, str(info.dtype).removeprefix("torch."))
+    if isinstance(info, ForeignInfo):
+        label = info.label
     return TensorRow(name, label, info.shape, info.numel, info.nbytes, False, note)
 
 
-def _inspect_bitfold(path: Path, source: Any, quantization: dict[str, Any]) -> Inspection:
+def _inspect_bitfold(path: Path, source: QuantizedSource, quantization: dict[str, Any]) -> Inspection:
     kept = quantization.get("kept", {})
     rows = tuple(_bitfold_rows(source, quantization, kept))
     recipe = tuple(quantization.get("recipe", ()))
     return Inspection(str(path), "bitfold", source.config.get("model_type"), rows, recipe)
 
 
-def _bitfold_rows(source: Any, quantization: dict[str, Any], kept: dict[str, str]) -> Iterator[TensorRow]:
-    from bitfold.checkpoints.schema import read_entries
-
+def _bitfold_rows(source: QuantizedSource, quantization: dict[str, Any], kept: dict[str, str]) -> Iterator[TensorRow]:
     entries = read_entries(quantization)
     for name in source.names():
         entry = entries.get(name)

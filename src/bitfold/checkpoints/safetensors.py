@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
@@ -18,18 +17,13 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
-from bitfold.checkpoints.untrusted import LARGEST, parse_json_object, read_json_object, shape_of
+from bitfold.checkpoints.headers import ForeignInfo, data_size, data_start, make_header, read_header
+from bitfold.checkpoints.untrusted import read_json_object
 from bitfold.errors import CheckpointError
 from bitfold.system.tensorinfo import TensorInfo, require_rows
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_DTYPES: dict[str, torch.dtype] = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
-    "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64, "F16": torch.float16,
-    "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
-}  # fmt: skip
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 _NOT_SIDE = (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz", ".index.json", *_PICKLES)
 
@@ -64,7 +58,9 @@ class SafetensorsSource:
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor; its pages come from the file as they are touched and are given back with the tensor."""
-        file = self._where[name]
+        file, info = self._where[name], self._info[name]
+        if isinstance(info, ForeignInfo):
+            raise CheckpointError(f"tensor {name} is of type {info.label}, which cannot be read", where=str(file))
         try:
             with safe_open(str(file), framework="pt") as handle:
                 tensor: torch.Tensor = handle.get_tensor(name)
@@ -126,19 +122,6 @@ class SafetensorsSource:
 
     def close(self) -> None:
         """Nothing stays open between reads."""
-
-
-def data_size(file: Path) -> int:
-    """Bytes of a safetensors file that are not its header."""
-    with file.open("rb") as stream:
-        return file.stat().st_size - 8 - int(struct.unpack("<Q", stream.read(8))[0])
-
-
-def data_start(file: Path, name: str) -> int:
-    """The byte of a safetensors file at which a tensor begins."""
-    with file.open("rb") as stream:
-        length = int(struct.unpack("<Q", stream.read(8))[0])
-        return 8 + length + int(parse_json_object(stream.read(length), str(file))[name]["data_offsets"][0])
 
 
 def file_facts(file: Path, head: int = 1 << 20) -> list[Any]:
@@ -222,49 +205,6 @@ def _check_file_name(file: str, index: Path) -> None:
         raise CheckpointError(f"the shard {file!r} is missing", where=str(index.parent), hint="download it again")
 
 
-def read_header(file: Path) -> dict[str, TensorInfo]:
-    """Names, dtypes and shapes in a safetensors file, checked against its size.
-
-    Raises:
-        CheckpointError: truncated file, a header that is not JSON, holes, overlaps, unknown dtypes.
-    """
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            prefix = stream.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-            if length > LARGEST and length <= size - 8:
-                raise CheckpointError(f"has a header of {length} bytes, {LARGEST} are allowed", where=str(file))
-            if length > size - 8:
-                raise CheckpointError("the file is truncated: its header is longer than the file", where=str(file))
-            raw = stream.read(length)
-    except OSError as error:
-        raise CheckpointError(f"is not a safetensors file: {error}", where=str(file)) from error
-    return _check_header(parse_json_object(raw, str(file)), size - 8 - length, file)
-
-
-def _check_header(header: dict[str, Any], data_size: int, file: Path) -> dict[str, TensorInfo]:
-    try:
-        entries = [(n, e) for n, e in header.items() if n != "__metadata__"]
-        entries.sort(key=lambda item: tuple(item[1]["data_offsets"]))
-        at, infos = 0, {}
-        for name, entry in entries:
-            start, stop = entry["data_offsets"]
-            info = TensorInfo(_DTYPES[entry["dtype"]], shape_of(entry["shape"]))
-            if start != at or stop - start != info.nbytes:
-                raise CheckpointError(f"tensor {name}: its bytes do not follow its shape", where=str(file))
-            infos[name], at = info, stop
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"the header is damaged: {error!r}", where=str(file)) from error
-    if at > data_size:
-        raise CheckpointError(
-            f"the file is truncated: {data_size} bytes of data, {at} expected", where=str(file), hint="fetch it again"
-        )
-    if at < data_size:
-        raise CheckpointError(f"{data_size - at} bytes at the end belong to no tensor", where=str(file))
-    return infos
-
-
 def copy_side_files(source: Path, out_dir: Path) -> list[str]:
     """Copy the files beside the weights (not config.json, not the model card); names of what was copied."""
     copied = []
@@ -326,7 +266,7 @@ class ShardWriter:
         order = sorted(self._pending, key=lambda n: (-self._pending[n][0].dtype.itemsize, n))
         try:
             with path.open("wb") as out:
-                out.write(safetensors_header(order, {name: info for name, (info, _) in self._pending.items()}))
+                out.write(make_header(order, {name: info for name, (info, _) in self._pending.items()}))
                 for name in order if self._data else ():
                     info, start = self._pending[name]
                     _copy_range(self._data, out, start, info.nbytes)
@@ -353,21 +293,6 @@ class ShardWriter:
         index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(self.out_dir / INDEX, index)
         return sorted(set(weight_map.values()))
-
-
-def safetensors_header(order: list[str], infos: Mapping[str, TensorInfo]) -> bytes:
-    """Header of a file that holds these tensors one after the other, its length in front, padded to 8 bytes."""
-    names = {dtype: text for text, dtype in _DTYPES.items()}
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name in order:
-        info = infos[name]
-        stop = at + info.nbytes
-        entries[name] = {"dtype": names[info.dtype], "shape": list(info.shape), "data_offsets": [at, stop]}
-        at = stop
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
 
 
 def _copy_range(source: BinaryIO | None, out: BinaryIO, start: int, length: int) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from bitfold.checkpoints.safetensors import INDEX, SINGLE, safetensors_header, write_json
+from bitfold.checkpoints.headers import make_header
+from bitfold.checkpoints.safetensors import INDEX, SINGLE, write_json
 from bitfold.errors import CheckpointError
 from bitfold.system.tensorinfo import TensorInfo
 
@@ -88,7 +89,7 @@ def plan_shards(infos: Mapping[str, TensorInfo], max_shard_bytes: int) -> ShardP
 def _shard(name: str, group: Mapping[str, TensorInfo]) -> Shard:
     # Wide types first: every tensor then starts at a multiple of its item size, which zero-copy loaders need.
     order = sorted(group, key=lambda n: (-group[n].dtype.itemsize, n))
-    header = safetensors_header(order, group)
+    header = make_header(order, group)
     at, starts = len(header), {}
     for tensor in order:
         starts[tensor] = at

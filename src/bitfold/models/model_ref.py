@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bitfold.checkpoints import open_source
 from bitfold.errors import CheckpointError, ModelError, UsageError
 from bitfold.nn import set_tensor
 
@@ -47,7 +48,8 @@ class ModelRef:
 
         Raises:
             UsageError: a file, or something that is not a model at all.
-            CheckpointError, HubError: no such folder or repository, or a folder without config.json.
+            CheckpointError, HubError: no such folder or repository, a folder without config.json or with files that
+                cannot be read, or one that another program quantized.
         """
         if isinstance(model, nn.Module):
             return cls(None, model)
@@ -59,6 +61,7 @@ class ModelRef:
         if path.is_file():
             hint = f"convert it to a folder first: bitfold convert {path} --output-dir FOLDER"
             raise UsageError("a single file cannot be run", where=str(path), hint=hint)
+        open_source(path).close()  # before texts are read or a tokenizer is asked for
         return cls(path)
 
     @property
@@ -187,9 +190,6 @@ def _load_bitfold(path: Path, dtype: torch.dtype | None) -> nn.Module:
 def _load_plain(path: Path, auto_class: str, dtype: torch.dtype | None) -> nn.Module:
     import transformers
 
-    from bitfold.checkpoints import open_source
-
-    open_source(path).close()  # names truncated and missing files, and refuses pickles
     if dtype is not None and auto_class in _STREAMED and (streamed := _stream(path, dtype)) is not None:
         return streamed
     wanted: torch.dtype | str = "auto" if dtype is None else dtype
@@ -214,7 +214,6 @@ def _stream(path: Path, dtype: torch.dtype) -> nn.Module | None:
 
     None where the class that the config names is not known, or not that of a plain language model.
     """
-    from bitfold.checkpoints import open_source
     from bitfold.models import skeleton
     from bitfold.models.mapping import map_names
     from bitfold.models.opening import open_skeleton

@@ -21,8 +21,9 @@ from bitfold.calibration.shared_input import Folded, Solved
 from bitfold.calibration.walk import HESSIANS
 from bitfold.checkpoints import Source
 from bitfold.checkpoints.bitfold_folder import QUANT_METHOD, VERSION
+from bitfold.checkpoints.headers import read_header
 from bitfold.checkpoints.manifest import write_manifest
-from bitfold.checkpoints.safetensors import read_header, write_json
+from bitfold.checkpoints.safetensors import write_json
 from bitfold.checkpoints.shards import PlannedWriter, plan_shards, written_error
 from bitfold.errors import AccountingError
 from bitfold.formats import get_format
