@@ -12,7 +12,7 @@ import pytest
 
 from bitfold.checkpoints.gguf.pre_tokenizers import PRE_TOKENIZERS, USUAL, byte_letters, nearest
 from bitfold.checkpoints.gguf.source import GgufSource
-from bitfold.checkpoints.gguf.tokenizer import generation_config, read_tokenizer
+from bitfold.checkpoints.gguf.tokenizer import generation_config, tokenizer_of
 from bitfold.errors import CheckpointError
 from gguf_files import LLAMA, llama_tensors, write_gguf
 
@@ -76,7 +76,7 @@ def bpe() -> dict[str, Any]:
 
 def written(metadata: dict[str, Any], folder: Path) -> Any:
     """The tokenizer that the tokenizers library reads from what we wrote."""
-    found = read_tokenizer(metadata, "model.gguf")
+    found = tokenizer_of(metadata, "model.gguf")
     assert found is not None
     assert "tokenizer.json" in found.write(folder)
     return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -212,24 +212,24 @@ def test_what_cannot_be_read_says_so(bpe: dict[str, Any]):
     for message, change in cases.items():
         changed = {k: v for k, v in {**bpe, "tokenizer.ggml.pre": "qwen2", **change}.items() if v is not None}
         with pytest.raises(CheckpointError, match=message) as caught:
-            read_tokenizer(changed, "model.gguf")
+            tokenizer_of(changed, "model.gguf")
         assert "model.gguf" in str(caught.value)
-    assert read_tokenizer({}, "model.gguf") is None
-    assert read_tokenizer({"tokenizer.ggml.model": "none"}, "model.gguf") is None
+    assert tokenizer_of({}, "model.gguf") is None
+    assert tokenizer_of({"tokenizer.ggml.model": "none"}, "model.gguf") is None
     assert generation_config({}) == {}
 
 
 def test_what_can_be_mended_is_mended_and_said(bpe: dict[str, Any], tmp_path: Path):
     named = {**bpe, "tokenizer.ggml.pre": "qwen2"}
     with pytest.warns(UserWarning, match="1 of .* merges make no token"):
-        read_tokenizer({**named, "tokenizer.ggml.merges": [*named["tokenizer.ggml.merges"], "Q Q"]}, "m")
+        tokenizer_of({**named, "tokenizer.ggml.merges": [*named["tokenizer.ggml.merges"], "Q Q"]}, "m")
     for template in ("{% for m in messages %}{{ m", "{% endif %}"):
         with pytest.warns(UserWarning, match="chat template cannot be used: line 1"):
-            read_tokenizer({**named, "tokenizer.chat_template": template}, "m")
+            tokenizer_of({**named, "tokenizer.chat_template": template}, "m")
     good = "{% generation %}{% for m in x %}{% break %}{% endfor %}{% endgeneration %}"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        read_tokenizer({**named, "tokenizer.chat_template": good}, "m")
+        tokenizer_of({**named, "tokenizer.chat_template": good}, "m")
     without = {k: v for k, v in named.items() if k != "tokenizer.ggml.token_type"}
     with pytest.warns(UserWarning, match="does not say what kind its tokens are"):
         tokenizer = written(without, tmp_path)
@@ -239,7 +239,7 @@ def test_what_can_be_mended_is_mended_and_said(bpe: dict[str, Any], tmp_path: Pa
 @pytest.mark.parametrize("pre", ["exotic", None])
 def test_an_unknown_pre_tokenizer_is_the_nearest_one_and_said(pre: str | None, bpe: dict[str, Any], tmp_path: Path):
     with pytest.warns(UserWarning, match=r"m.gguf: the .*'gpt-2', which fits the vocabulary best"):
-        found = read_tokenizer({**bpe, **({"tokenizer.ggml.pre": pre} if pre else {})}, "m.gguf")
+        found = tokenizer_of({**bpe, **({"tokenizer.ggml.pre": pre} if pre else {})}, "m.gguf")
     assert found is not None
     assert found.pre == PRE_TOKENIZERS["gpt-2"]  # too small a vocabulary to tell
 

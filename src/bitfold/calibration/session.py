@@ -31,7 +31,8 @@ from bitfold.nn import set_tensor
 from bitfold.planning.plan import Decision, Plan
 from bitfold.recipes.catalog import AUTO, find_method
 from bitfold.system import progress
-from bitfold.text.tokens import BUNDLED, SELF, load_tokenizer, own_text
+from bitfold.text.tokenizer import read_tokenizer
+from bitfold.text.tokens import BUNDLED, SELF, own_text
 from bitfold.text.windows import text_start
 from bitfold.transforms.activations import MEASURED
 
@@ -334,7 +335,7 @@ def _inputs(
     """Token ids, and token weights where they can be afforded."""
     fisher = weighs_tokens(wanted.values(), calibration)
     sizes = {"nsamples": calibration.nsamples, "seqlen": calibration.seqlen or LONGEST}
-    own, known = calibration.text == SELF, load_tokenizer(tokenizer)
+    own, known = calibration.text == SELF, read_tokenizer(tokenizer)
     start = text_start(known, calibration.start_token)
     if own:
         ids = torch.tensor(start, dtype=torch.int64)

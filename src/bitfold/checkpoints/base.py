@@ -57,6 +57,14 @@ class Source(Protocol):
         """
         ...
 
+    def generation_config(self) -> dict[str, Any]:
+        """Contents of its generation_config.json; empty where it has none."""
+        ...
+
+    def tokenizer(self) -> Any:
+        """The tokenizer of transformers; CheckpointError, in words, where there is none that can be read."""
+        ...
+
     def close(self) -> None:
         """Release files and maps."""
         ...

@@ -177,5 +177,13 @@ class QuantizedSource:
         """Tokenizer and the like."""
         return self._stored.copy_side_files(out_dir)
 
+    def generation_config(self) -> dict[str, Any]:
+        """See `Source`."""
+        return self._stored.generation_config()
+
+    def tokenizer(self) -> Any:
+        """See `Source`."""
+        return self._stored.tokenizer()
+
     def close(self) -> None:
         """Nothing stays open between reads."""

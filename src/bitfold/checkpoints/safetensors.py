@@ -21,6 +21,7 @@ from bitfold.checkpoints.headers import ForeignInfo, data_size, data_start, make
 from bitfold.checkpoints.untrusted import read_json_object
 from bitfold.errors import CheckpointError
 from bitfold.system.tensorinfo import TensorInfo, require_rows
+from bitfold.text.tokenizer import read_tokenizer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -119,6 +120,15 @@ class SafetensorsSource:
     def copy_side_files(self, out_dir: Path) -> list[str]:
         """Copy everything but weights and config.json: tokenizer, generation config, chat template, licence ..."""
         return copy_side_files(self.path, out_dir)
+
+    def generation_config(self) -> dict[str, Any]:
+        """See `Source`."""
+        file = self.path / "generation_config.json"
+        return read_json_object(file) if file.is_file() else {}
+
+    def tokenizer(self) -> Any:
+        """See `Source`."""
+        return read_tokenizer(self.path)
 
     def close(self) -> None:
         """Nothing stays open between reads."""

@@ -46,7 +46,7 @@ def generate(
     from bitfold.engine import Sampling, Writer
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    writer = Writer.open(model, dtype=dtype, revision=revision)
+    writer = Writer.open(model, dtype=dtype, revision=revision, chat=chat)
     write = writer.say if chat else writer.write
     if json:
         print_json(write(given[0], sampling).to_dict())
@@ -74,7 +74,7 @@ def chat(
     from bitfold.engine import Sampling, Writer
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    writer = Writer.open(model, dtype=dtype, revision=revision)
+    writer = Writer.open(model, dtype=dtype, revision=revision, chat=True)
     for line in _lines():
         if line == "/reset":
             writer.messages = []

@@ -14,6 +14,7 @@ from torch import nn
 from bitfold.errors import UsageError
 from bitfold.models.model_ref import Model, ModelRef, read_dtype
 from bitfold.models.vocabulary import refuse_unknown_tokens
+from bitfold.text.tokenizer import require_chat
 from bitfold.text.windows import text_start, tokenize
 
 OnText = Callable[[str], None]
@@ -92,16 +93,27 @@ class Writer:
     messages: list[Message] = field(default_factory=list)
 
     @classmethod
-    def open(cls, model: Model, *, tokenizer: Any = None, dtype: str = "auto", revision: str | None = None) -> Writer:
+    def open(
+        cls,
+        model: Model,
+        *,
+        tokenizer: Any = None,
+        dtype: str = "auto",
+        revision: str | None = None,
+        chat: bool = False,
+    ) -> Writer:
         """Load a folder or Hub repository, or take a module (then with its tokenizer).
 
         Raises:
             ModelError: not a causal language model.
-            CheckpointError, HubError, UsageError: it cannot be found, read or fetched.
+            CheckpointError, HubError, UsageError: it cannot be found, read or fetched; with `chat`, a chat
+                template that is missing or cannot be used.
         """
         subject = ModelRef.of(model, revision=revision)
         subject.require_causal("only causal language models generate text")
         tokenizer = subject.tokenizer() if tokenizer is None else tokenizer
+        if chat:  # before minutes of loading
+            require_chat(tokenizer, subject.name)
         return cls(subject.load("AutoModelForCausalLM", read_dtype(dtype)), tokenizer, subject.longest)
 
     def write(self, prompt: str, sampling: Sampling | None = None, on_text: OnText | None = None) -> Generation:
@@ -114,10 +126,10 @@ class Writer:
 
         Raises:
             UsageError: the tokenizer has no chat template, or the conversation is longer than the model can take.
+            CheckpointError: its chat template cannot be used.
         """
-        if not getattr(self.tokenizer, "chat_template", None):
-            hint = "it is not a chat model: give it a text to continue instead (bitfold generate)"
-            raise UsageError("the model has no chat template", hint=hint)
+        if not self.messages:
+            require_chat(self.tokenizer, type(self.model).__name__)
         messages = [*self.messages, {"role": "user", "content": text}]
         tokens = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -230,5 +242,5 @@ def generate(
     Raises:
         ModelError, CheckpointError, HubError, UsageError: see `Writer.open`, `Writer.say`.
     """
-    writer = Writer.open(model, tokenizer=tokenizer, dtype=dtype)
+    writer = Writer.open(model, tokenizer=tokenizer, dtype=dtype, chat=chat)
     return (writer.say if chat else writer.write)(prompt, sampling, on_text)

@@ -126,15 +126,11 @@ class ModelRef:
         """The tokenizer of the folder; UsageError for a module."""
         if self.path is None:
             raise UsageError("a module has no tokenizer", where=self.name, hint="pass tokenizer=")
-        from transformers import AutoTokenizer
-
+        source = open_source(self.path)
         try:
-            return AutoTokenizer.from_pretrained(self.path)
-        except (OSError, ValueError, KeyError) as error:
-            hint = "the folder needs the tokenizer files of the original model (tokenizer.json ...)"
-            raise CheckpointError(
-                f"no tokenizer that transformers can read: {_line(error)}", where=str(self.path), hint=hint
-            ) from error
+            return source.tokenizer()
+        finally:
+            source.close()
 
     def load(self, auto_class: str, dtype: torch.dtype | None) -> nn.Module:
         """The model, in evaluation mode.

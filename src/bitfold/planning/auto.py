@@ -7,14 +7,12 @@ and trellis codes on rotated inputs lose least of all that is here (docs/methods
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import nn
 
 from bitfold.checkpoints import Source
 from bitfold.errors import CheckpointError, UsageError
 from bitfold.system.memory import available
-from bitfold.text.tokens import load_tokenizer
 
 _EASY = 5  # bits from which on rounding to nearest is enough
 _COPIES = 4  # of a block in float32: its weights, their targets, errors, and what is solved
@@ -68,23 +66,21 @@ def why_not_calibrated(source: Source, model: nn.Module | None) -> str | None:
         return "transformers does not have the model's class"
     if not causal(model):
         return f"{type(model).__name__} is no causal language model"
-    if not _has_tokenizer(Path(source.path)):
-        return "there is no tokenizer beside the weights"
+    if (fault := _without_tokenizer(source)) is not None:
+        return fault
     free, needed = available(), _COPIES * 4 * _largest_block(model)
     if free is not None and needed > free:
         return f"a block of the model takes {needed >> 20} MiB to calibrate, {free >> 20} MiB are free"
     return None
 
 
-def _has_tokenizer(path: Path) -> bool:
-    """Whether there is one that can be read; a GGUF file carries its own."""
-    if path.is_file():
-        return True
+def _without_tokenizer(source: Source) -> str | None:
+    """Why text cannot be turned into tokens; None if it can."""
     try:
-        load_tokenizer(path)
-    except CheckpointError:
-        return False
-    return True
+        source.tokenizer()
+    except CheckpointError as error:
+        return error.what
+    return None
 
 
 def causal(model: nn.Module) -> bool:

@@ -148,6 +148,8 @@ def _quantize(job: Job, manner: _Manner, *, shorten: bool, dry_run: bool, on_ten
     try:
         model = _open_model(source)
         job, why = (job, "") if manner.choose is None else manner.choose(source, model)
+        if job.calibration is not None and manner.choose is None:  # a choice has read it
+            source.tokenizer()
         plan = make_plan(source, model, job.rules, shorten_groups=shorten)
         economy = _economy(source, model, plan, job, manner)
         job = replace(job, calibration=economy.calibration)

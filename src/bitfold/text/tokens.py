@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitfold.errors import CheckpointError, UsageError
+from bitfold.errors import UsageError
 from bitfold.system import progress
 from bitfold.text import windows
 from bitfold.text.documents import documents
+from bitfold.text.tokenizer import read_tokenizer
 
 SELF, BUNDLED = "self", "default"
 
@@ -35,7 +36,7 @@ def calibration_tokens(
         UsageError: no such file, or too little text for a single window.
         CheckpointError, HubError: the data set or the tokenizer cannot be read.
     """
-    tokenizer = load_tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     start = windows.text_start(tokenizer, start_token)
     parts: list[torch.Tensor] = []
     for text in _documents(spec):
@@ -49,17 +50,6 @@ def calibration_tokens(
             hint="give more text, or a shorter --seqlen",
         )
     return windows.cut(ids, seqlen, None, None, start).ids[:nsamples]
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder; CheckpointError when there is none that transformers can read."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError) as error:
-        first = (str(error).strip().splitlines() or [repr(error)])[0]
-        raise CheckpointError(f"has no tokenizer that can be read: {first}", where=str(folder)) from error
 
 
 def _documents(spec: str) -> Iterator[str]:

@@ -7,6 +7,7 @@ ordinary checkpoint. Block types are decoded to float32; F32, F16 and BF16 come 
 
 from __future__ import annotations
 
+import tempfile
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
@@ -19,11 +20,12 @@ from torch import Tensor
 
 from bitfold.checkpoints.gguf.arch import CONFIG_TENSORS, Facts, find_arch, hf_config
 from bitfold.checkpoints.gguf.file import GgufFile, GgufTensor
-from bitfold.checkpoints.gguf.tokenizer import generation_config, read_tokenizer
+from bitfold.checkpoints.gguf.tokenizer import generation_config, tokenizer_of
 from bitfold.checkpoints.safetensors import file_facts, write_json
 from bitfold.errors import CheckpointError
 from bitfold.formats.families.ggml import GGML
 from bitfold.system.tensorinfo import TensorInfo, require_rows
+from bitfold.text.tokenizer import read_tokenizer
 
 _PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _CHUNK = 1 << 21  # weights dithered at a time
@@ -61,7 +63,7 @@ class GgufSource:
         self.config["dtype"] = _dtype_name(tensors.values())
         self._names = self._hf_names()
         self._check_complete()
-        self._tokenizer = read_tokenizer(self._file.metadata, str(self.path))
+        self._tokenizer = tokenizer_of(self._file.metadata, str(self.path))
         self._noise = None if dither_seed is None else _Noise(dither_seed, _quantized(self._file))
 
     @property
@@ -157,8 +159,22 @@ class GgufSource:
     def copy_side_files(self, out_dir: Path) -> list[str]:
         """Write the tokenizer with its chat template and special tokens, and generation_config.json."""
         written = [] if self._tokenizer is None else self._tokenizer.write(Path(out_dir))
-        write_json(Path(out_dir) / "generation_config.json", generation_config(self._file.metadata))
+        write_json(Path(out_dir) / "generation_config.json", self.generation_config())
         return [*written, "generation_config.json"]
+
+    def generation_config(self) -> dict[str, Any]:
+        """See `Source`: begin, pad and all end tokens."""
+        return generation_config(self._file.metadata)
+
+    def tokenizer(self) -> Any:
+        """See `Source`."""
+        if self._tokenizer is None:
+            hint = "use a file with the vocabulary in it, or the original folder"
+            raise CheckpointError("the file carries no tokenizer", where=str(self.path), hint=hint)
+        with tempfile.TemporaryDirectory(prefix="bitfold-tokenizer-") as folder:
+            self._tokenizer.write(Path(folder))
+            write_json(Path(folder) / "config.json", self.config)  # transformers looks there for the kind of model
+            return read_tokenizer(Path(folder), name=str(self.path))
 
     def close(self) -> None:
         """Release the file."""

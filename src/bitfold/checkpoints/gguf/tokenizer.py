@@ -60,7 +60,7 @@ class GgufTokenizer:
         return list(files)
 
 
-def read_tokenizer(metadata: Mapping[str, Any], where: str) -> GgufTokenizer | None:
+def tokenizer_of(metadata: Mapping[str, Any], where: str) -> GgufTokenizer | None:
     """The tokenizer that a file carries, checked; None if it says that it carries none.
 
     A pre-tokenizer that is not known is replaced by the nearest one, with a warning.
@@ -318,9 +318,8 @@ def score_merges(tokens: list[str], types: list[int], scores: list[float]) -> li
     ranked = []
     for piece, index in ids.items():
         for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in ids and right in ids:
-                ranked.append((-scores[index], ids[left], ids[right]))
+            if (left := ids.get(piece[:cut])) is not None and (right := ids.get(piece[cut:])) is not None:
+                ranked.append((-scores[index], left, right))
     return [[tokens[left], tokens[right]] for _, left, right in sorted(ranked)]
 
 
