@@ -90,7 +90,7 @@ def main() -> None:
         if options.bits is None:
             make(folders[0], options.layers, 0)
         else:
-            quantize(folders[1], folders[0], bits=options.bits, solver="rtn", fit="minmax")
+            quantize(folders[1], folders[0], bits=options.bits, method="rtn", fit="minmax")
         packed = sum(file.stat().st_size for file in folders[0].glob("*.safetensors"))
         arguments = [*map(str, folders), str(options.tokens), str(options.context), options.dtype]
         done = subprocess.run([sys.executable, "-c", STEP, *arguments], stdout=subprocess.PIPE, text=True, check=True)

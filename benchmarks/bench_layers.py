@@ -22,7 +22,7 @@ from bitfold.calibration import Statistics, calibration_tokens
 from bitfold.calibration.shared_input import SharedInput, Solved, solve_group
 from bitfold.errors import BitfoldError
 from bitfold.models.sites import Site, find_sites
-from bitfold.planning.plan import Decision
+from bitfold.planning.decisions import Quantized
 from bitfold.recipes.options import choose_recipe
 from bitfold.system.tensorinfo import TensorInfo
 from bitfold.text.tokens import BUNDLED
@@ -45,14 +45,14 @@ def inputs(model: Any, layer: str, ids: torch.Tensor) -> Statistics:
 
 def solved(model: Any, site: Site, statistics: Statistics, method: str, bits: int) -> tuple[Solved, float]:
     """The layer by one method, and CPU seconds; the model's own weight is put back."""
-    rule = choose_recipe(bits=bits, solver=method).rules[-1]
+    scheme = choose_recipe(bits=bits, method=method).rules[-1].scheme
+    assert scheme is not None
     w = model.get_parameter(site.tensor).detach().clone()
     info = TensorInfo(w.dtype, tuple(w.shape))
     own = Statistics(*(v.clone() if isinstance(v, torch.Tensor) else v for v in vars(statistics).values()))
     started = time.process_time()
-    (found,) = solve_group(
-        SharedInput(model, [Decision(site.tensor, info, site, rule, method)], [own]), drift=0.0, seed=0
-    )
+    alone = SharedInput(model, [Quantized(site.tensor, info, method, site, scheme)], [own])
+    (found,) = solve_group(alone, drift=0.0, seed=0)
     spent = time.process_time() - started
     model.get_parameter(site.tensor).data.copy_(w)
     assert isinstance(found, Solved)

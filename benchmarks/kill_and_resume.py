@@ -47,7 +47,7 @@ def begin(source: Path, out: Path) -> int:
     try:
         warnings.simplefilter("ignore")
         text = Calibration(str(source / "text.txt"), nsamples=4, seqlen=32, fisher=True)
-        bitfold.quantize(source, out, format="int4-g32", solver="ldlq", calibration=text, max_shard_bytes=60_000)
+        bitfold.quantize(source, out, format="int4-g32", method="ldlq", calibration=text, max_shard_bytes=60_000)
         code = 0
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

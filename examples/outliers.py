@@ -26,8 +26,8 @@ CHANNEL = 7
 WAYS: dict[str, dict[str, Any]] = {
     "8-bit weights, float activations": {"format": "int8"},
     "8-bit weights and activations": {"format": "int8", "act": "int8"},
-    "the same, LLM.int8()": {"solver": "llm-int8"},
-    "the same, SmoothQuant": {"solver": "smoothquant"},
+    "the same, LLM.int8()": {"method": "llm-int8"},
+    "the same, SmoothQuant": {"method": "smoothquant"},
     "the same, rotated inputs": {"format": "int8", "act": "int8", "transform": "hadamard"},
 }
 
@@ -68,7 +68,7 @@ def main() -> None:
         print(f"{'':<34} {'KL':>8} {'perplexity':>10}")
         for number, (name, how) in enumerate(WAYS.items()):
             folder = work / str(number)
-            bitfold.quantize(source, folder, **how, calibration=text if how.get("solver") == "smoothquant" else None)
+            bitfold.quantize(source, folder, **how, calibration=text if how.get("method") == "smoothquant" else None)
             sizes = {"max_tokens": options.tokens, "context": min(128, options.tokens)}
             found = bitfold.evaluate(folder, options.model, **sizes, cache_dir=work / "reference")
             print(f"{name:<34} {found.kl_mean:>8.4f} {found.perplexity:>10.2f}", flush=True)

@@ -38,9 +38,9 @@ NOTES = (
 CALIBRATION = Calibration(nsamples=8, seqlen=512, fisher=False)
 BASES: dict[str, dict[str, Any] | None] = {
     "16-bit": None,
-    "nf4-dq": {"solver": "nf4"},
-    "nf4-dq, calibrated": {"solver": "ldlq", "format": "nf4-dq", "calibration": CALIBRATION},
-    "trellis-3": {"solver": "trellis", "bits": 3, "act": "float", "calibration": CALIBRATION},
+    "nf4-dq": {"method": "nf4"},
+    "nf4-dq, calibrated": {"method": "ldlq", "format": "nf4-dq", "calibration": CALIBRATION},
+    "trellis-3": {"method": "trellis", "bits": 3, "act": "float", "calibration": CALIBRATION},
 }
 
 

@@ -29,7 +29,7 @@ format = "int8"
 match = "*"
 format = "int4-asym-g64"
 fit = "mse"
-solver = "ldlq"
+method = "ldlq"
 transform = "hadamard"
 """
 

@@ -14,6 +14,6 @@ options = arguments()
 method = f"signround:{options.steps}" if options.method == "signround" else options.method
 text = settings(method, None, options.nsamples, options.seqlen)
 started, cpu = time.perf_counter(), time.process_time()
-report = bitfold.quantize(options.model, options.out, solver=method, bits=options.bits, calibration=text)
+report = bitfold.quantize(options.model, options.out, method=method, bits=options.bits, calibration=text)
 facts = {"seconds": time.perf_counter() - started, "cpu": time.process_time() - cpu}
 print(json.dumps({**facts, "peak_memory": report.peak_memory, "bpw": report.bpw_quantized}))

@@ -48,7 +48,7 @@ def test_feedback_beats_rounding(source: Path, tmp_path: Path, format: str) -> N
     text = str(source / "text.txt")
     bitfold.quantize(source, tmp_path / "rtn", format=format, transform="hadamard")
     settings = Calibration(text, **SHORT, drift=0.5, fisher=True)
-    report = bitfold.quantize(source, tmp_path / "ldlq", format=format, solver="ldlq", calibration=settings)
+    report = bitfold.quantize(source, tmp_path / "ldlq", format=format, method="ldlq", calibration=settings)
     assert len(report.quantized) == 14
     assert all(t.output_error is not None and 0 < t.output_error < 1 for t in report.quantized)
     assert loss(tmp_path / "ldlq", source) < 0.9 * loss(tmp_path / "rtn", source)
@@ -58,7 +58,7 @@ def test_both_loaders_agree_and_bytes_repeat(source: Path, tmp_path: Path) -> No
     """The rotation is stored and applied by both ways of loading; the same seed gives the same bytes."""
     settings = Calibration(str(source / "text.txt"), **SHORT)
     for name in "ab":
-        bitfold.quantize(source, tmp_path / name, format="int4-g32", solver="ldlq", calibration=settings, seed=3)
+        bitfold.quantize(source, tmp_path / name, format="int4-g32", method="ldlq", calibration=settings, seed=3)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
     assert files[0] == files[1]
     ids = torch.arange(40)[None]
@@ -75,7 +75,7 @@ def test_both_loaders_agree_and_bytes_repeat(source: Path, tmp_path: Path) -> No
 def test_the_original_is_not_run_in_vain(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a correction for drift its activations change not one byte, so they are not worked out."""
     settings = Calibration(str(source / "text.txt"), **SHORT, drift=0.0, fisher=False)
-    options: dict[str, Any] = {"format": "int4-g32", "solver": "gptq", "calibration": settings}
+    options: dict[str, Any] = {"format": "int4-g32", "method": "gptq", "calibration": settings}
     runs: list[int] = []
     original = BlockWalk._run_original
 
@@ -95,7 +95,7 @@ def test_the_original_is_not_run_in_vain(source: Path, tmp_path: Path, monkeypat
 def test_own_text(source: Path, tmp_path: Path) -> None:
     """No text at all: the model writes it."""
     settings = Calibration("self", nsamples=3, seqlen=24, fisher=False)
-    report = bitfold.quantize(source, tmp_path / "out", format="int4-g32", solver="ldlq", calibration=settings)
+    report = bitfold.quantize(source, tmp_path / "out", format="int4-g32", method="ldlq", calibration=settings)
     assert all(t.output_error is not None for t in report.quantized)
 
 
@@ -208,7 +208,7 @@ def test_refusals(source: Path, tmp_path: Path) -> None:
         Calibration(drift=2.0)
     with pytest.raises(BitfoldError, match="column by column"):
         bitfold.quantize(
-            source, tmp_path / "out", format="q8_0", solver="ldlq", calibration=Calibration("default", **SHORT)
+            source, tmp_path / "out", format="q8_0", method="ldlq", calibration=Calibration("default", **SHORT)
         )
     assert not (tmp_path / "out").exists()
 
@@ -309,7 +309,7 @@ def test_the_choice_of_activations() -> None:
 def test_activations_left_to_measurement(source: Path, tmp_path: Path) -> None:
     """The choice is stored with every layer, is what the report says, and either kind of activations still runs."""
     settings = Calibration(str(source / "text.txt"), **SHORT, fisher=False)
-    options: dict[str, Any] = {"format": "trellis-3", "solver": "ldlq", "transform": "hadamard"}
+    options: dict[str, Any] = {"format": "trellis-3", "method": "ldlq", "transform": "hadamard"}
     report = bitfold.quantize(source, tmp_path / "out", **options, act="auto", calibration=settings)
     assert report.acts is not None
     assert report.acts["tokens"] == 2 * 48
@@ -339,7 +339,7 @@ def test_the_measured_kl_is_that_of_the_result(tmp_path: Path, tied: bool) -> No
     tiny_lm.folder(tmp_path / "source", original)
     (tmp_path / "text.txt").write_text(tiny_lm.TEXT, encoding="utf-8")
     settings = Calibration(str(tmp_path / "text.txt"), nsamples=2, seqlen=48, fisher=False)
-    options: dict[str, Any] = {"format": "int4-g32", "solver": "ldlq", "calibration": settings}
+    options: dict[str, Any] = {"format": "int4-g32", "method": "ldlq", "calibration": settings}
     report = bitfold.quantize(tmp_path / "source", tmp_path / "auto", **options, act="auto")
     bitfold.quantize(tmp_path / "source", tmp_path / "float", **options)
     assert report.acts is not None
@@ -362,5 +362,5 @@ def test_overflowing_activations_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(tiny_lm.TEXT, encoding="utf-8")
     settings = Calibration(str(tmp_path / "text.txt"), nsamples=2, seqlen=48, fisher=False)
     with pytest.raises(BitfoldError) as caught:
-        bitfold.quantize(tmp_path / "source", tmp_path / "out", format="int4", solver="ldlq", calibration=settings)
+        bitfold.quantize(tmp_path / "source", tmp_path / "out", format="int4", method="ldlq", calibration=settings)
     assert "model.layers" in (caught.value.where or "")

@@ -23,8 +23,9 @@ from bitfold.methods.gptq import MoreDamping, proxy_loss
 from bitfold.methods.pruning import Fixed, SparseGPT, read_sparsity, wanda_mask
 from bitfold.methods.solvers import get_solver
 from bitfold.models.sites import Site
-from bitfold.planning.plan import Decision
+from bitfold.planning.decisions import Quantized
 from bitfold.recipes.recipe import Recipe, Rule
+from bitfold.recipes.scheme import Scheme, read_scheme
 from bitfold.system.tensorinfo import TensorInfo
 
 
@@ -66,10 +67,10 @@ def test_dead_and_singular_inputs() -> None:
     indefinite = hessian - 0.05 * float(hessian.diagonal().mean()) * torch.eye(64)
     with pytest.warns(MoreDamping, match="damping"):
         get_solver("gptq:0.01")(w, indefinite, get_format("int4-g32"), get_fit("mse"))
-    _, flags = solve(Rule("*", "int4-g32", "gptq:0.01"), w, indefinite, 0, "w")
+    _, flags = solve(read_scheme("int4-g32", "gptq:0.01"), w, indefinite, 0, "w")
     assert len(flags) == 1
     assert "instead of 0.01" in flags[0]
-    assert solve(Rule("*", "int4-g32", "gptq"), w, hessian, 0, "w")[1] == ()
+    assert solve(read_scheme("int4-g32", "gptq"), w, hessian, 0, "w")[1] == ()
     with pytest.raises(UsageError, match="no damping"):
         get_solver("gptq:a lot")
 
@@ -83,8 +84,8 @@ def test_dead_and_singular_inputs() -> None:
 def test_zeros_are_zeros(kind: str, amount: str, format: str) -> None:
     """As many as asked for, exactly, and with N:M in every group."""
     w, hessian = problem()
-    rule = Rule("*", format, "gptq" if kind == "sparsegpt" else "rtn", prune=f"{kind}:{amount}")
-    q, _ = solve(rule, w, hessian, 0, "w")
+    scheme = read_scheme(format, "gptq" if kind == "sparsegpt" else "rtn", prune=f"{kind}:{amount}")
+    q, _ = solve(scheme, w, hessian, 0, "w")
     zeros = q.dequantize() == 0
     share = 0.5 if ":" in amount else float(amount)
     assert float(zeros.float().mean()) >= share - 0.01
@@ -100,8 +101,8 @@ def test_who_prunes_better() -> None:
     half, format, fit = read_sparsity("wanda:0.5"), get_format("fp32"), get_fit("mse")
     assert half is not None
     blind, seeing = wanda_mask(w, None, half), wanda_mask(w, hessian.diagonal(), half)
-    fed = get_solver("ldlq")(w, hessian, format, fit, pruner=Fixed(seeing)).dequantize()  # type: ignore[call-arg]
-    learned = get_solver("gptq")(w, hessian, format, fit, pruner=SparseGPT(half)).dequantize()  # type: ignore[call-arg]
+    fed = get_solver("ldlq")(w, hessian, format, fit, pruner=Fixed(seeing)).dequantize()
+    learned = get_solver("gptq")(w, hessian, format, fit, pruner=SparseGPT(half)).dequantize()
     losses = [proxy_loss(w, each, hessian) for each in (w * blind, w * seeing, fed, learned)]
     assert losses[0] > losses[1] > 1.3 * max(losses[2:])
     assert torch.equal(fed == 0, ~seeing)
@@ -113,7 +114,7 @@ def test_the_first_mask_is_the_least_loss() -> None:
     diagonal = torch.rand(64) + 0.1
     half = read_sparsity("sparsegpt:0.5")
     assert half is not None
-    q = get_solver("ldlq:1e-6")(w, diagonal.diag(), get_format("fp32"), get_fit("mse"), pruner=SparseGPT(half))  # type: ignore[call-arg]
+    q = get_solver("ldlq:1e-6")(w, diagonal.diag(), get_format("fp32"), get_fit("mse"), pruner=SparseGPT(half))
     expected = w * half.mask(w.square() * diagonal, by_row=False)
     assert torch.allclose(q.dequantize(), expected, atol=1e-5)
 
@@ -123,7 +124,7 @@ def test_what_cannot_be_pruned() -> None:
     w, hessian = problem(32)
     for format in ("trellis-2", "int1-g32"):
         with pytest.raises(FormatError, match="no zero"):
-            solve(Rule("*", format, "ldlq", prune="wanda:0.5"), w, hessian, 0, "w")
+            solve(read_scheme(format, "ldlq", prune="wanda:0.5"), w, hessian, 0, "w")
     for text in ("wanda:2", "wanda:0", "magnitude:0.5", "sparsegpt:4:4", "wanda:1:0", "wanda:a"):
         with pytest.raises(BitfoldError, match="pruning"):
             Rule("*", "int8", "ldlq", prune=text)
@@ -134,9 +135,9 @@ def test_what_cannot_be_pruned() -> None:
 # SignRound
 
 
-def decision(name: str, layer: nn.Linear, rule: Rule) -> Decision:
+def decision(name: str, layer: nn.Linear, scheme: Scheme) -> Quantized:
     shape = tuple(layer.weight.shape)
-    return Decision(name, TensorInfo(torch.float32, shape), Site(f"{name}.weight", "linear", shape), rule, "")
+    return Quantized(name, TensorInfo(torch.float32, shape), "", Site(f"{name}.weight", "linear", shape), scheme)
 
 
 @pytest.mark.parametrize(("format", "most"), [("int2-asym-g32", 0.8), ("int3-g32", 0.9), ("int4-affine-g32", 0.95)])
@@ -160,8 +161,8 @@ def test_signround_learns_and_never_loses(format: str, most: float) -> None:
     before = loss()
     block[0].weight, block[2].weight = original
     whole = TuningBlock(block, lambda _i, x: block(x), windows, targets)
-    rule = Rule("*", format, "signround:120")
-    found = list(tune(whole, {"0": decision("0", block[0], rule), "2": decision("2", block[2], rule)}, seed=0))
+    scheme = read_scheme(format, "signround:120")
+    found = list(tune(whole, {"0": decision("0", block[0], scheme), "2": decision("2", block[2], scheme)}, seed=0))
     assert loss() < most * before
     for (_, q, _), layer, was in zip(found, (block[0], block[2]), original, strict=True):
         assert torch.equal(layer.weight, q.dequantize())
@@ -177,11 +178,11 @@ def test_signround_keeps_a_start_that_cannot_be_improved() -> None:
     windows = [torch.randn(20, 32) for _ in range(3)]
     targets = [layer(x).detach() for x in windows]
     whole = TuningBlock(nn.ModuleDict({"a": layer}), lambda _i, x: layer(x), windows, targets)
-    rule = Rule("*", "int4-g32", "signround:5", fit="absmax")
-    ((_, found, _),) = tune(whole, {"a": decision("a", layer, rule)}, seed=0)
+    scheme = read_scheme("int4-g32", "signround:5", fit="absmax")
+    ((_, found, _),) = tune(whole, {"a": decision("a", layer, scheme)}, seed=0)
     assert torch.equal(found.dequantize(), q.dequantize())
     with pytest.raises(FormatError, match="evenly spaced"):
-        list(tune(whole, {"a": decision("a", layer, Rule("*", "nf4-g32", "signround"))}, seed=0))
+        list(tune(whole, {"a": decision("a", layer, read_scheme("nf4-g32", "signround"))}, seed=0))
 
 
 # In whole models
@@ -209,11 +210,11 @@ def loss(folder: Path, source: Path) -> float:
     return found.kl_mean
 
 
-@pytest.mark.parametrize("solver", ["gptq", "signround:60"])
-def test_whole_models(source: Path, tmp_path: Path, solver: str) -> None:
+@pytest.mark.parametrize("method", ["gptq", "signround:60"])
+def test_whole_models(source: Path, tmp_path: Path, method: str) -> None:
     """Closer to the original than rounding to nearest on the text of the calibration."""
     run(source, tmp_path / "rtn", Rule("*", "int3-g32"))
-    report = run(source, tmp_path / "out", Rule("*", "int3-g32", solver))
+    report = run(source, tmp_path / "out", Rule("*", "int3-g32", method))
     assert len(report.quantized) == 14
     assert loss(tmp_path / "out", source) < 0.9 * loss(tmp_path / "rtn", source)
 
@@ -270,7 +271,7 @@ def test_an_expert_without_tokens_is_named(tmp_path: Path) -> None:
     """It is quantized as it would be without data, the others are not."""
     source = with_text(tmp_path / "source", moe("Qwen3Moe"))
     few = Calibration(str(source / "text.txt"), nsamples=1, seqlen=24, drift=0.0, fisher=False)
-    report = bitfold.quantize(source, tmp_path / "out", format="int4-g16", solver="gptq", calibration=few)
+    report = bitfold.quantize(source, tmp_path / "out", format="int4-g16", method="gptq", calibration=few)
     flags = [flag for t in report.quantized if len(t.shape) == 3 for flag in t.flags if "without data" in flag]
     assert flags
     assert all(flag.startswith("expert ") and "tokens reached it" in flag for flag in flags)

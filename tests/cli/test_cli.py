@@ -313,13 +313,13 @@ def test_quantize_options_reach_the_driver(bitfold: Bitfold, monkeypatch: pytest
 
     monkeypatch.setattr(driver, "quantize", record)
     bitfold(
-        "quantize", "org/m", "-o", "o", "--format", "nf4", "--group-size", 32, "--fit", "hqq", "--solver", "rtn",
+        "quantize", "org/m", "-o", "o", "--format", "nf4", "--group-size", 32, "--fit", "hqq", "--method", "rtn",
         "--act", "int8", "--ignore", "a", "--ignore", "b", "--seed", 7, "--max-shard-size", "2GiB", "--revision", "v1",
         "--upload-repo", "me/q", "--transform", "none",
     )  # fmt: skip
     assert seen == {
         "max_memory": None, "restart": False, "strict": False, "events": None,
-        "args": ("org/m", Path("o")), "bits": None, "format": "nf4", "group_size": 32, "fit": "hqq", "solver": "rtn",
+        "args": ("org/m", Path("o")), "bits": None, "format": "nf4", "group_size": 32, "fit": "hqq", "method": "rtn",
         "act": "int8", "ignore": ["a", "b"], "recipe": None, "dry_run": False, "seed": 7, "revision": "v1",
         "upload_repo": "me/q", "max_shard_bytes": 2 << 30, "transform": "none", "calibration": None, "prune": None,
     }  # fmt: skip
@@ -327,7 +327,7 @@ def test_quantize_options_reach_the_driver(bitfold: Bitfold, monkeypatch: pytest
         "quantize", "org/m", "-o", "o", "--bits", 3, "--method", "ldlq", "--calibration", "a.txt", "--nsamples", 4,
         "--seqlen", 64, "--drift", 0.25, "--no-fisher", "--no-refit",
     )  # fmt: skip
-    assert (seen["solver"], seen["calibration"]) == ("ldlq", Calibration("a.txt", 4, 64, 0.25, False, refit=False))
+    assert (seen["method"], seen["calibration"]) == ("ldlq", Calibration("a.txt", 4, 64, 0.25, False, refit=False))
 
 
 def test_eval(bitfold: Bitfold, model: Path, quantized: Path, text: Path, tmp_path: Path) -> None:
@@ -507,7 +507,7 @@ def test_inspect_activations(bitfold: Bitfold, model: Path, quantized: Path, tex
 
 def test_compare_and_report(bitfold: Bitfold, model: Path, text: Path, tmp_path: Path) -> None:
     for bits in (2, 6):
-        driver.quantize(model, tmp_path / f"q{bits}", bits=bits, solver="rtn")
+        driver.quantize(model, tmp_path / f"q{bits}", bits=bits, method="rtn")
     runs = (tmp_path / "q6", tmp_path / "q2")
     unmeasured = bitfold("compare", *runs)
     assert unmeasured.code == 2

@@ -82,7 +82,7 @@ def test_refusals(original: Path, quantized: Path, tmp_path: Path) -> None:
 
 
 def test_records(original: Path, tmp_path: Path) -> None:
-    report = quantize(original, tmp_path / "q", bits=4, solver="rtn")
+    report = quantize(original, tmp_path / "q", bits=4, method="rtn")
     write_record(tmp_path / "q", report, {"seed": 0})
     record = read_record(tmp_path / "q")
     assert record["quantize"]["source"] == "original"

@@ -43,7 +43,7 @@ if sys.platform != "win32":
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the memory of a process precisely")
 WIDE = 2560  # inputs of down_proj: its Hessian takes 26 MB, and factoring it three times as much again
 TEXT: dict[str, Any] = {"nsamples": 8, "seqlen": 128}
-GPTQ: dict[str, Any] = {"format": "int4-g128", "solver": "gptq"}
+GPTQ: dict[str, Any] = {"format": "int4-g128", "method": "gptq"}
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def test_a_run_in_ranges_is_the_library_s_solution(
     for at, h in diagonal_blocks(hessian):
         assert at.stop - at.start <= NARROWEST
         assert torch.allclose(h, x[:, at].T @ x[:, at] / len(x), atol=1e-4 * scale)
-        alone = quantize_tensor(w[:, at], "int4-g128", fit="mse", solver="gptq", hessian=h).fields["codes"]
+        alone = quantize_tensor(w[:, at], "int4-g128", fit="mse", method="gptq", hessian=h).fields["codes"]
         check_same_codes(codes[:, at.start // 2 : at.stop // 2], alone)
     rounded = quantize_tensor(w, "int4-g128", fit="mse").fields["codes"]
     assert not torch.equal(codes, rounded)
@@ -188,7 +188,7 @@ def test_a_run_in_ranges_is_the_library_s_solution(
 
 def test_rules_that_cannot_take_ranges(source: Path, tmp_path: Path) -> None:
     """Named, before any work; and never chosen for a ceiling."""
-    for options in ({"format": "int4-g128", "fit": "clip", "solver": "gptq"}, {**GPTQ, "prune": "wanda:0.5"}):
+    for options in ({"format": "int4-g128", "fit": "clip", "method": "gptq"}, {**GPTQ, "prune": "wanda:0.5"}):
         with pytest.raises(UsageError, match=r"has 2560 inputs, more than the 1024"):
             bitfold.quantize(source, tmp_path / "out", **options, calibration=text(source, columns=NARROWEST))
         with pytest.raises(ResourceError, match="are not enough") as caught:
@@ -253,7 +253,7 @@ def test_experts_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return measure(walk, *args)
 
     monkeypatch.setattr(BlockWalk, "_measure_experts", counted)
-    options: dict[str, Any] = {"format": "int4-g32", "solver": "ldlq", "calibration": settings}
+    options: dict[str, Any] = {"format": "int4-g32", "method": "ldlq", "calibration": settings}
     bitfold.quantize(source, tmp_path / "all", **options)
     monkeypatch.setattr(memory, "default_ceiling", lambda: 1)
     report = bitfold.quantize(source, tmp_path / "one", **options)
@@ -327,7 +327,7 @@ import sys
 import bitfold
 from bitfold import Calibration
 text = Calibration(sys.argv[1] + "/text.txt", nsamples=8, seqlen=128, drift=0.0, fisher=False)
-for options in ({}, {"solver": "gptq", "calibration": text}):
+for options in ({}, {"method": "gptq", "calibration": text}):
     print(bitfold.quantize(sys.argv[1], "out", format="int4-g128", **options, dry_run=True).preflight["peak_memory"])
 """
 

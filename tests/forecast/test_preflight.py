@@ -65,7 +65,7 @@ def measured(source: Path, out: Path, options: dict[str, Any]) -> tuple[dict[str
 def calibrated(source: Path) -> dict[str, Any]:
     """Options of a calibrated run."""
     text = {"text": str(source / "text.txt"), "nsamples": 8, "seqlen": 128, "fisher": False}
-    return {"format": "int4-g64", "solver": "ldlq", "calibration": text}
+    return {"format": "int4-g64", "method": "ldlq", "calibration": text}
 
 
 @LINUX
@@ -113,7 +113,7 @@ torch.set_num_threads(1)
 import bitfold
 from bitfold import Calibration
 text = Calibration(sys.argv[1] + "/text.txt", nsamples=8, seqlen=128, fisher=False)
-options = dict(format="int4-g64", solver="ldlq", calibration=text)
+options = dict(format="int4-g64", method="ldlq", calibration=text)
 from bitfold.system.units import parse_size
 need = bitfold.quantize(sys.argv[1], sys.argv[2], **options, dry_run=True).preflight["peak_memory"]
 ceiling = int(1.1 * need)  # the dry run itself has made the process larger

@@ -131,7 +131,7 @@ def test_feedback_beats_rounding() -> None:
     x = gaussian(768, 192, seed=2) @ mix
     w, hessian = gaussian(32, 192), x.T @ x / len(x)
     fed, rounded = (
-        proxy_loss(w, quantize_tensor(w, "e8p", solver=s, hessian=hessian).dequantize(), hessian)
+        proxy_loss(w, quantize_tensor(w, "e8p", method=s, hessian=hessian).dequantize(), hessian)
         for s in ("ldlq", "rtn")
     )
     assert fed < 0.67 * rounded

@@ -120,6 +120,9 @@ def test_names() -> None:
     for bad in ("int4", "int8-mixed:x", "int8-mixed:-1", "int8-mixed:nan", "int8-mixed:", "int8:6"):
         with pytest.raises(UsageError):
             read_act(bad)
-    assert Rule("*", "int8", act="int8-mixed:5").act == "int8-mixed:5"
+    scheme = Rule("*", "int8", act="int8-mixed:5").scheme
+    assert scheme is not None
+    assert scheme.activations == Act("int8", 5.0)
+    assert read_act(scheme.activations.name) == scheme.activations
     with pytest.raises(RecipeError, match="no threshold"):
         Rule("*", "int8", act="int8-mixed:x")

@@ -107,7 +107,7 @@ def test_decoding_by_hand() -> None:
 def test_each_step_lowers_the_loss() -> None:
     """Books, scales and codes in turn, the damped loss measured after each; rows one by one for the codes."""
     w, hessian = problem()
-    work = _Work(w, hessian, quantize_tensor(w, SMALL, solver="ldlq", hessian=hessian), 0.01)
+    work = _Work(w, hessian, quantize_tensor(w, SMALL, method="ldlq", hessian=hessian), 0.01)
     losses = [work.loss()]
     for _ in range(2):
         for step in (work.refit_books, work.refit_scales, lambda: work.search(4)):
@@ -122,7 +122,7 @@ def test_refinement_beats_feedback_beats_rounding() -> None:
     """Under correlated inputs."""
     w, hessian = problem()
     rounded, fed, refined = (
-        proxy_loss(w, quantize_tensor(w, SMALL, solver=s, hessian=hessian).dequantize(), hessian)
+        proxy_loss(w, quantize_tensor(w, SMALL, method=s, hessian=hessian).dequantize(), hessian)
         for s in ("rtn", "ldlq", "aqlm")
     )
     assert refined < 0.9 * fed
@@ -135,20 +135,20 @@ def test_odd_widths_and_dead_inputs(k: int) -> None:
     w, hessian = problem(24, k)
     hessian[3], hessian[:, 3] = 0, 0
     w[7] = 0
-    q = quantize_tensor(w, SMALL, solver="aqlm", hessian=hessian)
+    q = quantize_tensor(w, SMALL, method="aqlm", hessian=hessian)
     assert torch.isfinite(q.dequantize()).all()
     assert not q.dequantize()[7].any()
     assert proxy_loss(w, q.dequantize(), hessian) < 0.3
-    assert torch.isfinite(quantize_tensor(w, SMALL, solver="aqlm", hessian=torch.ones(k, k)).dequantize()).all()
+    assert torch.isfinite(quantize_tensor(w, SMALL, method="aqlm", hessian=torch.ones(k, k)).dequantize()).all()
 
 
 def test_same_bytes_twice() -> None:
     """Nothing is drawn from the global generator."""
     w, hessian = problem()
     torch.manual_seed(1)
-    first = quantize_tensor(w, SMALL, solver="aqlm", hessian=hessian)
+    first = quantize_tensor(w, SMALL, method="aqlm", hessian=hessian)
     torch.manual_seed(2)
-    second = quantize_tensor(w, SMALL, solver="aqlm", hessian=hessian)
+    second = quantize_tensor(w, SMALL, method="aqlm", hessian=hessian)
     assert all(torch.equal(first.fields[f], second.fields[f]) for f in first.fields)
 
 
@@ -163,7 +163,7 @@ def test_names_and_descriptions() -> None:
         with pytest.raises(FormatError):
             read_description("aqlm-x", {**SMALL.describe(), **change})
     with pytest.raises(FormatError, match="no codebooks"):
-        quantize_tensor(gaussian(4, 8), "int4", solver="aqlm", hessian=torch.eye(8))
+        quantize_tensor(gaussian(4, 8), "int4", method="aqlm", hessian=torch.eye(8))
     with pytest.raises(WeightError, match="NaN"):
         SMALL.coder(torch.full((2, 8), float("nan")), None)
-    assert quantize_tensor(gaussian(4, 16), SMALL, solver="aqlm").shape == (4, 16)
+    assert quantize_tensor(gaussian(4, 16), SMALL, method="aqlm").shape == (4, 16)

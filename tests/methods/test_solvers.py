@@ -30,10 +30,10 @@ def problem(n: int = 48, k: int = 192, seed: int = 0) -> tuple[torch.Tensor, tor
 def test_without_correlation_ldlq_is_rounding(name: str) -> None:
     """H = c I: there is nowhere to put the error, and the bytes are those of rtn (scales apart, which are refitted)."""
     w = problem()[0]
-    plain = quantize_tensor(w, name, solver="rtn", fit="minmax")
-    fed = quantize_tensor(w, name, solver="ldlq", fit="minmax", hessian=None)
+    plain = quantize_tensor(w, name, method="rtn", fit="minmax")
+    fed = quantize_tensor(w, name, method="ldlq", fit="minmax", hessian=None)
     assert all(torch.equal(fed.fields[field], plain.fields[field]) for field in plain.fields)
-    scaled = quantize_tensor(w, name, solver="ldlq", fit="minmax", hessian=3 * torch.eye(w.shape[1]))
+    scaled = quantize_tensor(w, name, method="ldlq", fit="minmax", hessian=3 * torch.eye(w.shape[1]))
     for field in set(plain.fields) - {"scale"}:
         assert torch.equal(scaled.fields[field], plain.fields[field])
 
@@ -43,7 +43,7 @@ def test_loss_falls(name: str) -> None:
     """Under correlated inputs, by a margin: less than two thirds of what rounding loses."""
     w, hessian = problem()
     losses = [
-        proxy_loss(w, quantize_tensor(w, name, solver=s, fit="mse", hessian=hessian).dequantize(), hessian)
+        proxy_loss(w, quantize_tensor(w, name, method=s, fit="mse", hessian=hessian).dequantize(), hessian)
         for s in ("ldlq", "rtn")
     ]
     assert losses[0] < 0.67 * losses[1]
@@ -101,11 +101,11 @@ def test_same_seed_same_bytes(solver: str, name: str) -> None:
     """Rounding: whatever the number of threads. Feedback goes through products of PyTorch's: to a tie, then."""
     w, hessian = problem()
     threads = torch.get_num_threads()
-    first, second = (quantize_tensor(w, name, solver=solver, hessian=hessian, seed=1) for _ in range(2))
+    first, second = (quantize_tensor(w, name, method=solver, hessian=hessian, seed=1) for _ in range(2))
     assert all(torch.equal(first.fields[f], second.fields[f]) for f in first.fields)
     try:
         torch.set_num_threads(3 - min(threads, 2))  # one if there were more, else two
-        other = quantize_tensor(w, name, solver=solver, hessian=hessian, seed=1)
+        other = quantize_tensor(w, name, method=solver, hessian=hessian, seed=1)
     finally:
         torch.set_num_threads(threads)
     if solver == "rtn":
@@ -119,13 +119,13 @@ def test_dead_and_singular_hessians() -> None:
     w, hessian = problem()
     dead = hessian.clone()
     dead[5], dead[:, 5] = 0, 0
-    assert torch.isfinite(quantize_tensor(w, "int4-g64", solver="ldlq", hessian=dead).dequantize()).all()
+    assert torch.isfinite(quantize_tensor(w, "int4-g64", method="ldlq", hessian=dead).dequantize()).all()
     one = torch.ones(192, 192)
-    assert torch.isfinite(quantize_tensor(w, "int4-g64", solver="ldlq", hessian=one).dequantize()).all()
-    nothing = quantize_tensor(w, "int4-g64", solver="ldlq", hessian=torch.zeros(192, 192))
+    assert torch.isfinite(quantize_tensor(w, "int4-g64", method="ldlq", hessian=one).dequantize()).all()
+    nothing = quantize_tensor(w, "int4-g64", method="ldlq", hessian=torch.zeros(192, 192))
     assert torch.isfinite(nothing.dequantize()).all()
     with pytest.raises(WeightError, match="not finite"):
-        quantize_tensor(w, "int4-g64", solver="ldlq", hessian=hessian * float("nan"))
+        quantize_tensor(w, "int4-g64", method="ldlq", hessian=hessian * float("nan"))
 
 
 @pytest.mark.parametrize("name", [n for n in COLUMN_FORMATS if get_format(n).rescaled])
@@ -172,7 +172,7 @@ def test_odd_widths() -> None:
     """Rows that are no multiple of the block, the outer block or the tile."""
     for k in (1, 3, 127, 130, 201):
         w, hessian = problem(5, k)
-        q = quantize_tensor(w, get_format("int4"), solver="ldlq", fit="mse", hessian=hessian)
+        q = quantize_tensor(w, get_format("int4"), method="ldlq", fit="mse", hessian=hessian)
         assert proxy_loss(w, q.dequantize(), hessian) < 0.05
 
 

@@ -54,10 +54,10 @@ USES: dict[str, Callable[[Path, Path], Any]] = {
     "outliers": lambda folder, _: find_outliers(folder, tiny_lm.TEXT, **SIZES),
     "generate": lambda folder, _: Writer.open(folder).write(tiny_lm.TEXT[:40], Sampling(4)),
     "calibration": lambda folder, out: quantize(
-        folder, out, format="int4", solver="gptq", calibration=Calibration(str(folder / "text.txt"), 2, 48)
+        folder, out, format="int4", method="gptq", calibration=Calibration(str(folder / "text.txt"), 2, 48)
     ),
     "token weights": lambda folder, out: quantize(
-        folder, out, format="int4", solver="gptq", calibration=Calibration(str(folder / "text.txt"), 2, 48, fisher=True)
+        folder, out, format="int4", method="gptq", calibration=Calibration(str(folder / "text.txt"), 2, 48, fisher=True)
     ),
     "embeddings": lambda folder, _: embedding_cosine(folder, folder, tiny_lm.TEXT.splitlines()),
 }

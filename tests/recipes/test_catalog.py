@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,16 +14,24 @@ from bitfold.errors import BitfoldError, UsageError
 from bitfold.recipes.catalog import METHODS, Method, find_method, to_rows
 from bitfold.recipes.options import choose_recipe, leaves_the_choice
 from bitfold.recipes.recipe import Rule
+from bitfold.recipes.scheme import Scheme, read_scheme
 
 entries = pytest.mark.parametrize(("name", "method"), METHODS.items(), ids=METHODS.keys())
+
+
+def schemes(**options: Any) -> list[Scheme]:
+    """What a set of options comes to."""
+    return [rule.scheme for rule in choose_recipe(**options).rules if rule.scheme is not None]
 
 
 @entries
 def test_every_method_makes_rules(name: str, method: Method) -> None:
     """For each of its numbers of bits; plain integers where it has no formats of its own."""
     for bits in method.formats or (2, 4, 8):
-        (rule,) = choose_recipe(solver=name, bits=bits).rules
-        assert rule.solver == method.solver
+        (rule,) = choose_recipe(method=name, bits=bits).rules
+        assert rule.method == name
+        assert rule.scheme is not None
+        assert rule.scheme.solver.name == method.solver
         assert rule.format == method.formats.get(bits, rule.format)
 
 
@@ -37,29 +46,29 @@ def test_paper_and_text(name: str, method: Method) -> None:
 
 def test_what_the_names_mean() -> None:
     """By hand."""
-    assert choose_recipe(solver="quip-sharp").rules == (Rule("*", "e8p", "ldlq", "mse", "hadamard", "float"),)
-    assert choose_recipe(solver="llm-int8").rules == (Rule("*", "int8", act="int8-mixed:6.0"),)
-    assert choose_recipe(solver="nf4").rules == (Rule("*", "nf4-dq"),)
-    assert choose_recipe(solver="hqq", bits=3).rules == (Rule("*", "int3-affine-g64", fit="hqq"),)
-    assert choose_recipe(solver="hqq", bits=3, group_size=32).rules[0].format == "int3-affine-g32"
-    assert choose_recipe(solver="quip", bits=2).rules[0].format == "int2-affine"
+    assert schemes(method="quip-sharp") == [read_scheme("e8p", "ldlq", "mse", "hadamard")]
+    assert schemes(method="llm-int8") == [read_scheme("int8", act="int8-mixed:6.0")]
+    assert schemes(method="nf4") == [read_scheme("nf4-dq")]
+    assert schemes(method="hqq", bits=3) == [read_scheme("int3-affine-g64", fit="hqq")]
+    assert choose_recipe(method="hqq", bits=3, group_size=32).rules[0].format == "int3-affine-g32"
+    assert choose_recipe(method="quip", bits=2).rules[0].format == "int2-affine"
     assert choose_recipe(bits=4).rules == (Rule("*", "int4-asym-g64"),)
 
 
 def test_options_replace_choices() -> None:
     """Any part of a method."""
-    (rule,) = choose_recipe(solver="quip", format="nf4", transform="none", fit="absmax").rules
-    assert rule == Rule("*", "nf4", "ldlq", "absmax", "none", "float")
-    assert choose_recipe(solver="llm-int8", act="int8-mixed:4").rules[0].act == "int8-mixed:4"
+    (rule,) = choose_recipe(method="quip", format="nf4", transform="none", fit="absmax").rules
+    assert rule.scheme == read_scheme("nf4", "ldlq", "absmax")
+    assert choose_recipe(method="llm-int8", act="int8-mixed:4").rules[0].act == "int8-mixed:4"
 
 
 def test_what_is_refused() -> None:
     """Unknown names, bits that a method has no format for, nothing to go by, too much to go by."""
     with pytest.raises(UsageError, match="unknown method 'quipp'"):
-        choose_recipe(solver="quipp", bits=2)
+        choose_recipe(method="quipp", bits=2)
     with pytest.raises(UsageError, match="formats of 2 bits, not 3"):
-        choose_recipe(solver="quip-sharp", bits=3)
-    for options in ({"solver": "hqq"}, {}, {"bits": 4, "format": "nf4"}):
+        choose_recipe(method="quip-sharp", bits=3)
+    for options in ({"method": "hqq"}, {}, {"bits": 4, "format": "nf4"}):
         with pytest.raises(UsageError, match="choose one of bits"):
             choose_recipe(**options)
     assert find_method("rtn").solver == "rtn"
@@ -78,20 +87,20 @@ def test_every_method_of_the_field_is_there() -> None:
     """By the names people know them by; what they stand for, and dampings after a colon."""
     names = "rtn hqq nf4 ldlq gptq awq smoothquant llm-int8 quip quip-sharp aqlm signround trellis wanda sparsegpt"
     assert set(METHODS) == set(names.split())
-    assert choose_recipe(solver="gptq:0.05", bits=4).rules == (Rule("*", "int4-asym-g64", "gptq:0.05"),)
-    assert choose_recipe(solver="gptq", bits=8).rules == (Rule("*", "int8", "gptq", "minmax"),)
-    assert choose_recipe(solver="gptq", bits=8, fit="mse").rules == (Rule("*", "int8", "gptq", "mse"),)
-    assert choose_recipe(solver="gptq", bits=8, transform="hadamard").rules[0].fit == "mse"
-    assert choose_recipe(solver="trellis:0.02", bits=2).rules[0].solver == "ldlq:0.02"
-    assert choose_recipe(solver="awq", bits=4).rules == (Rule("*", "int4-asym-g64", fit="clip", transform="awq"),)
-    smooth = Rule("*", "int8", fit="absmax", transform="smooth:0.5", act="int8")
-    assert choose_recipe(solver="smoothquant").rules == (smooth,)
-    assert choose_recipe(solver="wanda").rules == (Rule("*", "bf16", prune="wanda:0.5"),)
-    both = choose_recipe(solver="gptq", bits=4, prune="sparsegpt:2:4").rules
+    assert choose_recipe(method="gptq:0.05", bits=4).rules == (Rule("*", "int4-asym-g64", "gptq:0.05"),)
+    assert choose_recipe(method="gptq", bits=8).rules == (Rule("*", "int8", "gptq", "minmax"),)
+    assert choose_recipe(method="gptq", bits=8, fit="mse").rules == (Rule("*", "int8", "gptq", "mse"),)
+    assert choose_recipe(method="gptq", bits=8, transform="hadamard").rules[0].fit == "mse"
+    assert schemes(method="trellis:0.02", bits=2)[0].solver.name == "ldlq:0.02"
+    assert schemes(method="awq", bits=4) == [read_scheme("int4-asym-g64", fit="clip", transform="awq")]
+    smooth = read_scheme("int8", fit="absmax", transform="smooth:0.5", act="int8")
+    assert schemes(method="smoothquant") == [smooth]
+    assert schemes(method="wanda") == [read_scheme("bf16", prune="wanda:0.5")]
+    both = choose_recipe(method="gptq", bits=4, prune="sparsegpt:2:4").rules
     assert both == (Rule("*", "int4-asym-g64", "gptq", prune="sparsegpt:2:4"),)
     for wrong in ("gptq:zero", "gptq:-1", "rtn:0.1", "ldlq:0"):
         with pytest.raises(BitfoldError):
-            choose_recipe(solver=wrong, bits=4)
+            choose_recipe(method=wrong, bits=4)
 
 
 def test_the_list_is_complete() -> None:
@@ -120,9 +129,9 @@ def test_auto(tmp_path: Path) -> None:
     tiny_lm.model().save_pretrained(empty)  # type: ignore[operator]
     (empty / "tokenizer_config.json").write_text("{}", encoding="utf-8")
     encoder = tiny_lm.folder(tmp_path / "encoder", tiny_lm.encoder())
-    for bits, folder, method, solver, why in [
+    for bits, folder, method, rounded, why in [
         (8, whole, "rtn", "rtn", "little"),
-        (4, whole, "trellis", "ldlq", "calibrated on 512 tokens"),
+        (4, whole, "trellis", "trellis", "calibrated on 512 tokens"),
         (2, bare, "trellis", "rtn", "no tokenizer"),
         (2, empty, "trellis", "rtn", "no tokenizer"),
         (3, encoder, "trellis", "rtn", "no causal language model"),
@@ -131,10 +140,10 @@ def test_auto(tmp_path: Path) -> None:
         report = bitfold.quantize(folder, tmp_path / "out", bits=bits, calibration=calibration, dry_run=True)
         assert report.method.startswith(f"{method}: ")
         assert why in report.method
-        assert report.recipe[-1]["solver"] == solver
+        assert report.recipe[-1]["method"] == rounded
         assert report.recipe[-1]["format"] == ("int8" if bits == 8 else f"trellis-{bits}")
     with pytest.raises(UsageError, match="choose one of bits"):
-        bitfold.quantize(whole, tmp_path / "out", solver="auto", dry_run=True)
+        bitfold.quantize(whole, tmp_path / "out", method="auto", dry_run=True)
 
 
 def test_auto_with_the_activations_said(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_method_from_name_to_logits(
     text.write_text(tiny_lm.TEXT, encoding="utf-8")
     calibrated = name in ("quip", "quip-sharp", "aqlm")
     calibration = Calibration(str(text), nsamples=4, seqlen=64) if calibrated else None
-    report = bitfold.quantize(source, tmp_path / "out", solver=name, bits=bits, calibration=calibration)
+    report = bitfold.quantize(source, tmp_path / "out", method=name, bits=bits, calibration=calibration)
     assert {t.format for t in report.tensors} == {None, format}
     model = bitfold.load(tmp_path / "out")
     weights = {name: m for name, m in model.named_modules() if isinstance(m, QWeight)}

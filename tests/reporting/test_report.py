@@ -103,7 +103,7 @@ def test_names_tell_runs_apart() -> None:
 
 
 def test_numbers_that_cannot_be_compared(home: Path, runs: list[Path], tmp_path: Path) -> None:
-    quantize(home / "original", tmp_path / "new", bits=3, solver="rtn")
+    quantize(home / "original", tmp_path / "new", bits=3, method="rtn")
     with pytest.raises(UsageError, match="nothing was measured"):
         compare([tmp_path / "new"])
     (other,) = read_record(runs[0])["evaluations"]
@@ -119,7 +119,7 @@ def test_numbers_that_cannot_be_compared(home: Path, runs: list[Path], tmp_path:
 
 
 def test_a_folder_that_knows_nothing_has_a_report(home: Path, tmp_path: Path) -> None:
-    quantize(home / "original", tmp_path / "bare", bits=4, solver="rtn")
+    quantize(home / "original", tmp_path / "bare", bits=4, method="rtn")
     (tmp_path / "bare" / "bitfold_report.json").unlink(missing_ok=True)
     data = gather([tmp_path / "bare"])
     assert data.comparison is None

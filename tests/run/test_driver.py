@@ -292,7 +292,7 @@ def _edit(folder: Path, change: str) -> None:
 @pytest.mark.parametrize("change", ["missing", "extra", "misshapen"])
 def test_loading_names_what_does_not_match(source: Path, tmp_path: Path, change: str) -> None:
     """Missing, extra, misshapen tensors."""
-    bitfold.quantize(source, tmp_path / "out", bits=4, solver="rtn")
+    bitfold.quantize(source, tmp_path / "out", bits=4, method="rtn")
     _edit(tmp_path / "out", change)
     with pytest.raises(ModelError, match="stray" if change == "extra" else "up_proj.weight.codes"):
         bitfold.load(tmp_path / "out")

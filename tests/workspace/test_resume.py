@@ -265,7 +265,7 @@ def test_killed_at_fifty_moments() -> None:
     assert killed(50)["identical"] == 50
 
 
-CALIBRATED: dict[str, Any] = {"format": "int4-g32", "solver": "ldlq"}
+CALIBRATED: dict[str, Any] = {"format": "int4-g32", "method": "ldlq"}
 
 
 def calibrated_once(source: Path, out: Path, drift: float = 0.5, **more: Any) -> Any:

@@ -1,44 +1,34 @@
-"""One weight under one rule: its fit and solver bound to the Hessian, pruned where the rule says so."""
+"""One weight under one scheme: its fit and solver bound to the Hessian, pruned where the scheme says so."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from bitfold.errors import BitfoldError, UsageError
-from bitfold.formats import get_format
+from bitfold.formats import Fit
 from bitfold.methods.clip import clip
-from bitfold.methods.fits import CALIBRATED_FITS, get_fit
 from bitfold.methods.gptq import MoreDamping, no_zeros
 from bitfold.methods.hessian import BlockDiagonal, Moments
-from bitfold.methods.pruning import Fixed, SparseGPT, read_sparsity, wanda_mask
-from bitfold.methods.solvers import get_solver, is_feedback
+from bitfold.methods.pruning import Fixed, SparseGPT, wanda_mask
 from bitfold.qtensor import QTensor
-from bitfold.recipes.recipe import Rule
-from bitfold.transforms import transform_spec
+from bitfold.recipes.scheme import Scheme
 
 _ONLY = "only gptq and ldlq, with or without a rotation, take inputs in ranges"
 
 
-def takes_ranges(rule: Rule) -> bool:
-    """Whether the inputs of a layer under this rule can be taken in ranges, see hessian.py."""
-    plain = rule.prune == "none" and rule.fit not in CALIBRATED_FITS and not transform_spec(rule.transform).diagonal
-    return plain and is_feedback(rule.solver)
-
-
 def solve(
-    rule: Rule, w: torch.Tensor, hessian: Moments | None, seed: int, name: str, *, refit: bool = True
+    scheme: Scheme, w: torch.Tensor, hessian: Moments | None, seed: int, name: str, *, refit: bool = True
 ) -> tuple[QTensor, tuple[str, ...]]:
     """Quantize (and prune) a weight (n, k), in its basis, under the Hessian (k, k) of its inputs.
 
     Args:
-        rule: how.
+        scheme: how.
         w: the weight.
         hessian: None = there are no data: fits and solvers that want them do without, pruning goes by magnitude;
-            squares of it only for rules that `takes_ranges`.
+            squares of it only for schemes that take ranges.
         seed: of the solver.
         name: for errors.
         refit: whether error feedback ends with a refit of the row scales, see `ldlq`.
@@ -49,18 +39,17 @@ def solve(
     Raises:
         BitfoldError: with the name.
     """
-    format = get_format(rule.format)
-    if isinstance(hessian, BlockDiagonal) and not takes_ranges(rule):
-        raise UsageError("this rule needs the Hessian of all inputs", where=name, hint=_ONLY)
-    fit = clip(hessian) if rule.fit in CALIBRATED_FITS and isinstance(hessian, torch.Tensor) else get_fit(rule.fit)
+    solver = scheme.solver
+    if isinstance(hessian, BlockDiagonal) and not scheme.takes_ranges:
+        raise UsageError("this method needs the Hessian of all inputs", where=name, hint=_ONLY)
+    fit: Fit = clip(hessian) if scheme.fit.needs_hessian and isinstance(hessian, torch.Tensor) else scheme.fit
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
-            w, kept, options = _pruned(rule, w, hessian)
-            solver: Callable[..., QTensor] = get_solver(rule.solver)
-            if is_feedback(rule.solver):
+            w, kept, options = _pruned(scheme, w, hessian)
+            if solver.feeds_errors:
                 options["refit"] = refit
-            q = solver(w, hessian, format, fit, seed=seed, **options)
+            q = solver(w, hessian, scheme.format, fit, seed=seed, **options)
             if kept is not None and bool((q.dequantize()[~kept] != 0).any()):
                 raise no_zeros()
         except BitfoldError as error:
@@ -72,15 +61,15 @@ def solve(
 
 
 def _pruned(
-    rule: Rule, w: torch.Tensor, hessian: Moments | None
+    scheme: Scheme, w: torch.Tensor, hessian: Moments | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, Any]]:
     """The weight as far as it is pruned beforehand, the mask if there is one by now, options for the solver."""
-    sparsity = read_sparsity(rule.prune)
+    sparsity = scheme.sparsity
     if sparsity is None:
         return w, None, {}
-    if sparsity.kind == "sparsegpt" and hessian is not None:
+    if sparsity.on_the_way and hessian is not None:
         return w, None, {"pruner": SparseGPT(sparsity)}
     kept = wanda_mask(w, None if hessian is None else hessian.diagonal(), sparsity)
-    if hessian is None or not is_feedback(rule.solver):
+    if hessian is None or not scheme.solver.feeds_errors:
         return w * kept, kept, {}
     return w, kept, {"pruner": Fixed(kept)}

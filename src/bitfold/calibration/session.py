@@ -12,11 +12,10 @@ import torch
 from torch import nn
 
 from bitfold.calibration import BlockWalk, TuningBlock, Wanted, calibration_tokens, token_weights
-from bitfold.calibration.one_layer import takes_ranges
 from bitfold.calibration.probe import ActivationCost, Rounding
 from bitfold.calibration.resume import Bookmarks
 from bitfold.calibration.shared_input import Folded, SharedInput, Solved, solve_group
-from bitfold.calibration.signround import is_signround, tune
+from bitfold.calibration.signround import tune
 from bitfold.calibration.walk import HESSIANS
 from bitfold.checkpoints import Source
 from bitfold.errors import ModelError, UsageError, WeightError
@@ -28,13 +27,13 @@ from bitfold.models.sites import EMBEDDING, EXPERTS
 from bitfold.models.swap import transform_of
 from bitfold.models.vocabulary import refuse_unknown_tokens
 from bitfold.nn import set_tensor
-from bitfold.planning.plan import Decision, Plan
+from bitfold.planning.decisions import Decision, Quantized
+from bitfold.planning.plan import Plan
 from bitfold.recipes.catalog import AUTO, find_method
 from bitfold.system import progress
 from bitfold.text.tokenizer import read_tokenizer
 from bitfold.text.tokens import BUNDLED, SELF, own_text
 from bitfold.text.windows import text_start
-from bitfold.transforms.activations import MEASURED
 
 LONGEST = 2048  # tokens of a window, where nobody says otherwise
 _GRADIENTS_UP_TO = 500_000_000  # parameters; gradients need the whole model and its activations in memory
@@ -109,10 +108,10 @@ def solve_blocks(
     bookmarks: Bookmarks | None = None,
     hessian_bytes: int = HESSIANS,
 ) -> Iterator[Solved | Folded | ActivationCost]:
-    """Quantize every layer and stack of experts whose rule asks for calibration, block by block.
+    """Quantize every layer and stack of experts whose scheme asks for calibration, block by block.
 
     Layers outside the blocks and layers that never ran are not yielded: they are left to the data-free path. What 8-bit
-    activations cost comes last, if a rule leaves the choice to measurement.
+    activations cost comes last, if a scheme leaves the choice to measurement.
 
     Args:
         source: the open checkpoint.
@@ -129,7 +128,7 @@ def solve_blocks(
     """
     model = _can_run(model, source)
     calibration = _fitting(calibration, model)
-    wanted = {d.tensor: d for d in plan.decisions if _calibrated(d)}
+    wanted = {d.tensor: d for d in plan.quantized if _calibrated(d)}
     reader = _Reader(source, model, plan)
     found = None if bookmarks is None else bookmarks.inputs()
     ids, weights = found or _inputs(source, reader, wanted, calibration, seed, tokenizer)
@@ -137,7 +136,7 @@ def solve_blocks(
         bookmarks.keep_inputs(ids, weights)
     walk = BlockWalk(model, reader, ids, weights, None if bookmarks is None else bookmarks.spill, hessian_bytes)
     walk.start()
-    undecided = {d.site.module: d for d in wanted.values() if d.site is not None and _undecided(d)}
+    undecided = {d.site.module: d for d in wanted.values() if _undecided(d)}
     if undecided:
         walk.watch(lambda layer: _rounding(undecided.get(layer), seed))
     elif not compares(wanted.values(), calibration):
@@ -159,7 +158,7 @@ def solve_blocks(
 
 
 def _solve_block(
-    walk: BlockWalk, index: int, wanted: dict[str, Decision], plan: Plan, calibration: Calibration, seed: int
+    walk: BlockWalk, index: int, wanted: dict[str, Quantized], plan: Plan, calibration: Calibration, seed: int
 ) -> Iterator[Solved | Folded]:
     """Group by group; a layer that may still take factors of a later one waits; what is tuned together comes last."""
     prefix, learned = f"{walk.path}.{index}.", list[Solved]()
@@ -180,42 +179,42 @@ def _solve_block(
     yield from (*waiting.values(), *learned)
 
 
-def _statistics_of(wanted: dict[str, Decision], calibration: Calibration, seed: int, layer: str) -> Wanted:
+def _statistics_of(wanted: dict[str, Quantized], calibration: Calibration, seed: int, layer: str) -> Wanted:
     """What is to be known of the inputs of a layer, and of those that share them."""
     decision = wanted[f"{layer}.weight"]
     cross = calibration.drift > 0
-    if decision.rule is None or decision.site is None or not in_ranges(decision, calibration):
+    if not in_ranges(decision, calibration):
         return Wanted(cross)
-    return Wanted(cross, calibration.columns, transform_of(decision.rule, decision.site, seed))
+    return Wanted(cross, calibration.columns, transform_of(decision.scheme, decision.site, seed))
 
 
-def in_ranges(decision: Decision, calibration: Calibration) -> bool:
+def in_ranges(decision: Quantized, calibration: Calibration) -> bool:
     """Whether the inputs of a layer are more than are to be taken together."""
     site = decision.site
-    layer = _calibrated(decision) and site is not None and site.kind != EXPERTS and not is_signround(decision)
-    return layer and site is not None and calibration.columns is not None and site.qshape[-1] > calibration.columns
+    layer = _calibrated(decision) and site.kind != EXPERTS and not decision.scheme.solver.tunes_blocks
+    return layer and calibration.columns is not None and site.qshape[-1] > calibration.columns
 
 
-def check_ranges(decisions: Iterable[Decision], calibration: Calibration) -> None:
-    """UsageError, with the name of the tensor, when inputs are to be taken in ranges by a rule that cannot."""
+def check_ranges(decisions: Iterable[Quantized], calibration: Calibration) -> None:
+    """UsageError, with the name of the tensor, when inputs are to be taken in ranges by a method that cannot."""
     wide = [d for d in decisions if in_ranges(d, calibration)]
     for d in wide:
-        what = f"it has {d.site.qshape[-1] if d.site else 0} inputs, more than the {calibration.columns} to be taken"
-        if d.rule is not None and not takes_ranges(d.rule):
+        what = f"it has {d.site.qshape[-1]} inputs, more than the {calibration.columns} to be taken"
+        if not d.scheme.takes_ranges:
             hint = "gptq and ldlq can take ranges of inputs, without pruning or factors of channels"
-            raise UsageError(f"{what} together, and its rule cannot take ranges", where=d.tensor, hint=hint)
-        if len({other.rule.transform for other in wide if other.rule is not None}) > 1:
+            raise UsageError(f"{what} together, and its method cannot take ranges", where=d.tensor, hint=hint)
+        if len({other.scheme.transform for other in wide}) > 1:
             hint = "one transform for all of them"
             raise UsageError(f"{what} together, and other wide layers are in another basis", where=d.tensor, hint=hint)
 
 
-def _tuned(prefix: str, wanted: dict[str, Decision]) -> dict[str, Decision]:
+def _tuned(prefix: str, wanted: dict[str, Quantized]) -> dict[str, Quantized]:
     """Layers of a block that are tuned together, by module."""
-    inside = (d for d in wanted.values() if d.site is not None and d.tensor.startswith(prefix))
-    return {d.site.module: d for d in inside if d.site is not None and is_signround(d)}
+    inside = (d for d in wanted.values() if d.tensor.startswith(prefix))
+    return {d.site.module: d for d in inside if d.scheme.solver.tunes_blocks}
 
 
-def _learn(tuned: dict[str, Decision], learned: list[Solved], seed: int, path: str, whole: TuningBlock) -> None:
+def _learn(tuned: dict[str, Quantized], learned: list[Solved], seed: int, path: str, whole: TuningBlock) -> None:
     inside = {name.removeprefix(f"{path}."): decision for name, decision in tuned.items()}
     learned += [Solved(decision, q, w, None) for decision, q, w in tune(whole, inside, seed=seed)]
 
@@ -237,21 +236,21 @@ def _can_run(model: nn.Module | None, source: Source) -> nn.Module:
     return model
 
 
-def compares(decisions: Iterable[Decision], calibration: Calibration) -> bool:
+def compares(decisions: Iterable[Quantized], calibration: Calibration) -> bool:
     """Whether the activations of the original model matter, and not those of the quantized one alone."""
-    return calibration.drift > 0 or any(is_signround(d) or _undecided(d) for d in decisions)
+    return calibration.drift > 0 or any(d.scheme.solver.tunes_blocks or _undecided(d) for d in decisions)
 
 
-def _undecided(decision: Decision) -> bool:
+def _undecided(decision: Quantized) -> bool:
     """Whether measurement says how its activations come."""
-    return decision.rule is not None and decision.rule.act == MEASURED
+    return decision.scheme.activations.measured
 
 
-def _rounding(decision: Decision | None, seed: int) -> Rounding:
+def _rounding(decision: Quantized | None, seed: int) -> Rounding:
     """What int8 kernels do to the inputs of a layer, in the basis of its transform and back."""
-    if decision is None or decision.rule is None or decision.site is None:
+    if decision is None:
         return lambda x: x
-    transform = transform_of(decision.rule, decision.site, seed)
+    transform = transform_of(decision.scheme, decision.site, seed)
 
     def rounded(x: torch.Tensor) -> torch.Tensor:
         in_basis = (x if transform is None else transform(x)).reshape(-1, x.shape[-1])
@@ -262,14 +261,14 @@ def _rounding(decision: Decision | None, seed: int) -> Rounding:
     return rounded
 
 
-def _inside(prefix: str, wanted: dict[str, Decision]) -> tuple[list[str], list[str]]:
+def _inside(prefix: str, wanted: dict[str, Quantized]) -> tuple[list[str], list[str]]:
     """Linear layers by module and stacks of experts by tensor, of a block."""
-    sites = [d.site for d in wanted.values() if d.site is not None and d.tensor.startswith(prefix)]
+    sites = [d.site for d in wanted.values() if d.tensor.startswith(prefix)]
     return [s.module for s in sites if s.kind != EXPERTS], [s.tensor for s in sites if s.kind == EXPERTS]
 
 
 def _before(
-    decisions: list[Decision], plan: Plan, waiting: Mapping[str | None, Solved]
+    decisions: list[Quantized], plan: Plan, waiting: Mapping[str | None, Solved]
 ) -> tuple[dict[str, Decision], Solved | None]:
     """What was decided about the norm or layer that takes these layers' factors, by parameter; the layer as solved."""
     paths = {d.fold for d in decisions if d.fold is not None}
@@ -288,11 +287,11 @@ def _fitting(calibration: Calibration, model: Any) -> Calibration:
     return calibration
 
 
-def _calibrated(decision: Decision) -> bool:
-    rule, site = decision.rule, decision.site
-    if rule is None or site is None or not rule.needs_text or site.kind == EMBEDDING:
+def _calibrated(decision: Quantized) -> bool:
+    scheme, site = decision.scheme, decision.site
+    if not scheme.needs_text or site.kind == EMBEDDING:
         return False
-    return site.kind != EXPERTS or not is_signround(decision)  # experts are not tuned, only rounded
+    return site.kind != EXPERTS or not scheme.solver.tunes_blocks  # experts are not tuned, only rounded
 
 
 class _Reader:
@@ -322,7 +321,7 @@ class _Reader:
         return name in self._items
 
 
-def weighs_tokens(decisions: Iterable[Decision], calibration: Calibration) -> bool:
+def weighs_tokens(decisions: Iterable[Quantized], calibration: Calibration) -> bool:
     """Whether gradients are taken: as asked for, or if the weights to be calibrated are few enough to afford it."""
     if calibration.fisher is not None:
         return calibration.fisher
@@ -330,7 +329,7 @@ def weighs_tokens(decisions: Iterable[Decision], calibration: Calibration) -> bo
 
 
 def _inputs(
-    source: Source, reader: _Reader, wanted: dict[str, Decision], calibration: Calibration, seed: int, tokenizer: Path
+    source: Source, reader: _Reader, wanted: dict[str, Quantized], calibration: Calibration, seed: int, tokenizer: Path
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Token ids, and token weights where they can be afforded."""
     fisher = weighs_tokens(wanted.values(), calibration)
@@ -347,7 +346,7 @@ def _inputs(
         ids = own_text(whole, **sizes, seed=seed, start=start)
     if not fisher or whole is None:
         return ids, {}
-    layers = [d.site.module for d in wanted.values() if d.site is not None and d.site.kind != EXPERTS]
+    layers = [d.site.module for d in wanted.values() if d.site.kind != EXPERTS]
     return ids, token_weights(whole, layers, ids, seed=seed)
 
 

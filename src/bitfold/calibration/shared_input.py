@@ -17,17 +17,16 @@ from torch import nn
 from bitfold.calibration import Statistics
 from bitfold.calibration.channel_factors import find_factors
 from bitfold.calibration.one_layer import solve
-from bitfold.formats import get_format
 from bitfold.methods.gptq import proxy_loss
 from bitfold.methods.hessian import Moments, widest
 from bitfold.models.folding import folded_norm
 from bitfold.models.swap import in_basis, transform_of
 from bitfold.nn import set_tensor
-from bitfold.planning.plan import Decision
+from bitfold.planning.decisions import Decision, Quantized
 from bitfold.qtensor import QTensor, rows_stack, split_rows, stack
-from bitfold.recipes.recipe import Rule
-from bitfold.transforms import Diagonal, Transform, transform_spec
-from bitfold.transforms.activations import ACT_SCALE, read_act
+from bitfold.recipes.scheme import Scheme
+from bitfold.transforms import Diagonal, Transform
+from bitfold.transforms.activations import ACT_SCALE
 
 _RIDGE = 0.02  # of the mean diagonal, in the drift correction
 _WIDEST = 256.0  # factor of a row before whose scales are stored in 16 bits
@@ -47,7 +46,7 @@ class Solved:
         flags: what went otherwise than it should.
     """
 
-    decision: Decision
+    decision: Quantized
     qtensor: QTensor
     weight: torch.Tensor
     output_error: float | None
@@ -69,14 +68,14 @@ class SharedInput:
 
     Args:
         model: with the weights of these layers in memory, float32; it gets the quantized ones.
-        decisions: one for each layer, each with a rule; or a single one, for a stack of experts.
+        decisions: one for each layer; or a single one, for a stack of experts.
         statistics: of their input; one for each expert of a stack, which may be measured only when it is asked for.
         before: decisions about the parameters of the norm or layer that takes their factors, by name of the parameter.
         feeding: that layer as it was solved, if it is one.
     """
 
     model: nn.Module
-    decisions: Sequence[Decision]
+    decisions: Sequence[Quantized]
     statistics: Iterable[Statistics]
     before: Mapping[str, Decision] = field(default_factory=dict)
     feeding: Solved | None = None
@@ -94,22 +93,15 @@ def solve_group(group: SharedInput, *, drift: float, seed: int, refit: bool = Tr
     Raises:
         BitfoldError: with the name of the tensor.
     """
-    first = group.decisions[0].site
-    assert first is not None
-    if len(first.shape) == 3:
+    if len(group.decisions[0].site.shape) == 3:
         yield _solve_stack(group, _SolveOptions(0.0, seed, last=True, refit=refit))
         return
     (statistics,) = group.statistics
     left = list(group.decisions)
-    for rule in dict.fromkeys(_rule(d) for d in group.decisions):
-        left = [d for d in left if d.rule != rule]
-        alike = [d for d in group.decisions if d.rule == rule]
+    for scheme in dict.fromkeys(d.scheme for d in group.decisions):
+        left = [d for d in left if d.scheme != scheme]
+        alike = [d for d in group.decisions if d.scheme == scheme]
         yield from _solve_alike(group, statistics, alike, _SolveOptions(drift, seed, not left, refit))
-
-
-def _rule(decision: Decision) -> Rule:
-    assert decision.rule is not None
-    return decision.rule
 
 
 @dataclass(frozen=True)
@@ -123,10 +115,10 @@ class _SolveOptions:
 
 
 def _solve_alike(
-    group: SharedInput, statistics: Statistics, decisions: list[Decision], options: _SolveOptions
+    group: SharedInput, statistics: Statistics, decisions: list[Quantized], options: _SolveOptions
 ) -> Iterator[Solved | Folded]:
-    """Layers of one input under one rule."""
-    rule, weights = _rule(decisions[0]), [_weight(group.model, d) for d in decisions]
+    """Layers of one input under one scheme."""
+    scheme, weights = decisions[0].scheme, [_weight(group.model, d) for d in decisions]
     transform, folded = _basis(group, statistics, decisions, weights, options.seed)
     yield from folded
     target = _target(weights, statistics, transform, options)
@@ -134,9 +126,9 @@ def _solve_alike(
     hessian = _in_basis(statistics, transform)
     if options.last:  # a wide one is among the largest things there are
         statistics.hessian = torch.zeros(0, 0)
-    qs, flags = _code(rule, decisions, target, None if few else hessian, options)
+    qs, flags = _code(scheme, decisions, target, None if few else hessian, options)
     sides = {} if folded or transform is None else transform.fields()
-    sides = {**sides, **_act_scale(rule, statistics, transform)}
+    sides = {**sides, **_act_scale(scheme, statistics, transform)}
     parts = torch.split(target, [len(w) for w in weights])
     for decision, w, part, q in zip(decisions, weights, parts, qs, strict=True):
         decoded = q.dequantize()
@@ -174,19 +166,17 @@ def _too_few(statistics: Statistics) -> tuple[str, ...]:
 
 
 def _basis(
-    group: SharedInput, statistics: Statistics, decisions: list[Decision], weights: list[torch.Tensor], seed: int
+    group: SharedInput, statistics: Statistics, decisions: list[Quantized], weights: list[torch.Tensor], seed: int
 ) -> tuple[Transform | None, list[Solved | Folded]]:
     """The transform, and what took it over: the parameters of the norm before, or the layer before."""
-    rule = _rule(decisions[0])
-    wish = transform_spec(rule.transform)
-    assert decisions[0].site is not None
-    if not wish.diagonal:
-        return transform_of(rule, decisions[0].site, seed), []
-    scale = find_factors(wish, weights, statistics, get_format(rule.format))
+    scheme, fold = decisions[0].scheme, decisions[0].fold
+    if not scheme.transform.diagonal:
+        return transform_of(scheme, decisions[0].site, seed), []
+    scale = find_factors(scheme.transform, weights, statistics, scheme.format)
     scale = torch.ones(weights[0].shape[1]) if scale is None else scale
-    if decisions[0].fold is None:
+    if fold is None:
         return Diagonal.stored(scale), []
-    return _fold_norm(group, decisions[0].fold, scale) if group.feeding is None else _fold_rows(group, scale)
+    return _fold_norm(group, fold, scale) if group.feeding is None else _fold_rows(group, scale)
 
 
 def _fold_rows(group: SharedInput, scale: torch.Tensor) -> tuple[Diagonal, list[Solved | Folded]]:
@@ -219,9 +209,9 @@ def _fold_norm(group: SharedInput, path: str, scale: torch.Tensor) -> tuple[Diag
     return Diagonal(len(scale), effective), [Folded(group.before[name], value) for name, value in stored.items()]
 
 
-def _act_scale(rule: Rule, statistics: Statistics, transform: Transform | None) -> dict[str, torch.Tensor]:
+def _act_scale(scheme: Scheme, statistics: Statistics, transform: Transform | None) -> dict[str, torch.Tensor]:
     """The one scale of static activations."""
-    if not read_act(rule.act).static:
+    if not scheme.activations.static:
         return {}
     absmax = torch.zeros(1) if statistics.absmax is None else statistics.absmax
     largest = absmax if transform is None else transform(absmax)
@@ -229,17 +219,17 @@ def _act_scale(rule: Rule, statistics: Statistics, transform: Transform | None) 
 
 
 def _code(
-    rule: Rule, decisions: list[Decision], whole: torch.Tensor, hessian: Moments | None, options: _SolveOptions
+    scheme: Scheme, decisions: list[Quantized], whole: torch.Tensor, hessian: Moments | None, options: _SolveOptions
 ) -> tuple[list[QTensor], tuple[str, ...]]:
     """Stacked where rows can be taken apart again, one after the other elsewhere."""
-    shapes = [(d.site.qshape[0], d.site.qshape[1]) for d in decisions if d.site is not None]
+    shapes = [(d.site.qshape[0], d.site.qshape[1]) for d in decisions]
     # SparseGPT shares its zeros out among all rows that it sees: each layer gets its own.
-    if rows_stack(get_format(rule.format), shapes) and not rule.prune.startswith("sparsegpt"):
+    if rows_stack(scheme.format, shapes) and not (scheme.sparsity is not None and scheme.sparsity.on_the_way):
         name = ", ".join(d.tensor for d in decisions)
-        q, flags = solve(rule, whole, hessian, options.seed, name, refit=options.refit)
+        q, flags = solve(scheme, whole, hessian, options.seed, name, refit=options.refit)
         return split_rows(q, shapes), flags
     parts = torch.split(whole, [n for n, _ in shapes])
-    how = partial(solve, rule, hessian=hessian, seed=options.seed, refit=options.refit)
+    how = partial(solve, scheme, hessian=hessian, seed=options.seed, refit=options.refit)
     found = [how(p, name=d.tensor) for d, p in zip(decisions, parts, strict=True)]
     return [q for q, _ in found], tuple(dict.fromkeys(flag for _, flags in found for flag in flags))
 
@@ -247,16 +237,15 @@ def _code(
 def _solve_stack(group: SharedInput, options: _SolveOptions) -> Solved:
     """A stack of experts, each under the Hessian of the tokens that were sent to it."""
     (decision,) = group.decisions
-    rule, whole = _rule(decision), _weight(group.model, decision)
-    assert decision.site is not None
-    transform = transform_of(rule, decision.site, options.seed)
+    scheme, whole = decision.scheme, _weight(group.model, decision)
+    transform = transform_of(scheme, decision.site, options.seed)
     stacked = whole if transform is None else transform.weights(whole)
     qs, losses, flags = [], [], []
     for expert, (w, statistics) in enumerate(zip(stacked, group.statistics, strict=True)):
         few = _too_few(statistics)
         hessian = _in_basis(statistics, transform)
         name = f"{decision.tensor}, expert {expert}"
-        q, odd = solve(rule, w, None if few else hessian, options.seed, name, refit=options.refit)
+        q, odd = solve(scheme, w, None if few else hessian, options.seed, name, refit=options.refit)
         qs.append(q)
         flags += [f"expert {expert}: {flag}" for flag in (*few, *odd)]
         losses += [] if few else [proxy_loss(w, q.dequantize(), hessian)]
@@ -266,13 +255,11 @@ def _solve_stack(group: SharedInput, options: _SolveOptions) -> Solved:
     return Solved(decision, q, stacked, sum(losses) / len(losses) if losses else None, flags=tuple(flags))
 
 
-def _weight(model: nn.Module, decision: Decision) -> torch.Tensor:
+def _weight(model: nn.Module, decision: Quantized) -> torch.Tensor:
     """(n, k) or (experts, n, k) float32, inputs last."""
-    assert decision.site is not None
     owner: Any = model.get_submodule(decision.site.module)
     return in_basis(owner._parameters[decision.site.parameter].detach(), decision.site, None).float()
 
 
-def _put(model: nn.Module, decision: Decision, w: torch.Tensor) -> None:
-    assert decision.site is not None
+def _put(model: nn.Module, decision: Quantized, w: torch.Tensor) -> None:
     set_tensor(model, decision.site.tensor, w.transpose(-1, -2) if decision.site.transposed else w)

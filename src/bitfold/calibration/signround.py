@@ -3,7 +3,7 @@
 All layers of a block are tuned together against the output of the original block. Each weight gets an offset in
 [-0.5, 0.5] steps that is added before rounding, each group a factor of its range; rounding passes gradients through,
 and only their signs are used, with a step that falls to zero. What is kept is the best of the start, the middle and the
-end, so the result is never worse than its start: rounding to nearest under the rule's fit.
+end, so the result is never worse than its start: rounding to nearest under the scheme's fit.
 """
 
 from __future__ import annotations
@@ -16,32 +16,20 @@ from torch import nn
 
 from bitfold.calibration import TuningBlock
 from bitfold.errors import FormatError
-from bitfold.formats import Format, Params, get_format
-from bitfold.methods.fits import get_fit
+from bitfold.formats import Format, Params
 from bitfold.methods.rtn import fit_by_rows
 from bitfold.models.swap import in_basis
-from bitfold.planning.plan import Decision
+from bitfold.planning.decisions import Quantized
 from bitfold.qtensor import QTensor
 
-NAME, STEPS = "signround", 80
 _BATCH = 2  # windows a step
 _RANGE = (0.5, 1.5)  # of the factors of ranges
 
 
-def is_signround(decision: Decision) -> bool:
-    """Whether a layer is to be tuned."""
-    return decision.rule is not None and decision.rule.solver.partition(":")[0] == NAME
-
-
-def steps_of(solver: str) -> int:
-    """`signround` or `signround:200`."""
-    return int(solver.partition(":")[2] or STEPS)
-
-
 @torch.no_grad()
 def tune(
-    whole: TuningBlock, decisions: dict[str, Decision], *, seed: int
-) -> Iterator[tuple[Decision, QTensor, torch.Tensor]]:
+    whole: TuningBlock, decisions: dict[str, Quantized], *, seed: int
+) -> Iterator[tuple[Quantized, QTensor, torch.Tensor]]:
     """Quantize layers of a block; the block gets the quantized weights.
 
     Args:
@@ -57,7 +45,7 @@ def tune(
     """
     layers = {name: _Layer(whole.block.get_submodule(name), decision) for name, decision in decisions.items()}
     best, least = {name: layer.coded() for name, layer in layers.items()}, _loss(whole, layers)
-    steps = max(steps_of(_solver(d)) for d in decisions.values())
+    steps = max(d.scheme.solver.steps for d in decisions.values())
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
         _step(whole, layers, generator, (1 - step / steps) / steps)
@@ -66,10 +54,6 @@ def tune(
     for name, layer in layers.items():
         layer.restore(best[name].dequantize())
         yield decisions[name], best[name], layer.w
-
-
-def _solver(decision: Decision) -> str:
-    return decision.rule.solver if decision.rule is not None else NAME
 
 
 def _loss(whole: TuningBlock, layers: dict[str, _Layer]) -> float:
@@ -105,14 +89,12 @@ class _Layer:
         decision: its format and fit.
     """
 
-    def __init__(self, module: nn.Module, decision: Decision) -> None:
-        assert decision.rule is not None
-        assert decision.site is not None
+    def __init__(self, module: nn.Module, decision: Quantized) -> None:
         self._module: Any = module
         self._transposed = decision.site.transposed
         self.w = in_basis(module._parameters["weight"].detach(), decision.site, None).float()  # type: ignore[union-attr]
-        self._format = even(get_format(decision.rule.format), decision.tensor)
-        self._start = fit_by_rows(self.w, self._format, get_fit(decision.rule.fit))
+        self._format = even(decision.scheme.format, decision.tensor)
+        self._start = fit_by_rows(self.w, self._format, decision.scheme.fit)
         self._offset = torch.zeros_like(self.w, requires_grad=True)
         self._factor = torch.ones_like(self._start.scale, requires_grad=True)
         self._blocks = self._format.blocks(tuple(self.w.shape))
@@ -172,4 +154,4 @@ def even(format: Any, where: str) -> Format:
     return found
 
 
-__all__ = ["NAME", "STEPS", "even", "is_signround", "steps_of", "tune"]
+__all__ = ["even", "tune"]

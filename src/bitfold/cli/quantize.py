@@ -35,7 +35,6 @@ MethodOption = Annotated[
     str | None,
     typer.Option(
         "--method",
-        "--solver",
         help="How: auto (default), rtn, hqq, gptq, awq, ldlq, aqlm, signround, trellis ..., see `bitfold methods`.",
     ),
 ]
@@ -131,7 +130,7 @@ def quantize(
     from bitfold.calibration.session import settings
     from bitfold.run.driver import quantize as run
 
-    how: dict[str, Any] = {"bits": bits, "format": format, "group_size": group_size, "fit": fit, "solver": method}
+    how: dict[str, Any] = {"bits": bits, "format": format, "group_size": group_size, "fit": fit, "method": method}
     how |= {"transform": transform, "act": act, "prune": prune, "ignore": ignore or (), "recipe": recipe}
     manner: dict[str, Any] = {"dry_run": dry_run, "restart": restart, "strict": strict, "events": events, "seed": seed}
     report = run(

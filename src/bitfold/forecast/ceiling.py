@@ -72,10 +72,10 @@ class MemoryChooser:
                 the result is done for it.
 
         Raises:
-            UsageError: ranges were asked for of a rule that cannot take them.
+            UsageError: ranges were asked for of a method that cannot take them.
         """
         if self.calibration is not None:
-            check_ranges(self.plan.decisions, self.calibration)
+            check_ranges(self.plan.quantized, self.calibration)
         limit = memory.default_ceiling() if named is None else named
         best: MemoryUse | None = None
         for way in self._ways(named is not None):
@@ -91,22 +91,22 @@ class MemoryChooser:
             yield self._with(None, HESSIANS)
             return
         given = replace(self.calibration, columns=self.calibration.columns or self.before)
-        experts = any(d.site is not None and d.site.kind == EXPERTS for d in self.plan.decisions)
+        experts = any(d.site.kind == EXPERTS for d in self.plan.quantized)
         for hessian_bytes in (HESSIANS, *((HESSIANS >> 2, HESSIANS >> 4, 1) if experts else ())):
             yield self._with(given, hessian_bytes)
         for columns in self._columns() if named and given.columns is None else ():
             yield self._with(replace(given, columns=columns), 1 if experts else HESSIANS)
 
     def _columns(self) -> list[int]:
-        """Widths of ranges to try, the widest first; none if a rule cannot take ranges."""
+        """Widths of ranges to try, the widest first; none if a method cannot take ranges."""
         assert self.calibration is not None
         everything = replace(self.calibration, columns=NARROWEST)
-        wide = [d for d in self.plan.decisions if in_ranges(d, everything)]
+        wide = [d for d in self.plan.quantized if in_ranges(d, everything)]
         try:
-            check_ranges(self.plan.decisions, everything)
+            check_ranges(self.plan.quantized, everything)
         except UsageError:
             return []
-        k = max((d.site.qshape[-1] for d in wide if d.site is not None), default=0)
+        k = max((d.site.qshape[-1] for d in wide), default=0)
         widths = {math.ceil(k / parts / ALIGNED) * ALIGNED for parts in range(2, _MOST + 1)}
         return sorted((width for width in widths if NARROWEST <= width < k), reverse=True)
 

@@ -19,11 +19,11 @@ from bitfold.checkpoints import Source
 from bitfold.methods.gptq import WEIGHTS as CODED
 from bitfold.methods.hessian import column_ranges
 from bitfold.models.sites import EMBEDDING, EXPERTS
-from bitfold.planning.plan import Decision, Item, Plan
+from bitfold.planning.decisions import Decision, Quantized, Tied
+from bitfold.planning.plan import Item, Plan
 from bitfold.planning.row_slices import WEIGHTS, in_pieces
 from bitfold.qtensor import ALIGNED as ROWS
 from bitfold.text.tokens import SELF
-from bitfold.transforms.activations import MEASURED
 
 _LIBRARIES = 60_000_000  # what PyTorch and tokenizers take when they first really work
 
@@ -72,45 +72,53 @@ def peak(found: Sequence[Stage], base: int) -> int:
 
 
 def _data_free(source: Source, item: Item, decision: Decision) -> Stage:
-    if decision.alias_of is not None or (decision.rule is not None and decision.rule.needs_text):
+    if isinstance(decision, Tied) or (isinstance(decision, Quantized) and decision.scheme.needs_text):
         return Stage(decision.tensor, 0)
     pieces = in_pieces(source, item, decision)
     numel, wide = decision.info.numel, decision.info.dtype.itemsize
     at_once = min(numel, WEIGHTS) if pieces else numel
     if item.target.converter is not None:  # experts that lie one by one are put together
         wide *= 2
-    if decision.rule is None:
+    if not isinstance(decision, Quantized):
         return Stage(f"keeping {decision.tensor}", at_once * 2 * wide)
-    in_basis = 0 if decision.rule.transform == "none" else 8
+    in_basis = 8 if decision.scheme.transform.changes_basis else 0
     packed = decision.nbytes() * (2 if pieces else 1)
     decoded = 4 if at_once <= 1 << 24 else 0
     return Stage(f"quantizing {decision.tensor}", at_once * (2 * wide + in_basis + decoded) + packed)
 
 
-def groups_of(decisions: Iterable[Decision]) -> list[GroupShape]:
+def groups_of(decisions: Iterable[Quantized]) -> list[GroupShape]:
     """Layers of a block that most likely share their input: one parent module, one width."""
-    members: dict[tuple[str, int], list[Decision]] = defaultdict(list)
+    members: dict[tuple[str, int], list[Quantized]] = defaultdict(list)
     for d in decisions:
-        if d.site is not None and d.site.kind not in (EMBEDDING, EXPERTS):
+        if d.site.kind not in (EMBEDDING, EXPERTS):
             members[d.site.module.rpartition(".")[0], d.site.qshape[1]].append(d)
     return [_group(name, k, found) for (name, k), found in members.items()]
 
 
-def _group(name: str, k: int, members: list[Decision]) -> GroupShape:
-    rows = [d.site.qshape[0] for d in members if d.site is not None]
-    in_basis = any(d.rule is not None and d.rule.transform != "none" for d in members)
+def _group(name: str, k: int, members: list[Quantized]) -> GroupShape:
+    rows = [d.site.qshape[0] for d in members]
+    in_basis = any(d.scheme.transform.changes_basis for d in members)
     return GroupShape(name, k, sum(rows), len(rows), max(rows), in_basis)
 
 
 def blocks_of(plan: Plan) -> dict[str, list[Decision]]:
     """Decisions by block: `model.layers.3` of `model.layers.3.mlp.up_proj.weight`."""
     found: dict[str, list[Decision]] = defaultdict(list)
-    for decision in plan.decisions:
+    for decision in plan.written:
         parts = decision.tensor.split(".")
         numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-        if numbers and decision.alias_of is None:
+        if numbers:
             found[".".join(parts[: numbers[0] + 1])].append(decision)
     return dict(found)
+
+
+def _transform_kind(decision: Decision) -> str:
+    return decision.scheme.transform.kind if isinstance(decision, Quantized) else ""
+
+
+def _calibrated(decisions: Iterable[Decision]) -> list[Quantized]:
+    return [d for d in decisions if isinstance(d, Quantized) and d.scheme.needs_text]
 
 
 def calibrated_stages(plan: Plan, calibration: Calibration, model: nn.Module, hessian_bytes: int) -> list[Stage]:
@@ -119,13 +127,13 @@ def calibrated_stages(plan: Plan, calibration: Calibration, model: nn.Module, he
     found = _before(plan, calibration, model, seqlen)
     seen = set()
     for name, decisions in blocks_of(plan).items():
-        wanted = [d for d in decisions if d.rule is not None and d.rule.needs_text]
-        shape = tuple(sorted((d.info.shape, d.rule.transform if d.rule is not None else "") for d in decisions))
+        wanted = _calibrated(decisions)
+        shape = tuple(sorted((d.info.shape, _transform_kind(d)) for d in decisions))
         if not wanted or shape in seen:
             continue
         seen.add(shape)
         weights = 4 * sum(d.info.numel for d in decisions)
-        widest = max([hidden, *(max(d.site.qshape[-2:]) for d in wanted if d.site is not None)])
+        widest = max([hidden, *(max(d.site.qshape[-2:]) for d in wanted)])
         running = 4 * seqlen * (8 * hidden + 4 * widest)
         found.append(Stage(f"running {name}", weights + running))
         for group in groups_of(wanted):
@@ -134,7 +142,7 @@ def calibrated_stages(plan: Plan, calibration: Calibration, model: nn.Module, he
         found += [
             Stage(f"solving {d.tensor} ({d.site.qshape[0]} experts)", weights + _experts(d.site.qshape, hessian_bytes))
             for d in wanted
-            if d.site is not None and d.site.kind == EXPERTS
+            if d.site.kind == EXPERTS
         ]
     return found
 
@@ -183,26 +191,24 @@ def _experts(shape: tuple[int, ...], hessian_bytes: int) -> int:
 def _before(plan: Plan, calibration: Calibration, model: nn.Module, seqlen: int) -> list[Stage]:
     rows = min(calibration.nsamples * seqlen, _vocabulary(model))
     found = [Stage("embedding the text", 4 * rows * _hidden(model) + 16 * seqlen * _hidden(model))]
-    fisher = weighs_tokens(plan.decisions, calibration)
+    fisher = weighs_tokens(plan.quantized, calibration)
     if fisher or calibration.text == SELF:
-        whole = 4 * sum(d.info.numel for d in plan.decisions if d.alias_of is None)
+        whole = 4 * plan.numel
         layers = max(1, len(blocks_of(plan)))
         # The inputs of every block, and the activations and gradients of the one that the backward pass is in.
         saved = 4 * seqlen * (layers * _hidden(model) + 5 * (14 * _hidden(model) + 4 * _widest(plan))) if fisher else 0
         logits = 3 * 4 * min(seqlen, 256) * _vocabulary(model)
         found.append(Stage("weighing tokens by gradients (--no-fisher does without)", whole + saved + logits))
-    if any(d.rule is not None and d.rule.act == MEASURED for d in plan.decisions):
+    if any(d.scheme.activations.measured for d in plan.quantized):
         inside = {d.tensor for decisions in blocks_of(plan).values() for d in decisions}
-        ends = 4 * sum(d.info.numel for d in plan.decisions if d.alias_of is None and d.tensor not in inside)
+        ends = 4 * sum(d.info.numel for d in plan.written if d.tensor not in inside)
         logits = 4 * 4 * min(seqlen, 256) * _vocabulary(model)
         found.append(Stage("measuring 8-bit activations (--act int8 or float does without)", ends + logits))
     return found
 
 
 def _widest(plan: Plan) -> int:
-    return max(
-        (max(d.site.qshape[-2:]) for d in plan.decisions if d.site is not None and d.rule is not None), default=1
-    )
+    return max((max(d.site.qshape[-2:]) for d in plan.quantized), default=1)
 
 
 def sequence_length(calibration: Calibration, model: Any) -> int:
@@ -224,9 +230,6 @@ def working_disk(plan: Plan, calibration: Calibration | None, model: nn.Module |
     if calibration is None or model is None:
         return 0
     tokens = calibration.nsamples * sequence_length(calibration, model)
-    widths = [
-        sum(group.k for group in groups_of(d for d in decisions if d.rule is not None and d.rule.needs_text))
-        for decisions in blocks_of(plan).values()
-    ]
+    widths = [sum(group.k for group in groups_of(_calibrated(decisions))) for decisions in blocks_of(plan).values()]
     parts = 2  # answers of the attention and of the feed-forward part
     return 4 * tokens * (max(widths, default=0) + (4 + parts) * _hidden(model))

@@ -7,7 +7,7 @@ memory, or has no room on the disk, is refused here, with the numbers that would
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from bitfold.errors import ResourceError
 from bitfold.forecast.ceiling import MemoryUse
 from bitfold.forecast.memory import Stage, working_disk
 from bitfold.forecast.time import seconds
-from bitfold.formats import get_format
 from bitfold.planning.accounting import rules_of
-from bitfold.planning.plan import Decision, Plan
+from bitfold.planning.decisions import Quantized
+from bitfold.planning.plan import Plan
 from bitfold.system import memory
 from bitfold.system.units import size_text
 from bitfold.workspace.folder import free_bytes
@@ -120,11 +120,11 @@ def preflight(source: Source, model: nn.Module | None, plan: Plan, economy: Memo
         seconds=seconds(plan, calibration, model, asked.seed) if timed else None,
         bpw_whole=8 * sum(d.nbytes() for d in plan.decisions) / max(1, numel),
         kept=rules_of(plan.decisions),
-        ragged=[d.tensor for d in plan.decisions if _is_ragged(d)],
-        engines=engines(model, source, plan.decisions),
+        ragged=[d.tensor for d in plan.quantized if _is_ragged(d)],
+        engines=engines(model, source, any_quantized=bool(plan.quantized)),
         allowed=memory.default_ceiling() if asked.max_memory is None else asked.max_memory,
         columns=None if calibration is None else calibration.columns,
-        ranges=[d.tensor for d in plan.decisions if calibration is not None and in_ranges(d, calibration)],
+        ranges=[d.tensor for d in plan.quantized if calibration is not None and in_ranges(d, calibration)],
     )
 
 
@@ -132,23 +132,20 @@ def _largest(found: list[Stage]) -> str:
     return found[0].name if found else "nothing"
 
 
-def _is_ragged(decision: Decision) -> bool:
-    if decision.rule is None or decision.site is None:
-        return False
-    scale = get_format(decision.rule.format).scale
+def _is_ragged(decision: Quantized) -> bool:
+    scale = decision.scheme.format.scale
     return scale is not None and scale.block[1] > 0 and decision.site.qshape[-1] % scale.block[1] != 0
 
 
-def engines(model: nn.Module | None, source: Source, decisions: Iterable[Decision]) -> dict[str, str]:
+def engines(model: nn.Module | None, source: Source, *, any_quantized: bool) -> dict[str, str]:
     """Who will load the folder: "yes" or "no", and why."""
-    quantized = any(d.rule is not None for d in decisions)
     known = model is not None
     names = source.config.get("architectures") or ["this model's class"]
     other = "no: it has no loader for bitfold's format; `bitfold convert` writes plain weights that it loads"
     found = {
         "bitfold": "yes" if known else f"yes, given the module: transformers does not have {names[0]}",
         "transformers": "yes, where bitfold is installed" if known else f"no: it does not have {names[0]}",
-        "vLLM": other if quantized else "yes",
+        "vLLM": other if any_quantized else "yes",
         "llama.cpp": "no: it reads GGUF files, and this is a folder of safetensors",
     }
     return found

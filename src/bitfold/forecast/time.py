@@ -1,6 +1,6 @@
 """How long a run will take: from small samples of its own work, measured on this machine a moment before.
 
-Rounding is measured on rows of the largest tensor of each rule; the walk of a calibrated run from the speed of matrix
+Rounding is measured on rows of the largest tensor of each scheme; the walk of a calibrated run from the speed of matrix
 products and factorizations, counted in operations, and the coding of columns on a few rows of the widest layer.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -22,9 +22,10 @@ from bitfold.errors import BitfoldError
 from bitfold.forecast.memory import blocks_of, groups_of, sequence_length
 from bitfold.methods.hessian import column_ranges
 from bitfold.models.swap import in_basis, quantize_site_tensor, transform_of
-from bitfold.planning.plan import Decision, Plan
+from bitfold.planning.decisions import Decision, Quantized
+from bitfold.planning.plan import Plan
 from bitfold.qtensor import QTensor
-from bitfold.recipes.recipe import Rule
+from bitfold.recipes.scheme import Scheme
 from bitfold.records.run_report import relative_parts
 
 _SAMPLE = 1 << 19  # weights quantized to see how fast it goes
@@ -33,15 +34,15 @@ _BYTES = 1 << 23  # hashed and written for the same reason
 
 def seconds(plan: Plan, calibration: Calibration | None, model: nn.Module | None, seed: int) -> float:
     """Of the whole run, about."""
-    copied = sum(d.info.nbytes + d.nbytes() for d in plan.decisions if d.alias_of is None)
+    copied = sum(d.info.nbytes + d.nbytes() for d in plan.written)
     total = copied * _seconds_per_byte()
-    rates: dict[Rule, float] = {}
-    for d in sorted(plan.decisions, key=lambda d: -d.info.numel):
-        if d.rule is None or d.site is None or (d.rule.needs_text and calibration is not None):
+    rates: dict[Scheme, float] = {}
+    for d in sorted(plan.quantized, key=lambda d: -d.info.numel):
+        if d.scheme.needs_text and calibration is not None:
             continue
-        if d.rule not in rates:
-            rates[d.rule] = _rounding_rate(d, d.rule, seed)
-        total += rates[d.rule] * d.info.numel
+        if d.scheme not in rates:
+            rates[d.scheme] = _rounding_rate(d, seed)
+        total += rates[d.scheme] * d.info.numel
     return total if calibration is None or model is None else total + _calibrated(plan, calibration, model, seed)
 
 
@@ -58,18 +59,17 @@ def _timed(work: Callable[[], Any]) -> float:
     return min(found)
 
 
-def _rounding_rate(decision: Decision, rule: Rule, seed: int) -> float:
+def _rounding_rate(decision: Quantized, seed: int) -> float:
     """Seconds for each weight."""
-    site = decision.site
-    assert site is not None
+    site, scheme = decision.site, decision.scheme
     *_, n, k = site.qshape
     rows = max(1, min(n, _SAMPLE // k))
     w = torch.randn(rows, k, generator=torch.Generator().manual_seed(0)).to(decision.info.dtype) * 0.02
     part = replace(site, shape=(rows, k), transposed=False)
 
     def work() -> None:
-        q = quantize_site_tensor(w, part, rule, seed)
-        relative_parts(in_basis(w, part, transform_of(rule, part, seed)), q)
+        q = quantize_site_tensor(w, part, scheme, seed)
+        relative_parts(in_basis(w, part, transform_of(scheme, part, seed)), q)
 
     try:
         return _timed(work) / w.numel()
@@ -97,18 +97,16 @@ def _factor_rate() -> float:
     return _timed(lambda: torch.linalg.cholesky(a)) / (768**3 / 3)
 
 
-def _coding_seconds(d: Decision, n: int, seed: int) -> float:
+def _coding_seconds(d: Quantized, n: int, seed: int) -> float:
     """Coding n rows of a layer column by column: what each column costs, and what each weight."""
-    assert d.site is not None
-    assert d.rule is not None
-    k, rule = d.site.qshape[-1], d.rule
+    k = d.site.qshape[-1]
     few = max(1, min(n, _SAMPLE // (4 * k)))
     times = []
     for rows in (few, 2 * few):
         w = torch.randn(rows, k, generator=torch.Generator().manual_seed(0))
 
         def work(w: torch.Tensor = w) -> QTensor:
-            return solve(rule, w, None, seed, d.tensor)[0]
+            return solve(d.scheme, w, None, seed, d.tensor)[0]
 
         try:
             times.append(_timed(work))
@@ -122,16 +120,16 @@ def _calibrated(plan: Plan, calibration: Calibration, model: nn.Module, seed: in
     """The walk, block by block; blocks of the same shapes take the same time."""
     tokens = calibration.nsamples * sequence_length(calibration, model)
     weighing = 0
-    if weighs_tokens(plan.decisions, calibration):
+    if weighs_tokens(plan.quantized, calibration):
         # Forward, forward again inside the backward pass, gradients of activations.
-        weighing = 3 * 2 * tokens * sum(d.info.numel for d in plan.decisions if d.alias_of is None)
+        weighing = 3 * 2 * tokens * plan.numel
     known: dict[tuple[Any, ...], float] = {}
     # What the quantized model takes, the passes that stop at a group, the original.
-    passes = 2.5 + compares((d for d in plan.decisions if d.rule is not None), calibration)
+    passes = 2.5 + compares(plan.quantized, calibration)
     total = weighing * _product_rate()
     for decisions in blocks_of(plan).values():
-        wanted = [d for d in decisions if d.rule is not None and d.rule.needs_text]
-        shape = tuple((d.info.shape, d.rule) for d in decisions)
+        wanted = [d for d in decisions if isinstance(d, Quantized) and d.scheme.needs_text]
+        shape = tuple((d.info.shape, d.scheme if isinstance(d, Quantized) else None) for d in decisions)
         if wanted and shape not in known:
             known[shape] = _block(decisions, wanted, calibration, (tokens, seed, passes))
         total += known.get(shape, 0.0)
@@ -139,7 +137,7 @@ def _calibrated(plan: Plan, calibration: Calibration, model: nn.Module, seed: in
 
 
 def _block(
-    decisions: list[Decision], wanted: list[Decision], calibration: Calibration, how: tuple[int, int, float]
+    decisions: Sequence[Decision], wanted: list[Quantized], calibration: Calibration, how: tuple[int, int, float]
 ) -> float:
     """One block of the walk; `how`: tokens in all, the seed, passes."""
     tokens, seed, passes = how
@@ -147,9 +145,9 @@ def _block(
     products, factors, coding = 2.0 * passes * tokens * weights, 0.0, 0.0
     for group in groups_of(wanted):
         k, n = group.k, group.n
-        members = [d for d in wanted if d.site is not None and d.site.module.rpartition(".")[0] == group.name]
+        members = [d for d in wanted if d.site.module.rpartition(".")[0] == group.name]
         for part in (p.stop - p.start for p in column_ranges(k, calibration.columns)):
             products += 2.0 * (1 + corrects) * tokens * part**2 + 2.0 * (5 + corrects) * n * part**2
             factors += (1 + corrects) * part**3 / 3 + corrects * 2.0 * n * part**2
-        coding += _coding_seconds(next(d for d in members if d.site and d.site.qshape[-1] == k), n, seed)
+        coding += _coding_seconds(next(d for d in members if d.site.qshape[-1] == k), n, seed)
     return products * _product_rate() + factors * _factor_rate() + coding

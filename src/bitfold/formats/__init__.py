@@ -133,6 +133,11 @@ def get_format(format: str | AnyFormat) -> AnyFormat:
     return found
 
 
+def scaled_by_row(format: AnyFormat) -> AnyFormat:
+    """The format with one scale for each row instead of groups; itself where it has no such form."""
+    return _parse(re.sub(r"(-(row|tensor|g[0-9]+))?(-dq)?$", "-row", format.name, count=1)) or format
+
+
 def rows_rescale(format: AnyFormat) -> bool:
     """Whether each row of a weight can be multiplied by a factor through its scales alone, the codes as they are."""
     scale = format.scale

@@ -59,7 +59,7 @@ def aqlm(
         WeightError: the Hessian is not finite, or singular whatever the damping.
     """
     if format.books is None:
-        raise FormatError(f"{format.name} has no codebooks", hint="use aqlm-2x8 or its like, or another solver")
+        raise FormatError(f"{format.name} has no codebooks", hint="use aqlm-2x8 or its like, or another method")
     started = ldlq(w, hessian, format, fit, damp=damp)
     if hessian is None or rounds == 0:
         return started

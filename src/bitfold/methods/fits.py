@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -256,17 +257,38 @@ def _half_quadratic_step(
     params.zero_point = torch.where(move, zero, params.zero_point)
 
 
-FITS: dict[str, Fit] = {"absmax": absmax, "minmax": minmax, "mse": mse, "hqq": hqq}
+@dataclass(frozen=True)
+class NamedFit:
+    """A fit by its name; called like any fit.
+
+    Args:
+        name: in recipes and reports.
+        run: how, where nothing is known of the inputs.
+        needs_hessian: it is to see their Hessian, see clip.py; `run` stands in where there is none.
+    """
+
+    name: str
+    run: Fit
+    needs_hessian: bool = False
+
+    def __call__(self, w: torch.Tensor, format: Any, importance: torch.Tensor | None = None) -> Params:
+        """Scales for a weight (n, k)."""
+        return self.run(w, format, importance)
 
 
-# Fits that look at the Hessian of the inputs (see clip.py); without one, "mse" stands in.
-CALIBRATED_FITS = ("clip",)
+FITS: dict[str, NamedFit] = {
+    "absmax": NamedFit("absmax", absmax),
+    "minmax": NamedFit("minmax", minmax),
+    "mse": NamedFit("mse", mse),
+    "hqq": NamedFit("hqq", hqq),
+    "clip": NamedFit("clip", mse, needs_hessian=True),
+}
 
 
-def get_fit(name: str) -> Fit:
-    """The fit of that name; UsageError if there is none."""
-    if name in CALIBRATED_FITS:
-        return mse
+def get_fit(name: str | NamedFit) -> NamedFit:
+    """The fit of that name (or the object itself); UsageError if there is none."""
+    if not isinstance(name, str):
+        return name
     if name not in FITS:
-        raise UsageError(f"unknown fit {name!r}", hint=f"known fits: {', '.join((*FITS, *CALIBRATED_FITS))}")
+        raise UsageError(f"unknown fit {name!r}", hint=f"known fits: {', '.join(FITS)}")
     return FITS[name]

@@ -69,7 +69,7 @@ def ldlq(
     """
     start = format.coder
     if start is None:
-        raise FormatError(f"{format.name} cannot be coded column by column", hint="use the solver rtn")
+        raise FormatError(f"{format.name} cannot be coded column by column", hint="use --method rtn, or another format")
     w = w.detach().float()
     if hessian is None:
         coder = _begin(w, format, fit, start)

@@ -37,6 +37,11 @@ class Sparsity:
     ratio: float
     group: int = 0
 
+    @property
+    def on_the_way(self) -> bool:
+        """Whether a solver that feeds errors forward decides, as it goes."""
+        return self.kind == "sparsegpt"
+
     def mask(self, scores: torch.Tensor, *, by_row: bool) -> torch.Tensor:
         """bool (n, c), True = kept: the weights of the lowest scores go.
 

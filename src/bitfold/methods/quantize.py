@@ -1,4 +1,4 @@
-"""One weight, quantized: format, solver and fit by name."""
+"""One weight, quantized: format, method and fit by name."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 
 from bitfold.errors import FormatError, UsageError, WeightError
 from bitfold.formats import AnyFormat, get_format
-from bitfold.methods.fits import get_fit
-from bitfold.methods.solvers import get_solver
+from bitfold.methods.fits import NamedFit, get_fit
+from bitfold.methods.solvers import Solver, get_solver
 from bitfold.qtensor import QTensor, stack
 
 
@@ -15,8 +15,8 @@ def quantize_tensor(
     w: torch.Tensor,
     format: str | AnyFormat,
     *,
-    solver: str = "rtn",
-    fit: str = "absmax",
+    method: str | Solver = "rtn",
+    fit: str | NamedFit = "absmax",
     hessian: torch.Tensor | None = None,
     seed: int = 0,
 ) -> QTensor:
@@ -25,17 +25,17 @@ def quantize_tensor(
     Args:
         w: (n, k), or (experts, n, k) quantized expert by expert; any float dtype, k is the input dimension.
         format: name or object, see `FORMATS`.
-        solver: chooses the codes, see `SOLVERS`.
-        fit: chooses the scales, see `FITS`.
-        hessian: (k, k) float, second moment of the inputs, for solvers that use it.
-        seed: for solvers that draw random numbers.
+        method: chooses the codes: a name (or an object) of `SOLVERS`, in the basis that the weight is in.
+        fit: chooses the scales: a name (or an object) of `FITS`.
+        hessian: (k, k) float, second moment of the inputs, for methods that use it.
+        seed: for methods that draw random numbers.
 
     Raises:
         FormatError: unknown format, or one that cannot hold this shape.
-        UsageError: unknown solver or fit, or a weight that is not a float matrix.
+        UsageError: unknown method or fit, or a weight that is not a float matrix.
         WeightError: NaN or infinity among the weights, or no weights at all.
     """
-    chosen, solve, choose = get_format(format), get_solver(solver), get_fit(fit)
+    chosen, solve, choose = get_format(format), get_solver(method), get_fit(fit)
     check_weight(w)
     check_block(tuple(w.shape), chosen)
     if w.dim() == 3:

@@ -1,10 +1,10 @@
-"""Solvers: which codes."""
+"""Solvers: which codes. One line a solver; what the rest of the house asks of one stands in its line."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -12,72 +12,103 @@ from bitfold.errors import UsageError
 from bitfold.formats import AnyFormat, Fit
 from bitfold.methods.aqlm import aqlm
 from bitfold.methods.gptq import gptq, ldlq
+from bitfold.methods.hessian import Moments
 from bitfold.methods.rtn import rtn
 from bitfold.qtensor import QTensor
 
-__all__ = [
-    "CALIBRATED",
-    "SOLVERS",
-    "Solver",
-    "aqlm",
-    "get_solver",
-    "gptq",
-    "is_calibrated",
-    "is_feedback",
-    "ldlq",
-    "misfit",
-    "rtn",
-]
+__all__ = ["SOLVERS", "Requirement", "Solver", "get_solver"]
 
 
-def signround(w: torch.Tensor, hessian: torch.Tensor | None, format: AnyFormat, fit: Fit, *, seed: int = 0) -> QTensor:
-    """What SignRound starts from, rounding to nearest: it tunes the layers of a block together, see signround.py."""
-    return rtn(w, hessian, format, fit, seed=seed)
+@dataclass(frozen=True)
+class Requirement:
+    """What a solver asks of a format.
+
+    Args:
+        holds: whether a format has it.
+        otherwise: what is said of one that has not, after its name.
+    """
+
+    holds: Callable[[AnyFormat], bool]
+    otherwise: str
 
 
-class Solver(Protocol):
-    """A weight (n, k), the Hessian of its inputs (k, k) or None, a format and a fit -> the quantized weight."""
+@dataclass(frozen=True)
+class Solver:
+    """A weight (n, k), the Hessian of its inputs (k, k) or None, a format and a fit -> the quantized weight.
+
+    Args:
+        name: in recipes; with its number, as in gptq:0.05.
+        run: what makes the codes.
+        needs_hessian: it wants the Hessian of the inputs, and so calibration text.
+        feeds_errors: column by column, errors fed forward: it can prune on the way, takes a damping, refits row scales.
+        tunes_blocks: `run` is only where it starts from; the layers of a block are then tuned together.
+        requires: of a format; None = nothing.
+        damp: share of the mean diagonal added to the Hessian; None = its own.
+        steps: of tuning.
+    """
+
+    name: str
+    run: Callable[..., QTensor]
+    needs_hessian: bool = False
+    feeds_errors: bool = False
+    tunes_blocks: bool = False
+    requires: Requirement | None = None
+    damp: float | None = None
+    steps: int = 0
 
     def __call__(
-        self, w: torch.Tensor, hessian: torch.Tensor | None, format: AnyFormat, fit: Fit, *, seed: int = 0
-    ) -> QTensor: ...
+        self, w: torch.Tensor, hessian: Moments | None, format: AnyFormat, fit: Fit, *, seed: int = 0, **how: Any
+    ) -> QTensor:
+        """Quantize one weight; `how`: what only some solvers take (`refit`, `pruner`)."""
+        damped = how if self.damp is None else {"damp": self.damp, **how}
+        return self.run(w, hessian, format, fit, seed=seed, **damped)
+
+    def misfit(self, format: AnyFormat) -> str | None:
+        """Why it cannot make codes of that format, in words; None if it can."""
+        wanted = self.requires
+        return None if wanted is None or wanted.holds(format) else f"{format.name} {wanted.otherwise}"
+
+    def with_number(self, text: str) -> Solver:
+        """With the damping or the number of steps that stands after the colon of its name.
+
+        Raises:
+            UsageError: no such number, or a solver that takes none.
+        """
+        name = f"{self.name}:{text}"
+        if self.feeds_errors:
+            return replace(self, name=name, damp=_damping(text))
+        if not self.tunes_blocks:
+            raise UsageError(f"unknown solver {name!r}: {self.name} takes no number")
+        if not text.isdecimal() or int(text) < 1:
+            raise UsageError(f"{text!r} is no number of steps", hint="as in signround:200")
+        return replace(self, name=name, steps=int(text))
 
 
-# Solvers that want a Hessian, and so calibration text.
-CALIBRATED = ("ldlq", "gptq", "aqlm", "signround")
-SOLVERS: dict[str, Solver] = {"rtn": rtn, "ldlq": ldlq, "gptq": gptq, "aqlm": aqlm, "signround": signround}
-# What a solver asks of a format: an attribute, and what is said when it is not there.
-_COLUMNS = ("coder", "cannot be coded column by column")
-_NEEDS = {"ldlq": _COLUMNS, "gptq": _COLUMNS, "aqlm": ("books", "has no codebooks")}
-_NEEDS["signround"] = ("grid", "has no evenly spaced levels")
-_DAMPED = ("ldlq", "gptq")
+_COLUMNS = Requirement(lambda format: format.coder is not None, "cannot be coded column by column")
+_BOOKS = Requirement(lambda format: format.books is not None, "has no codebooks")
+_LEVELS = Requirement(lambda format: format.grid is not None, "has no evenly spaced levels")
+_LINES = (
+    Solver("rtn", rtn),
+    Solver("ldlq", ldlq, needs_hessian=True, feeds_errors=True, requires=_COLUMNS),
+    Solver("gptq", gptq, needs_hessian=True, feeds_errors=True, requires=_COLUMNS),
+    Solver("aqlm", aqlm, needs_hessian=True, requires=_BOOKS),
+    Solver("signround", rtn, needs_hessian=True, tunes_blocks=True, requires=_LEVELS, steps=80),
+)
+SOLVERS: dict[str, Solver] = {solver.name: solver for solver in _LINES}
 
 
-def get_solver(name: str) -> Solver:
-    """The solver of that name; `ldlq:0.05` has a damping, `signround:200` a number of steps. UsageError if none."""
-    kind, _, number = name.partition(":")
-    if kind == "signround" and number.isdecimal() and int(number) > 0:
-        return signround
-    if kind not in SOLVERS or (":" in name and kind not in _DAMPED):
+def get_solver(name: str | Solver) -> Solver:
+    """The solver of that name (or the object itself); `ldlq:0.05` has a damping, `signround:200` a number of steps.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if not isinstance(name, str):
+        return name
+    kind, colon, number = name.partition(":")
+    if kind not in SOLVERS:
         raise UsageError(f"unknown solver {name!r}", hint=f"known solvers: {', '.join(SOLVERS)}")
-    solver: Callable[..., QTensor] = SOLVERS[kind]
-    return partial(solver, damp=_damping(number)) if ":" in name else SOLVERS[kind]
-
-
-def is_calibrated(name: str) -> bool:
-    """Whether the solver of that name wants a Hessian."""
-    return name.partition(":")[0] in CALIBRATED
-
-
-def is_feedback(name: str) -> bool:
-    """Whether the solver of that name feeds errors forward column by column, and so can prune on the way."""
-    return name.partition(":")[0] in _DAMPED
-
-
-def misfit(name: str, format: AnyFormat) -> str | None:
-    """Why the solver of that name cannot make codes of that format, in words; None if it can."""
-    attribute, words = _NEEDS.get(name.partition(":")[0], ("name", ""))
-    return None if getattr(format, attribute) is not None else f"{format.name} {words}"
+    return SOLVERS[kind].with_number(number) if colon else SOLVERS[kind]
 
 
 def _damping(text: str) -> float:

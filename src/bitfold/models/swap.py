@@ -10,15 +10,14 @@ from torch import nn
 
 from bitfold.checkpoints.schema import Entry
 from bitfold.errors import BitfoldError, ModelError, UsageError
-from bitfold.formats import AnyFormat, get_format
 from bitfold.methods.quantize import quantize_tensor
 from bitfold.models.sites import EMBEDDING, EXPERTS, Site, find_sites
 from bitfold.nn import QEmbedding, QLinear, QWeight, attach
 from bitfold.qtensor import QTensor
-from bitfold.recipes.recipe import Recipe, Rule
+from bitfold.recipes.recipe import Recipe
+from bitfold.recipes.scheme import Scheme
 from bitfold.system import progress
-from bitfold.transforms import Diagonal, Hadamard, Transform, transform_spec
-from bitfold.transforms.activations import MEASURED
+from bitfold.transforms import Diagonal, Hadamard, Transform
 
 
 def swap(
@@ -98,14 +97,12 @@ class Outcome:
     reason: str
 
 
-def decide(recipe: Recipe, site: Site) -> tuple[Rule | None, str]:
-    """The rule for a site (None = keep) and the reason in words."""
+def decide(recipe: Recipe, site: Site) -> tuple[Scheme | None, str]:
+    """How a site is quantized (None = it is kept) and the reason in words."""
     rule = recipe.find(site.tensor, default_keep=site.keep is not None)
     if rule is None:
         return None, f"{site.keep}, kept by default" if site.keep else "no rule matches"
-    if rule.keep:
-        return None, f"kept by the rule {rule.match!r}"
-    return rule, f"rule {rule.match!r}"
+    return rule.scheme, f"{'kept by the ' if rule.keep else ''}rule {rule.match!r}"
 
 
 def quantize_(
@@ -139,49 +136,43 @@ def quantize_(
 
 
 def _quantize_site(model: nn.Module, site: Site, recipe: Recipe, seed: int) -> Outcome:
-    rule, reason = decide(recipe, site)
-    if rule is None:
+    scheme, reason = decide(recipe, site)
+    if scheme is None:
         return Outcome(site.tensor, None, reason)
     owner = model.get_submodule(site.module)
     weight: torch.Tensor = getattr(owner, site.parameter)
-    if is_plain(get_format(rule.format)):
-        raise UsageError(
-            f"{rule.format} is an ordinary dtype", where=site.tensor, hint="cast the module: model.to(dtype)"
-        )
-    if rule.needs_text:
+    if scheme.format.plain:
+        what = f"{scheme.format.name} is an ordinary dtype"
+        raise UsageError(what, where=site.tensor, hint="cast the module: model.to(dtype)")
+    if scheme.needs_text:
         raise UsageError("the rule needs calibration text", where=site.tensor, hint="use bitfold.quantize")
-    qtensor = quantize_site_tensor(weight.detach(), site, rule, seed)
-    act = "float" if rule.act == MEASURED else rule.act
-    swap(model, site, qtensor, act=act, transform=transform_of(rule, site, seed))
+    qtensor = quantize_site_tensor(weight.detach(), site, scheme, seed)
+    act = "float" if scheme.activations.measured else scheme.activations.name
+    swap(model, site, qtensor, act=act, transform=transform_of(scheme, site, seed))
     return Outcome(site.tensor, qtensor.format.name, reason)
 
 
-def quantize_site_tensor(w: torch.Tensor, site: Site, rule: Rule, seed: int) -> QTensor:
-    """Quantize the weight of a site, inputs last, in the basis of the rule's transform; errors name the tensor."""
+def quantize_site_tensor(w: torch.Tensor, site: Site, scheme: Scheme, seed: int) -> QTensor:
+    """Quantize the weight of a site, inputs last, in the basis of the transform; errors name the tensor."""
     try:
-        turned = in_basis(w, site, transform_of(rule, site, seed))
-        return quantize_tensor(turned, rule.format, solver=rule.solver, fit=rule.fit, seed=seed)
+        rotated = in_basis(w, site, transform_of(scheme, site, seed))
+        return quantize_tensor(rotated, scheme.format, method=scheme.solver, fit=scheme.fit, seed=seed)
     except BitfoldError as error:
         raise type(error)(error.what, where=site.tensor, hint=error.hint) from error
 
 
-def transform_of(rule: Rule, site: Site, seed: int) -> Transform | None:
-    """The transform that a rule wants for a site; one that calibration has still to choose changes nothing."""
-    wish, size = transform_spec(rule.transform), site.qshape[-1]
-    if wish.diagonal:
+def transform_of(scheme: Scheme, site: Site, seed: int) -> Transform | None:
+    """The transform that is wanted for a site; one that calibration has still to choose changes nothing."""
+    size = site.qshape[-1]
+    if scheme.transform.diagonal:
         return Diagonal.stored(torch.ones(size))
-    return Hadamard(size, seed) if wish.kind == "hadamard" else None
+    return Hadamard(size, seed) if scheme.transform.rotates else None
 
 
 def in_basis(w: torch.Tensor, site: Site, transform: Transform | None) -> torch.Tensor:
     """A model's weight as it is quantized: inputs last, transformed."""
     oriented = w.transpose(-1, -2) if site.transposed else w
     return oriented if transform is None else transform.weights(oriented.float())
-
-
-def is_plain(format: AnyFormat) -> bool:
-    """Whether the format is an ordinary float dtype, stored as an ordinary tensor."""
-    return format.plain
 
 
 def _numel(site: Site) -> int:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from bitfold.checkpoints import Source
 from bitfold.errors import AccountingError
-from bitfold.planning.plan import Decision, Item, Plan
+from bitfold.planning.decisions import Decision, Kept, Quantized, Tied, Unused
+from bitfold.planning.plan import Item, Plan
 from bitfold.records.run_report import TensorReport
 
 QUANTIZED, KEPT, TIED, UNUSED, FOLDED = "quantized", "kept", "tied", "unused", "folded"
@@ -85,12 +86,12 @@ _REPORT = "this is a mistake of bitfold, not of yours: please report it"
 def _fate(name: str, nbytes: int, item: Item) -> Fate:
     decisions = list(item.decisions.values())
     into = tuple(item.decisions)
-    if all(not d.used for d in decisions):
+    if all(isinstance(d, Unused) for d in decisions):
         return Fate(name, nbytes, UNUSED, into, decisions[0].reason)
-    if all(d.alias_of is not None for d in decisions):
+    if all(isinstance(d, Tied) for d in decisions):
         return Fate(name, nbytes, TIED, into, decisions[0].reason)
-    chosen = next((d for d in decisions if d.rule is not None), decisions[0])
-    return Fate(name, nbytes, QUANTIZED if chosen.rule is not None else KEPT, into, chosen.reason)
+    chosen = next((d for d in decisions if isinstance(d, Quantized)), decisions[0])
+    return Fate(name, nbytes, QUANTIZED if isinstance(chosen, Quantized) else KEPT, into, chosen.reason)
 
 
 def check_written(plan: Plan, tensors: Iterable[TensorReport], stored: Mapping[str, int]) -> None:
@@ -105,7 +106,7 @@ def check_written(plan: Plan, tensors: Iterable[TensorReport], stored: Mapping[s
         AccountingError: a tensor that was planned and not written, or written and not planned, or in other bytes.
     """
     written = {t.tensor: t for t in tensors}
-    planned = {d.tensor: d for d in plan.decisions if d.alias_of is None}
+    planned = {d.tensor: d for d in plan.written}
     if different := sorted(set(written) ^ set(planned)):
         raise AccountingError("planned and not written, or the other way round", where=different[0], hint=_REPORT)
     expected: dict[str, int] = {}
@@ -123,7 +124,7 @@ def rules_of(decisions: Iterable[Decision]) -> dict[str, dict[str, int]]:
     """How many tensors and bytes each reason kept, largest first."""
     count, size = Counter[str](), Counter[str]()
     for decision in decisions:
-        if decision.rule is None and decision.alias_of is None:
+        if isinstance(decision, Kept | Unused):
             count[decision.reason] += 1
             size[decision.reason] += decision.info.nbytes
     return {reason: {"tensors": count[reason], "bytes": nbytes} for reason, nbytes in size.most_common()}

@@ -48,14 +48,14 @@ def choose(bits: int | None, source: Source, model: nn.Module | None, *, tokens:
     if bits is None:
         raise UsageError("which method is best depends on the bits", where="--method auto", hint="say --bits 4")
     if bits >= _EASY:
-        return Choice("rtn", {"solver": "rtn"}, f"{bits} bits lose little without calibration")
+        return Choice("rtn", {"method": "rtn"}, f"{bits} bits lose little without calibration")
     obstacle = why_not_calibrated(source, model)
     if obstacle is not None or model is None:
-        options = {"solver": "rtn", "bits": None, "format": f"trellis-{bits}", "transform": "hadamard"}
+        options = {"method": "rtn", "bits": None, "format": f"trellis-{bits}", "transform": "hadamard"}
         return Choice("trellis", options, f"trellis codes on rotated inputs, without calibration: {obstacle}")
     return Choice(
         "trellis",
-        {"solver": "trellis"},
+        {"method": "trellis"},
         f"least loss at {bits} bits; calibrated on {tokens} tokens",
     )
 

@@ -12,84 +12,18 @@ from torch import nn
 from bitfold.checkpoints import Source
 from bitfold.checkpoints.schema import Entry
 from bitfold.errors import BitfoldError, FormatError, ModelError
-from bitfold.formats import get_format, rows_rescale
+from bitfold.formats import rows_rescale, scaled_by_row
 from bitfold.methods.quantize import check_block
-from bitfold.methods.solvers import misfit
 from bitfold.models.folding import find_folds, scales_with_weight
 from bitfold.models.mapping import Target, map_names
 from bitfold.models.sites import LINEAR, Site, find_sites, guess_sites
 from bitfold.models.skeleton import tied_names
-from bitfold.models.swap import decide, is_plain, transform_of
-from bitfold.recipes.recipe import Recipe, Rule
-from bitfold.records.run_report import QuantizeReport, TensorReport
+from bitfold.models.swap import decide
+from bitfold.planning.decisions import Decision, Kept, Quantized, Tied, Unused
+from bitfold.recipes.recipe import Recipe
+from bitfold.records.run_report import QuantizeReport
 from bitfold.system.tensorinfo import TensorInfo
-from bitfold.transforms import transform_spec
-from bitfold.transforms.activations import MEASURED
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What becomes of one tensor of the model.
-
-    Args:
-        tensor: its name.
-        info: dtype and shape in the source.
-        site: where it sits, if it is something that can be quantized.
-        rule: the rule that quantizes it; None = kept.
-        reason: in words.
-        alias_of: the tensor it is tied to, which stands for both.
-        used: False when the model class has no place for it.
-        fold: path of the norm or linear layer whose weight takes the factors of its input channels, where the rule
-            wants factors.
-    """
-
-    tensor: str
-    info: TensorInfo
-    site: Site | None
-    rule: Rule | None
-    reason: str
-    alias_of: str | None = None
-    used: bool = True
-    fold: str | None = None
-
-    def entry(self, seed: int, auto: str = "float") -> Entry | None:
-        """The entry for the checkpoint's config, activations left to measurement being `auto`; None for plain ones."""
-        if self.rule is None or self.site is None or is_plain(get_format(self.rule.format)):
-            return None
-        rule, site = self.rule, self.site
-        format, transform = get_format(rule.format), transform_of(rule, site, seed) if self.fold is None else None
-        act = auto if rule.act == MEASURED else rule.act
-        return Entry(format, site.qshape, act, site.transposed, transform)
-
-    def stored(self) -> dict[str, TensorInfo]:
-        """The tensors of the output that it becomes, by name; none for an alias."""
-        if self.alias_of is not None:
-            return {}
-        if self.rule is None or self.site is None:
-            return {self.tensor: self.info}
-        entry = self.entry(0)
-        if entry is None:
-            layout = get_format(self.rule.format).layout(self.site.qshape)
-            return {self.tensor: TensorInfo(layout["values"].dtype, self.info.shape)}
-        return {f"{self.tensor}.{field}": info for field, info in entry.layout().items()}
-
-    def nbytes(self) -> int:
-        """Bytes it will take, exactly."""
-        return sum(info.nbytes for info in self.stored().values())
-
-    def report(
-        self,
-        nbytes: int,
-        *,
-        error: float | None = None,
-        output_error: float | None = None,
-        flags: tuple[str, ...] = (),
-    ) -> TensorReport:
-        """What the run reports of it."""
-        name = get_format(self.rule.format).name if self.rule is not None else None
-        return TensorReport(
-            self.tensor, self.info.shape, name, self.reason, self.info.nbytes, nbytes, error, output_error, flags
-        )
+from bitfold.transforms import TransformSpec
 
 
 @dataclass(frozen=True)
@@ -112,9 +46,19 @@ class Plan:
         return [d for item in self.items for d in item.decisions.values()]
 
     @property
+    def written(self) -> list[Kept | Unused | Quantized]:
+        """What is stored: all but tied tensors."""
+        return [d for d in self.decisions if not isinstance(d, Tied)]
+
+    @property
+    def quantized(self) -> list[Quantized]:
+        """What is quantized."""
+        return [d for d in self.decisions if isinstance(d, Quantized)]
+
+    @property
     def numel(self) -> int:
         """Numbers to be written."""
-        return sum(d.info.numel for d in self.decisions if d.alias_of is None)
+        return sum(d.info.numel for d in self.written)
 
     def stored(self) -> dict[str, TensorInfo]:
         """All tensors of the output, in the order of the source."""
@@ -122,19 +66,19 @@ class Plan:
 
     def entries(self, seed: int, auto: str = "float") -> dict[str, Entry]:
         """Entries of the quantized tensors; `auto` stands for activations that were left to measurement."""
-        found = ((d.tensor, d.entry(seed, auto)) for d in self.decisions if d.alias_of is None)
+        found = ((d.tensor, d.entry(seed, auto)) for d in self.quantized)
         return {name: entry for name, entry in found if entry is not None}
 
     def unused(self) -> list[str]:
         """Tensors that are carried along although the model class has no place for them."""
-        return [d.tensor for d in self.decisions if not d.used]
+        return [d.tensor for d in self.decisions if isinstance(d, Unused)]
 
 
 def blank_report(plan: Plan, source: str, output: str | None, recipe: Recipe) -> QuantizeReport:
     """The report before the run; without an output, for a dry run, it already lists every tensor."""
     report = QuantizeReport(source, output, recipe.to_dict())
     if output is None:
-        report.tensors = [d.report(d.nbytes()) for d in plan.decisions if d.alias_of is None]
+        report.tensors = [d.report(d.nbytes()) for d in plan.written]
     return report
 
 
@@ -160,11 +104,13 @@ def make_plan(source: Source, model: nn.Module | None, recipe: Recipe, *, shorte
         aliases.update(tied_names(model))
     items = []
     for target in targets:
-        decisions = {}
+        decisions: dict[str, Decision] = {}
         for name in target.names:
             decision = _decide(name, infos, by_name, aliases, recipe, target.used)
-            decisions[name] = _shorten(decision) if shorten_groups else decision
-            _check(decisions[name])
+            if isinstance(decision, Quantized):
+                decision = _shorten(decision) if shorten_groups else decision
+                _check(decision)
+            decisions[name] = decision
         items.append(Item(target, decisions))
     plan = place_factors(Plan(tuple(items)), model)
     _warn_of_idle_rules(plan, recipe)
@@ -206,15 +152,17 @@ def _decide(
 ) -> Decision:
     info = infos[name]
     if not used:
-        return Decision(name, info, None, None, "the model class has no place for it", used=False)
+        return Unused(name, info, "the model class has no place for it")
     tied_to = aliases.get(name)
     if tied_to is not None and tied_to in infos:
-        return Decision(name, info, None, None, f"tied to {tied_to}", alias_of=tied_to)
+        return Tied(name, info, f"tied to {tied_to}", tied_to)
     site = sites.get(name)
     if site is None:
-        return Decision(name, info, None, None, _why_not(info))
-    rule, reason = decide(recipe, site)
-    return Decision(name, info, replace(site, shape=info.shape), rule, reason)
+        return Kept(name, info, _why_not(info))
+    scheme, reason = decide(recipe, site)
+    if scheme is None:
+        return Kept(name, info, reason)
+    return Quantized(name, info, reason, replace(site, shape=info.shape), scheme)
 
 
 def _why_not(info: TensorInfo) -> str:
@@ -223,22 +171,17 @@ def _why_not(info: TensorInfo) -> str:
     return "not the weight of a linear layer, embedding or expert stack"
 
 
-def _shorten(decision: Decision) -> Decision:
-    if decision.rule is None or decision.site is None:
+def _shorten(decision: Quantized) -> Quantized:
+    format, width = decision.scheme.format, decision.site.qshape[-1]
+    if format.scale is None or format.scale.block[1] <= width:
         return decision
-    scale, width = get_format(decision.rule.format).scale, decision.site.qshape[-1]
-    if scale is None or scale.block[1] <= width:
-        return decision
-    row = decision.rule.format.rsplit("-g", 1)[0] + "-row"
     reason = f"{decision.reason}; rows of {width} are shorter than a group: one scale a row"
-    return replace(decision, rule=replace(decision.rule, format=row), reason=reason)
+    return replace(decision, scheme=replace(decision.scheme, format=scaled_by_row(format)), reason=reason)
 
 
-def _check(decision: Decision) -> None:
-    if decision.rule is None or decision.site is None:
-        return
-    format = get_format(decision.rule.format)
-    if wrong := misfit(decision.rule.solver, format):
+def _check(decision: Quantized) -> None:
+    format = decision.scheme.format
+    if wrong := decision.scheme.solver.misfit(format):
         raise FormatError(wrong, where=decision.tensor, hint="use --method rtn, or another format")
     try:
         check_block(decision.site.qshape, format)
@@ -250,15 +193,15 @@ def _check(decision: Decision) -> None:
 def place_factors(plan: Plan, model: nn.Module | None) -> Plan:
     """Say which norms and layers take the factors of the layers behind them; stacks of experts go without factors."""
     decisions = {d.tensor: d for d in plan.decisions}
-    wanting = {name: d for name, d in decisions.items() if _wants_factors(d)}
+    wanting = {d.tensor: d for d in plan.quantized if d.scheme.transform.diagonal}
     if not wanting:
         return plan
-    changed = {name: _without_factors(d) for name, d in wanting.items() if d.site is None or d.site.kind != LINEAR}
+    changed = {name: _without_factors(d) for name, d in wanting.items() if d.site.kind != LINEAR}
     for source, layers in ({} if model is None else find_folds(model)).items():
         behind = [wanting.get(f"{layer}.weight") for layer in layers]
-        rules = {d.rule for d in behind if d is not None}
+        schemes = {d.scheme for d in behind if d is not None}
         own = {name.rpartition(".")[2]: d for name, d in decisions.items() if name.rpartition(".")[0] == source}
-        if None in behind or len(rules) != 1 or model is None or not _same_block(source, layers):
+        if None in behind or len(schemes) != 1 or model is None or not _same_block(source, layers):
             continue
         if _takes_rows(own) or (_kept(own) and scales_with_weight(model.get_submodule(source))):
             changed |= {d.tensor: replace(d, fold=source) for d in behind if d is not None}
@@ -271,27 +214,23 @@ def place_factors(plan: Plan, model: nn.Module | None) -> Plan:
 def _kept(own: Mapping[str, Decision]) -> bool:
     """Whether a norm goes into the output with nothing but its factors changed."""
     vector = all(len(d.info.shape) == 1 for d in own.values())
-    return bool(own) and vector and all(d.rule is None and d.used and d.alias_of is None for d in own.values())
+    return bool(own) and vector and all(isinstance(d, Kept) for d in own.values())
 
 
 def _takes_rows(own: Mapping[str, Decision]) -> bool:
     """Whether a linear layer is solved before the layer behind it, and keeps a scale for each row."""
     weight, others = own.get("weight"), {name: d for name, d in own.items() if name != "weight"}
-    if weight is None or weight.rule is None or weight.site is None or not set(others) <= {"bias"}:
+    if not isinstance(weight, Quantized) or not set(others) <= {"bias"}:
         return False
-    solved = weight.rule.needs_text and not weight.rule.solver.startswith("signround") and weight.site.kind == LINEAR
-    plain = not weight.site.transposed and weight.alias_of is None and not weight.site.aliases
-    return solved and plain and rows_rescale(get_format(weight.rule.format)) and (not others or _kept(others))
+    scheme, site = weight.scheme, weight.site
+    solved = scheme.needs_text and not scheme.solver.tunes_blocks and site.kind == LINEAR
+    plain = not site.transposed and not site.aliases
+    return solved and plain and rows_rescale(scheme.format) and (not others or _kept(others))
 
 
-def _wants_factors(decision: Decision) -> bool:
-    return decision.rule is not None and transform_spec(decision.rule.transform).diagonal
-
-
-def _without_factors(decision: Decision) -> Decision:
-    assert decision.rule is not None
+def _without_factors(decision: Quantized) -> Quantized:
     reason = f"{decision.reason}; no factors for stacks of experts"
-    return replace(decision, rule=replace(decision.rule, transform="none"), reason=reason)
+    return replace(decision, scheme=replace(decision.scheme, transform=TransformSpec("none")), reason=reason)
 
 
 def _same_block(norm: str, layers: tuple[str, ...]) -> bool:

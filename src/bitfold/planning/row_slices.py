@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from bitfold.checkpoints import Source
-from bitfold.formats import get_format
 from bitfold.methods.anomalies import Zeros
-from bitfold.models.swap import in_basis, is_plain, quantize_site_tensor, transform_of
-from bitfold.planning.plan import Decision, Item
+from bitfold.models.swap import in_basis, quantize_site_tensor, transform_of
+from bitfold.planning.decisions import Decision, Quantized
+from bitfold.planning.plan import Item
 from bitfold.qtensor import QTensor, rows_stack
 from bitfold.records.run_report import relative_parts
 
@@ -35,14 +35,14 @@ def ranges(shape: tuple[int, ...]) -> list[tuple[int, int]]:
 
 def in_pieces(source: Source, item: Item, decision: Decision) -> bool:
     """Whether a tensor is taken in pieces."""
-    shape, rule = decision.info.shape, decision.rule
+    shape = decision.info.shape
     whole = not hasattr(source, "read_rows") or item.target.converter is not None or len(ranges(shape)) < 2
-    if whole or rule is None or decision.site is None:
+    if whole or not isinstance(decision, Quantized):
         return not whole
-    if rule.needs_text or rule.prune != "none" or decision.site.transposed:
+    if decision.scheme.needs_text or decision.site.transposed:
         return False
     parts = [(b - a, shape[1]) for a, b in ranges(shape)]
-    return len(shape) == 3 or rows_stack(get_format(rule.format), parts)
+    return len(shape) == 3 or rows_stack(decision.scheme.format, parts)
 
 
 def read_pieces(source: Source, item: Item, decision: Decision) -> Iterator[torch.Tensor]:
@@ -52,15 +52,13 @@ def read_pieces(source: Source, item: Item, decision: Decision) -> Iterator[torc
         yield reader.read_rows(item.target.sources[0], torch.arange(first, stop))
 
 
-def quantize_pieces(source: Source, item: Item, decision: Decision, seed: int) -> tuple[QTensor, float, list[str]]:
+def quantize_pieces(source: Source, item: Item, decision: Quantized, seed: int) -> tuple[QTensor, float, list[str]]:
     """The quantized tensor, its relative square error, and what is odd about its zeros."""
-    rule, site = decision.rule, decision.site
-    assert rule is not None
-    assert site is not None
+    scheme, site = decision.scheme, decision.site
     found, loss, norm, zeros = [], 0.0, 0.0, Zeros()
     for w in read_pieces(source, item, decision):
         part = replace(site, shape=tuple(w.shape))
-        q, original = quantize_site_tensor(w, part, rule, seed), in_basis(w, part, transform_of(rule, part, seed))
+        q, original = quantize_site_tensor(w, part, scheme, seed), in_basis(w, part, transform_of(scheme, part, seed))
         for matrix, decoded in zip(*_matrices(original, q), strict=True):
             more = relative_parts(matrix, decoded)
             loss, norm = loss + more[0], norm + more[1]
@@ -70,7 +68,7 @@ def quantize_pieces(source: Source, item: Item, decision: Decision, seed: int) -
         found.append(q)
     fields = {name: torch.cat([q.fields[name] for q in found]) for name in found[0].fields}
     whole = QTensor(found[0].format, decision.info.shape, fields)
-    assert not is_plain(whole.format) or "values" in fields
+    assert not whole.format.plain or "values" in fields
     return whole, loss / norm if norm > 0 else 0.0, zeros.flags()
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bitfold.errors import UsageError
-from bitfold.methods.solvers import SOLVERS, is_feedback
-from bitfold.recipes.recipe import Rule
+from bitfold.methods.solvers import get_solver
+from bitfold.recipes.scheme import DEFAULTS, Scheme, read_scheme
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,22 @@ class Method:
 
     @property
     def solver(self) -> str:
-        """The solver."""
-        return self.choices.get("solver", "rtn")
+        """What chooses its codes, by name, see SOLVERS."""
+        return self.choices.get("solver", DEFAULTS["solver"])
 
     @property
     def needs_text(self) -> bool:
         """Whether it is calibrated."""
-        return Rule("*", "int8", **self.choices).needs_text
+        return self._scheme.needs_text
+
+    @property
+    def _scheme(self) -> Scheme:
+        return read_scheme("int8", **self.choices)  # any format will do
 
     @property
     def gradients(self) -> str:
         """Whether gradients are taken: "no", "optional" (token weights) or "yes"."""
-        if self.solver.startswith("signround"):
+        if self._scheme.solver.tunes_blocks:
             return "yes"
         return "optional" if self.needs_text and self.corrects else "no"
 
@@ -175,21 +179,21 @@ METHODS: dict[str, Method] = {
 
 
 def find_method(name: str) -> Method:
-    """The method of that name; the name of a solver alone means that solver; both may end in a damping, gptq:0.05.
+    """The method of that name, which may end in a damping, gptq:0.05, or a number of steps, signround:200.
 
     Raises:
-        UsageError: neither.
+        UsageError: there is none, or it takes no number.
     """
-    kind, _, damping = name.partition(":")
-    solver = METHODS[kind].solver if kind in METHODS else kind
-    if damping and (is_feedback(solver) or solver == "signround"):
-        method = find_method(kind)
-        return replace(method, choices={**method.choices, "solver": f"{method.solver}:{damping}"})
-    if name in METHODS:
-        return METHODS[name]
-    if name in SOLVERS:
-        return Method(f"the solver {name}", {"solver": name})
-    raise UsageError(f"unknown method {name!r}", hint=f"known methods: {AUTO}, {', '.join(METHODS)}")
+    kind, colon, number = name.partition(":")
+    method = METHODS.get(kind)
+    if method is None:
+        raise UsageError(f"unknown method {name!r}", hint=f"known methods: {AUTO}, {', '.join(METHODS)}")
+    if not colon:
+        return method
+    solver = get_solver(method.solver)
+    if not (solver.feeds_errors or solver.tunes_blocks):
+        raise UsageError(f"unknown method {name!r}: {kind} takes no number", hint=f"--method {kind}")
+    return replace(method, choices={**method.choices, "solver": solver.with_number(number).name})
 
 
 def to_rows() -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bitfold.errors import FormatError, UsageError
 from bitfold.formats import get_format
-from bitfold.methods.solvers import is_feedback
+from bitfold.methods.solvers import get_solver
 from bitfold.recipes.catalog import AUTO, find_method
 from bitfold.recipes.recipe import Recipe
 
@@ -21,7 +21,7 @@ def choose_recipe(
     format: str | None = None,
     group_size: int | None = None,
     fit: str | None = None,
-    solver: str | None = None,
+    method: str | None = None,
     transform: str | None = None,
     act: str | None = None,
     prune: str | None = None,
@@ -36,7 +36,7 @@ def choose_recipe(
         format: a format name instead of bits.
         group_size: weights that share a scale; -1 or 0 = one scale a row.
         fit: see FITS; default: the method's, mostly "mse"; with feedback on 256 levels "minmax".
-        solver: the name of a method (see METHODS) or of a solver (see SOLVERS); default "rtn".
+        method: see METHODS; default "rtn".
         transform: "none", "hadamard", "smooth:0.5" or "awq"; default: the method's.
         act: "float", "int8" or "int8-mixed:6.0"; default: the method's, mostly "float".
         prune: "wanda:0.5", "sparsegpt:2:4" and the like; default: the method's, mostly "none".
@@ -54,13 +54,13 @@ def choose_recipe(
             "--fit": fit,
             "--transform": transform,
         }
-        options |= {"--solver": solver, "--act": act, "--prune": prune}
-        if given := [name for name, value in options.items() if value is not None]:
-            raise UsageError(f"the recipe already says what {', '.join(given)} would say", hint="drop one of them")
+        options |= {"--method": method, "--act": act, "--prune": prune}
+        if said := [name for name, value in options.items() if value is not None]:
+            raise UsageError(f"the recipe already says what {', '.join(said)} would say", hint="drop one of them")
         loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
         return loaded.ignoring(ignore)
-    method = find_method(solver or "rtn")
-    own = method.format(bits) if format is None else None
+    known = find_method(method or "rtn")
+    own = known.format(bits) if format is None else None
     if (own or format or bits) is None or (format is not None and bits is not None):
         raise UsageError(
             "choose one of bits (--bits) and format (--format)", hint="for example --bits 4 or --format nf4"
@@ -69,22 +69,22 @@ def choose_recipe(
     if group_size is not None:
         name = _with_group(name, group_size)
     asked = {"fit": fit, "transform": transform, "act": act, "prune": prune}
-    choices = {**method.choices, **{key: value for key, value in asked.items() if value is not None}}
-    choices = {**_fit_of(choices, name), **choices}
-    return Recipe.of(name, **choices).ignoring(ignore)
+    given = {key: value for key, value in asked.items() if value is not None}
+    choices = {**_fit_of({**known.choices, **given}, name), **given}
+    return Recipe.of(name, method=method or "rtn", **choices).ignoring(ignore)
 
 
 def _fit_of(choices: Mapping[str, str], format: str) -> dict[str, str]:
     """With error feedback and levels so fine that rounding hardly counts, what is clipped counts (docs/log.md)."""
     grid = get_format(format).grid
     fine = grid is not None and grid.uniform and grid.levels >= _FINE
-    plain = is_feedback(choices.get("solver", "rtn")) and choices.get("transform", "none") == "none"
-    return {"fit": "minmax"} if fine and plain else {}
+    fed = get_solver(choices.get("solver", "rtn")).feeds_errors and choices.get("transform", "none") == "none"
+    return {"fit": "minmax"} if fine and fed and "fit" not in choices else {}
 
 
-def leaves_the_choice(bits: int | None, solver: str | None, others: Iterable[object]) -> bool:
+def leaves_the_choice(bits: int | None, method: str | None, others: Iterable[object]) -> bool:
     """Whether a set of options says how many bits and leaves the method to bitfold."""
-    return solver == AUTO or (solver is None and bits is not None and all(option is None for option in others))
+    return method == AUTO or (method is None and bits is not None and all(option is None for option in others))
 
 
 def _format_for_bits(bits: int | None) -> str:

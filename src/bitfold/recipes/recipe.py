@@ -6,17 +6,13 @@ import fnmatch
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from bitfold.errors import BitfoldError, RecipeError, UsageError
-from bitfold.formats import get_format
-from bitfold.methods.fits import CALIBRATED_FITS, get_fit
-from bitfold.methods.pruning import read_sparsity
-from bitfold.methods.solvers import get_solver, is_calibrated, is_feedback
-from bitfold.transforms import transform_spec
-from bitfold.transforms.activations import read_act
+from bitfold.errors import BitfoldError, RecipeError
+from bitfold.recipes.catalog import find_method
+from bitfold.recipes.scheme import DEFAULTS, Scheme, read_scheme
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -24,6 +20,7 @@ else:
     import tomli as tomllib
 
 KEEP = "keep"
+_CHOICES = ("fit", "transform", "act", "prune")  # what a rule may say otherwise than its method
 _LARGEST = 1_000_000  # bytes of a file
 
 
@@ -31,62 +28,58 @@ _LARGEST = 1_000_000  # bytes of a file
 class Rule:
     """What to do with the tensors that match.
 
+    Where fit, transform, act or prune are empty, the method says what they are; once made, a rule has them all.
+
     Args:
         match: "re:PATTERN" (a regular expression matched from the start), a glob with * or ?, or a name: the whole
             name or its last parts. All three are tried on the module's name and on the tensor's (with `.weight`).
         format: format name, or "keep" to leave the tensor as it is.
-        solver: see SOLVERS.
-        fit: see FITS.
+        method: see METHODS; `gptq:0.05` has a damping, `signround:200` a number of steps.
+        fit: see FITS; the methods' own, mostly "mse".
         transform: "none"; "hadamard": a randomised rotation of the inputs, stored with the tensor; "smooth:0.5"
             (SmoothQuant) or "awq": factors of input channels, chosen by calibration.
         act: "float" (W8A16 and the like), "int8" (dynamic per-token int8 activations, W8A8), or "int8-mixed:6.0"
             (the same, columns with outliers of that size in floating point), or "int8-static" (one scale, calibrated);
             "auto": int8 or float, whichever calibration shows.
         prune: "none", "wanda:0.5", "sparsegpt:2:4" and the like: weights that become zero, see methods/pruning.py.
+
+    Raises:
+        FormatError, UsageError: an unknown format, method or fit.
+        RecipeError: any other word that is unknown, or words that contradict each other.
     """
 
     match: str
     format: str = KEEP
-    solver: str = "rtn"
-    fit: str = "mse"
-    transform: str = "none"
-    act: str = "float"
-    prune: str = "none"
+    method: str = "rtn"
+    fit: str = ""
+    transform: str = ""
+    act: str = ""
+    prune: str = ""
 
     def __post_init__(self) -> None:
-        try:
-            if self.match.startswith("re:"):
+        if self.match.startswith("re:"):
+            try:
                 re.compile(self.match[3:])
-            plain = self.format != KEEP and get_format(self.format).plain
-            get_solver(self.solver)
-            get_fit(self.fit)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise RecipeError(f"{self.match!r} is not a regular expression: {error}") from error
-        if plain and (self.transform, self.act) != ("none", "float"):
-            raise RecipeError(f"{self.format} stores ordinary tensors, which know no transform and no activation type")
-        try:
-            read_act(self.act)
-            transform_spec(self.transform)
-            sparsity = read_sparsity(self.prune)
-        except UsageError as error:
-            raise RecipeError(error.what, hint=error.hint) from error
-        if sparsity is not None and sparsity.kind == "sparsegpt" and not is_feedback(self.solver):
-            raise RecipeError("sparsegpt needs a solver that feeds errors forward", hint="ldlq or gptq")
-        if self.act == "int8-static" and self.transform == "hadamard":
-            raise RecipeError("static activation scales are known only without a rotation", hint="act int8")
+            except (re.error, OverflowError, RecursionError) as error:
+                raise RecipeError(f"{self.match!r} is not a regular expression: {error}") from error
+        words = {**DEFAULTS, **find_method(self.method).choices}
+        words |= {key: value for key in _CHOICES if (value := getattr(self, key))}
+        for key in _CHOICES:
+            object.__setattr__(self, key, words[key])
+        # What the words mean is looked up here, once; a rule that keeps tensors is held to its words as well.
+        scheme = read_scheme("int8" if self.keep else self.format, **words)
+        object.__setattr__(self, "_scheme", None if self.keep else scheme)
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """What it does to a tensor; None = it keeps it."""
+        found: Scheme | None = self.__dict__["_scheme"]
+        return found
 
     @property
     def needs_text(self) -> bool:
         """Whether calibration is needed to follow it."""
-        if self.keep:
-            return False
-        data = (
-            self.prune != "none"
-            or transform_spec(self.transform).diagonal
-            or read_act(self.act).static
-            or self.fit in CALIBRATED_FITS
-        )
-        return data or is_calibrated(self.solver)
+        return self.scheme is not None and self.scheme.needs_text
 
     @property
     def keep(self) -> bool:
@@ -114,7 +107,7 @@ class Recipe:
         [[rule]]
         match = "*"
         format = "int4-asym-g64"
-        fit = "mse"
+        method = "gptq"
 
     Default exceptions (output heads, routers, embeddings) come after the first rules that name them, see `find`.
     """
@@ -138,18 +131,9 @@ class Recipe:
         return Recipe((*(Rule(p) for p in patterns), *self.rules))
 
     @classmethod
-    def of(
-        cls,
-        format: str,
-        *,
-        fit: str = "mse",
-        solver: str = "rtn",
-        transform: str = "none",
-        act: str = "float",
-        prune: str = "none",
-    ) -> Recipe:
-        """One format for everything that is quantized by default."""
-        return cls((Rule("*", format, solver, fit, transform, act, prune),))
+    def of(cls, format: str, *, method: str = "rtn", **choices: str) -> Recipe:
+        """One format for everything that is quantized by default; `choices`: fit, transform, act, prune, see `Rule`."""
+        return cls((Rule("*", format, method, **choices),))
 
     @classmethod
     def loads(cls, text: str, *, where: str | None = None) -> Recipe:
@@ -212,4 +196,4 @@ def _quote(text: str) -> str:
     return f'"{escaped}"'
 
 
-__all__ = ["KEEP", "Recipe", "Rule", "replace"]
+__all__ = ["KEEP", "Recipe", "Rule"]

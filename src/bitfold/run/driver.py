@@ -48,7 +48,7 @@ def quantize(
     format: str | None = None,
     group_size: int | None = None,
     fit: str | None = None,
-    solver: str | None = None,
+    method: str | None = None,
     transform: str | None = None,
     act: str | None = None,
     prune: str | None = None,
@@ -72,9 +72,9 @@ def quantize(
     Args:
         src: a local Hugging Face folder, a GGUF file, or a Hub id.
         out: the folder to make; must not exist, or be empty.
-        bits, format, group_size, fit, solver, transform, act, prune, ignore, recipe: see `choose_recipe`; "auto" as
-            solver, or bits alone (but for act and ignore), leaves the choice of the method to bitfold (see auto.py).
-        calibration: text for solvers that need it (see `Calibration`, or just its `text`); default: the text that comes
+        bits, format, group_size, fit, method, transform, act, prune, ignore, recipe: see `choose_recipe`; "auto" as
+            method, or bits alone (but for act and ignore), leaves the choice of the method to bitfold (see auto.py).
+        calibration: text for methods that need it (see `Calibration`, or just its `text`); default: the text that comes
             with bitfold.
         dry_run: plan and report only; write nothing.
         max_memory: ceiling on the resident memory of the whole process, bytes: kept, if need be by solving wide layers
@@ -83,7 +83,7 @@ def quantize(
         restart: forget what an earlier run that was cut short has finished, instead of going on with it.
         strict: raise when a tensor is flagged (NaN, rows or columns of zeros, an error far from its format's).
         events: a file to which what happens is appended as JSON lines.
-        seed: for solvers that draw random numbers.
+        seed: for methods that draw random numbers.
         revision, token: of the Hub repository.
         upload_repo: push the finished folder there.
         max_shard_bytes: size at which a new shard is begun.
@@ -96,7 +96,7 @@ def quantize(
     options: dict[str, Any] = {"format": format, "fit": fit, "transform": transform, "act": act, "prune": prune}
     options |= {"bits": bits, "group_size": group_size, "recipe": recipe}
     empty = Job(str(src), Path(out), Recipe(()), seed, None, max_shard_bytes)
-    job, choose = _begin(empty, solver, options, tuple(ignore), calibration)
+    job, choose = _begin(empty, method, options, tuple(ignore), calibration)
     log = None if events is None else Path(events)
     manner = _Manner(revision, token, upload_repo, restart, strict, log, max_memory, choose)
     return _quantize(job, manner, shorten=bits is not None and group_size is None, dry_run=dry_run, on_tensor=on_tensor)
@@ -107,18 +107,18 @@ Chooser = Callable[[Source, nn.Module | None], tuple[Job, str]]
 
 def _begin(
     job: Job,
-    solver: str | None,
+    method: str | None,
     options: dict[str, Any],
     ignore: tuple[str, ...],
     calibration: Calibration | str | None,
 ) -> tuple[Job, Chooser | None]:
     """The job with its rules; and, where the method is left open, who chooses it once the checkpoint is known."""
     others = (value for key, value in options.items() if key not in ("bits", "act"))
-    auto = leaves_the_choice(options["bits"], solver, others)
-    rules = choose_recipe(solver="rtn" if auto else solver, ignore=ignore, **options)
+    auto = leaves_the_choice(options["bits"], method, others)
+    rules = choose_recipe(method="rtn" if auto else method, ignore=ignore, **options)
     if auto:
         return replace(job, rules=rules), partial(_chosen, job, {**options, "ignore": ignore}, calibration)
-    return replace(job, rules=rules, calibration=_calibration(rules, calibration, solver)), None
+    return replace(job, rules=rules, calibration=_calibration(rules, calibration, method)), None
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,12 @@ from bitfold.checkpoints.manifest import write_manifest
 from bitfold.checkpoints.safetensors import write_json
 from bitfold.checkpoints.shards import PlannedWriter, plan_shards, written_error
 from bitfold.errors import AccountingError
-from bitfold.formats import get_format
 from bitfold.methods.anomalies import error_flags, kept_flags, weight_flags
-from bitfold.methods.solvers import is_calibrated
 from bitfold.models import skeleton
-from bitfold.models.swap import in_basis, is_plain, quantize_site_tensor, transform_of
+from bitfold.models.swap import in_basis, quantize_site_tensor, transform_of
 from bitfold.planning.accounting import Account, check_written
-from bitfold.planning.plan import Decision, Item, Plan
+from bitfold.planning.decisions import Decision, Quantized, Tied
+from bitfold.planning.plan import Item, Plan
 from bitfold.planning.row_slices import in_pieces, quantize_pieces, read_pieces
 from bitfold.qtensor import QTensor
 from bitfold.recipes.recipe import Recipe
@@ -40,7 +39,7 @@ from bitfold.records.card import write_card
 from bitfold.records.run_report import QuantizeReport, TensorReport, relative_error
 from bitfold.system import progress
 from bitfold.system.memory import Ceiling
-from bitfold.transforms.activations import ACT_SCALE, read_act
+from bitfold.transforms.activations import ACT_SCALE
 from bitfold.version import __version__
 from bitfold.workspace.events import Events
 from bitfold.workspace.folder import Workspace
@@ -133,7 +132,7 @@ class Writing:
                     yield self._write_solved(solved)
                 del solved  # it holds the weight as it was
         for item in self.run.plan.items:
-            if any(d.alias_of is None and name not in self.done.reports for name, d in item.decisions.items()):
+            if any(not isinstance(d, Tied) and name not in self.done.reports for name, d in item.decisions.items()):
                 yield from self._write_item(item)
 
     def _calibrated(self, calibration: Calibration) -> Iterator[Solved | Folded | ActivationCost]:
@@ -170,17 +169,17 @@ class Writing:
         tensors = item.target.read(self.run.source.read, self.run.model)
         for name in list(tensors):
             w, decision = tensors.pop(name), item.decisions[name]
-            if decision.alias_of is not None or name in self.done.reports:
+            if isinstance(decision, Tied) or name in self.done.reports:
                 continue
-            if decision.rule is None or decision.site is None:
+            if isinstance(decision, Quantized):
+                yield self._write_quantized(decision, w)
+            else:
                 w = w.to(decision.info.dtype)
                 yield self._finish(decision, {name: w}, flags=tuple(kept_flags(w)))
-            else:
-                yield self._write_quantized(decision, w)
 
     def _write_pieces(self, item: Item, decision: Decision) -> TensorReport:
         """A tensor that is too large to be in memory at once without need."""
-        if decision.rule is not None and decision.site is not None:
+        if isinstance(decision, Quantized):
             q, error, odd = quantize_pieces(self.run.source, item, decision, self.run.job.seed)
             return self._finish_quantized(decision, q, error, odd)
         found: list[str] = []
@@ -193,21 +192,17 @@ class Writing:
         hashes = {decision.tensor: self._writer.write(decision.tensor, rows())}
         return self._note(decision, hashes, decision.info.nbytes, {"flags": tuple(found[:1])})
 
-    def _write_quantized(self, decision: Decision, w: torch.Tensor) -> TensorReport:
-        rule, site, seed = decision.rule, decision.site, self.run.job.seed
-        assert rule is not None
-        assert site is not None
-        q = quantize_site_tensor(w, site, rule, seed)
-        transform = transform_of(rule, site, seed)
-        original = in_basis(w, site, transform)
+    def _write_quantized(self, decision: Quantized, w: torch.Tensor) -> TensorReport:
+        scheme, site, seed = decision.scheme, decision.site, self.run.job.seed
+        q = quantize_site_tensor(w, site, scheme, seed)
+        original = in_basis(w, site, transform_of(scheme, site, seed))
         return self._finish_quantized(decision, q, relative_error(original, q), weight_flags(original))
 
-    def _finish_quantized(self, decision: Decision, q: QTensor, error: float, odd: list[str]) -> TensorReport:
-        rule, entry = decision.rule, decision.entry(self.run.job.seed)
-        assert rule is not None
+    def _finish_quantized(self, decision: Quantized, q: QTensor, error: float, odd: list[str]) -> TensorReport:
+        entry = decision.entry(self.run.job.seed)
         flags = (*odd, *_error_flags(decision, error))
         sides = {} if entry is None or entry.transform is None else entry.transform.fields()
-        if read_act(rule.act).static:
+        if decision.scheme.activations.static:
             sides = {**sides, ACT_SCALE: torch.zeros(1)}  # no data: each token by itself
         fields = _stored_fields(decision, q, sides)
         return self._finish(decision, fields, error=error, flags=flags)
@@ -268,21 +263,19 @@ class Writing:
         write_card(result, report)
 
 
-def _stored_fields(decision: Decision, q: QTensor, sides: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _stored_fields(decision: Quantized, q: QTensor, sides: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors that a weight is stored as, by name."""
-    if is_plain(q.format):
+    if q.format.plain:
         values = q.fields["values"]
-        flip = decision.site is not None and decision.site.transposed
-        return {decision.tensor: values.transpose(-1, -2) if flip else values}
+        return {decision.tensor: values.transpose(-1, -2) if decision.site.transposed else values}
     return {f"{decision.tensor}.{name}": value for name, value in {**q.fields, **sides}.items()}
 
 
-def _error_flags(decision: Decision, error: float) -> list[str]:
-    rule = decision.rule
-    assert rule is not None
-    if rule.prune != "none":
+def _error_flags(decision: Quantized, error: float) -> list[str]:
+    scheme = decision.scheme
+    if scheme.sparsity is not None:
         return []
-    return error_flags(error, get_format(rule.format), rule.fit, feedback=is_calibrated(rule.solver))
+    return error_flags(error, scheme.format, scheme.fit.name, feedback=scheme.solver.needs_hessian)
 
 
 def refuse_flagged(report: QuantizeReport) -> None:

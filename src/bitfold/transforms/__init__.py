@@ -64,6 +64,16 @@ class TransformSpec:
     alpha: float = 0.5
 
     @property
+    def changes_basis(self) -> bool:
+        """Whether it is one at all."""
+        return self.kind != "none"
+
+    @property
+    def rotates(self) -> bool:
+        """Whether inputs are mixed with each other."""
+        return self.kind == "hadamard"
+
+    @property
     def diagonal(self) -> bool:
         """Whether factors of input channels have to be found, which takes calibration text."""
         return self.kind in ("smooth", "awq")

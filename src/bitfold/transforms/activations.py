@@ -35,11 +35,22 @@ class Act:
         kernel: what kernels are asked for, "float" or "int8".
         threshold: magnitude from which on a column stays in floating point; None = no column does.
         static: activations are rounded with a stored scale before the kernel sees them.
+        measured: recipes only, calibration decides between "int8" and "float"; until then they are floats.
     """
 
     kernel: str
     threshold: float | None = None
     static: bool = False
+    measured: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name that recipes and checkpoints store."""
+        if self.measured:
+            return MEASURED
+        if self.static:
+            return "int8-static"
+        return self.kernel if self.threshold is None else f"int8-mixed:{self.threshold}"
 
     def layout(self) -> dict[str, TensorInfo]:
         """Tensors stored beside the weight."""
@@ -56,7 +67,7 @@ def read_act(text: str) -> Act:
     if text in ("float", "int8"):
         return Act(text)
     if text == MEASURED:
-        return Act("float")
+        return Act("float", measured=True)
     if text == "int8-static":
         return Act("float", static=True)
     if kind != "int8-mixed":
