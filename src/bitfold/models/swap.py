@@ -26,10 +26,15 @@ def swap(
     """Replace the weight of a site by a quantized one; tied aliases share it."""
     weight = QWeight(qtensor, act=act, transposed=site.transposed, transform=transform)
     weight.dtype = _float_dtype(model.get_submodule(site.module), site.parameter)
+    placed: dict[int, nn.Module] = {}  # a module that is used twice is replaced by one, with one bias
     for name in (site.tensor, *site.aliases):
         path, _, parameter = name.rpartition(".")
         owner = model.get_submodule(path)
-        _place(model, path, owner, parameter, weight)
+        if id(owner) in placed:
+            _replace(model, path, placed[id(owner)])
+        else:
+            _place(model, path, owner, parameter, weight)
+            placed[id(owner)] = model.get_submodule(path)
     first = model.get_submodule(site.module)
     object.__getattribute__(first, "__dict__").pop(site.parameter, None)
     setattr(first, site.parameter, weight)  # the first name owns the weight, the aliases refer to it
