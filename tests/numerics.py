@@ -55,8 +55,11 @@ def check_all_same_answers(found: Iterable[Tensor], expected: Iterable[Tensor]) 
 
 def check_same_tensors(one: nn.Module, other: nn.Module) -> None:
     """Whether two models hold the same parameters and buffers, bit for bit: packed codes, scales and what was kept."""
-    tensors = [dict(itertools.chain(m.named_parameters(), m.named_buffers())) for m in (one, other)]
-    assert tensors[0].keys() == tensors[1].keys()
+    tensors = [
+        dict(itertools.chain(m.named_parameters(remove_duplicate=False), m.named_buffers(remove_duplicate=False)))
+        for m in (one, other)
+    ]
+    assert tensors[0].keys() == tensors[1].keys(), tensors[0].keys() ^ tensors[1].keys()
     for name, tensor in tensors[0].items():
         assert tensor.dtype == tensors[1][name].dtype, name
         assert torch.equal(raw(tensor), raw(tensors[1][name])), name
