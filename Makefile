@@ -89,7 +89,7 @@ sanitize: setup ## the native tests under AddressSanitizer and UndefinedBehavior
 	cmake --build build/sanitize --parallel 2
 	build/sanitize/bitfold_test
 	$(CXX) -std=c++17 -O1 -g -fsanitize=thread -pthread -DBITFOLD_ALONE -Icsrc \
-	  csrc/threads.cpp csrc/tests/test_threads.cpp -o build/sanitize/threads_test
+	  csrc/system/threads.cpp csrc/tests/test_threads.cpp -o build/sanitize/threads_test
 	build/sanitize/threads_test
 
 NEON_CXX ?= aarch64-linux-gnu-g++

@@ -9,8 +9,8 @@
 #include <random>
 #include <vector>
 
-#include "dispatch.h"
-#include "viterbi/viterbi.h"
+#include "system/dispatch.h"
+#include "weights/trellis/viterbi.h"
 
 int main(int argc, char** argv) {
   if (argc < 6) return std::fprintf(stderr, "usage: see the head of the file\n"), 2;

@@ -10,8 +10,8 @@
 #include <random>
 #include <vector>
 
-#include "viterbi/search.h"
-#include "viterbi/tile_avx512.h"
+#include "weights/trellis/search.h"
+#include "weights/trellis/tile_avx512.h"
 
 namespace {
 

@@ -13,7 +13,7 @@
 #include <random>
 #include <vector>
 
-#include "viterbi/viterbi.h"
+#include "weights/trellis/viterbi.h"
 
 using bitfold::kTileWeights;
 using bitfold::TrellisCode;

@@ -1,7 +1,7 @@
 // AMX with int8 (Sapphire Rapids and later), for several rows of activations; everything else is AVX-512's.
 #define BITFOLD_NS amx
 #include "simd/avx512.h"
-#include "viterbi/tile_avx512.h"
+#include "weights/trellis/tile_avx512.h"
 
 #include "loops/amx.h"
 

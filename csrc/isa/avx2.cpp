@@ -1,7 +1,7 @@
 // AVX2, FMA, F16C, BMI2.
 #define BITFOLD_NS avx2
 #include "simd/avx2.h"
-#include "viterbi/tile_avx2.h"
+#include "weights/trellis/tile_avx2.h"
 
 #include "loops/dequant.h"
 #include "loops/few.h"

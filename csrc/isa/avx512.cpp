@@ -1,7 +1,7 @@
 // AVX-512 with BW, VL, DQ, VBMI, VNNI and GFNI (Ice Lake, Zen 4 and later).
 #define BITFOLD_NS avx512
 #include "simd/avx512.h"
-#include "viterbi/tile_avx512.h"
+#include "weights/trellis/tile_avx512.h"
 
 #include "loops/dequant.h"
 #include "loops/few.h"

@@ -1,7 +1,7 @@
 // AArch64 with dotprod. Packing in 64-bit words is already at memory speed there.
 #define BITFOLD_NS neon
 #include "simd/neon.h"
-#include "viterbi/tile_neon.h"
+#include "weights/trellis/tile_neon.h"
 
 #include "loops/dequant.h"
 #include "loops/few.h"

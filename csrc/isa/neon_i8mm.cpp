@@ -2,7 +2,7 @@
 #define BITFOLD_NS neon_i8mm
 #define BITFOLD_I8MM
 #include "simd/neon.h"
-#include "viterbi/tile_neon.h"
+#include "weights/trellis/tile_neon.h"
 
 #include "loops/trellis.h"
 

@@ -1,7 +1,7 @@
 // Plain C++: every CPU.
 #define BITFOLD_NS scalar
 #include "simd/scalar.h"
-#include "viterbi/tile_plain.h"
+#include "weights/trellis/tile_plain.h"
 
 #include "loops/dequant.h"
 #include "loops/few.h"

@@ -1,6 +1,6 @@
 // Scales and zero points, bfloat16 or float32, and sums of activations that belong to them.
 #pragma once
-#include "codecs/dense.h"
+#include "weights/dense/codec.h"
 
 namespace bitfold {
 namespace BITFOLD_NS {

@@ -1,7 +1,7 @@
 // Rounding to integers, in plain loops over short arrays that the compiler makes vectors of. No sum depends on how wide
 // those are.
 #pragma once
-#include "rounding.h"
+#include "weights/dense/rounding.h"
 
 namespace bitfold {
 namespace BITFOLD_NS {

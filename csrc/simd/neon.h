@@ -2,7 +2,7 @@
 #pragma once
 #include <arm_neon.h>
 
-#include "swar.h"
+#include "simd/swar.h"
 
 namespace bitfold {
 namespace BITFOLD_NS {

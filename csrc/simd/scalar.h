@@ -1,6 +1,6 @@
 // "Vectors" of plain C++: 16 codes, 4 lanes, the same order of columns as the real ones.
 #pragma once
-#include "swar.h"
+#include "simd/swar.h"
 
 namespace bitfold {
 namespace BITFOLD_NS {

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "check.h"
-#include "dispatch.h"
+#include "system/dispatch.h"
 
 #if BITFOLD_WITH_AMX
 namespace bitfold {

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "check.h"
-#include "lattice/e8p.h"
+#include "weights/lattice/e8p.h"
 
 namespace {
 

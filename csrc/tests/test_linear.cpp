@@ -4,8 +4,8 @@
 #include <vector>
 
 #include "check.h"
-#include "linear.h"
-#include "packing.h"
+#include "weights/dense/packing.h"
+#include "weights/linear.h"
 
 namespace {
 

@@ -2,7 +2,7 @@
 #include <vector>
 
 #include "check.h"
-#include "packing.h"
+#include "weights/dense/packing.h"
 
 namespace {
 

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "check.h"
-#include "rounding.h"
+#include "weights/dense/rounding.h"
 
 namespace {
 

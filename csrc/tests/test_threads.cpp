@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "check.h"
-#include "threads.h"
+#include "system/threads.h"
 
 namespace {
 

@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "check.h"
-#include "linear.h"
-#include "viterbi/viterbi.h"
+#include "weights/linear.h"
+#include "weights/trellis/viterbi.h"
 
 namespace {
 

@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "check.h"
-#include "dispatch.h"
-#include "viterbi/viterbi.h"
+#include "system/dispatch.h"
+#include "weights/trellis/viterbi.h"
 
 namespace {
 

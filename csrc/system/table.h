@@ -1,0 +1,55 @@
+// The table of functions that each instruction set fills in, and nothing else.
+//
+// A file of csrc/isa is compiled with flags that the other files lack. Whatever it instantiates with external (weak)
+// linkage could be picked by the linker for code that runs on a smaller CPU, so those files include no C++ standard
+// headers with inline functions, and everything they define lives in a namespace of their own (BITFOLD_NS).
+#pragma once
+#include "weights/dense/rounding.h"
+#include "weights/linear.h"
+
+namespace bitfold {
+
+struct Table {
+  const char* name;
+  size_t lanes;  // 32-bit lanes of a vector; a step is 4 * lanes columns
+
+  // Packs `groups` groups of 8 codes (one byte each) into `bits` bytes each. Returns the bitwise or of all codes, so
+  // that the caller sees whether any was too large; what is written is then meaningless. bits in 1..8.
+  uint8_t (*pack)(const uint8_t* codes, size_t groups, int bits, uint8_t* out);
+  // The inverse: `groups` groups of `bits` bytes into 8 codes each.
+  void (*unpack)(const uint8_t* packed, size_t groups, int bits, uint8_t* out);
+
+  // One row of activations: float32 (k) -> int8 (padded, zeros behind k). Returns the scale.
+  float (*quantize)(const float* x, size_t k, size_t padded, int8_t* out);
+  // One row of activations: start (and sums, if the weight has zero points) for gemv8; the arrangement of gemvf.
+  void (*sums8)(const Weight& w, const int8_t* x, size_t padded, int32_t* start, float* sums);
+  void (*arrange)(const Weight& w, const float* x, size_t padded, float* out, float* sums);
+  // Rows [begin, end) of the weight times one row of activations.
+  void (*gemv8)(const Weight& w, const Act8& a, size_t begin, size_t end, float* y);
+  void (*gemvf)(const Weight& w, const ActF& a, size_t begin, size_t end, float* y);
+
+  // Any number of rows, in blocks of block_rows(m); see gemm.h for their arrangement and the scratch memory. begin is a
+  // multiple of kRowGrain.
+  size_t (*block_rows)(size_t m);
+  void (*arrange8)(const Weight& w, const int8_t* x, size_t m, size_t padded, int8_t* out, int32_t* start, float* sums);
+  void (*arrangef)(const Weight& w, const float* x, size_t m, size_t padded, float* out, float* sums);
+  void (*gemm8)(const Weight& w, const Act8& a, size_t begin, size_t end, float* y, void* scratch);
+  void (*gemmf)(const Weight& w, const ActF& a, size_t begin, size_t end, float* y, void* scratch);
+  size_t (*gemm_scratch)(const Weight& w, size_t m, size_t padded);
+
+  // One row of the weight out of its unpacked codes; rows [begin, end) out of trellis tiles.
+  void (*decode)(const Weight& w, size_t row, const uint8_t* codes, float* out);
+  void (*decode_tiles)(const Weight& w, size_t begin, size_t end, float* out);
+  // One row of activations rotated; scratch: r.size floats.
+  void (*rotate)(const Rotation& r, const float* x, float* out, float* scratch);
+  // rounding.h, in one thread; feed: weights [begin, end) of every column.
+  void (*grid_errors)(const Integers& grid, const float* w, size_t blocks, size_t length, const float* scale,
+                      const float* zero, float* error);
+  void (*feed)(const Integers& grid, const Columns& columns, size_t begin, size_t end);
+  // spin_dots of linear.h.
+  size_t (*dots)(size_t rounds);
+};
+
+constexpr size_t kRowGrain = 64;  // rows of the weight that a thread takes at least
+
+}  // namespace bitfold

@@ -1,0 +1,187 @@
+#include "weights/linear.h"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+
+#include "system/dispatch.h"
+#include "system/threads.h"
+#include "weights/dense/packing.h"
+
+namespace bitfold {
+namespace {
+
+constexpr size_t kMostRows = 256;  // rows of activations that one panel serves before the next is decoded
+
+size_t round_up(size_t x, size_t to) { return (x + to - 1) / to * to; }
+
+// Memory that is kept from call to call, one piece for each thread and purpose, aligned to cache lines.
+class Scratch {
+ public:
+  ~Scratch() { release(); }
+
+  template <class T>
+  T* get(size_t count) {
+    const size_t bytes = count * sizeof(T);
+    if (bytes > size_) {
+      release();
+      memory_ = ::operator new(round_up(bytes, 4096), kAlign);
+      size_ = round_up(bytes, 4096);
+    }
+    return static_cast<T*>(memory_);
+  }
+
+ private:
+  static constexpr std::align_val_t kAlign{64};
+  void release() {
+    if (memory_) ::operator delete(memory_, kAlign);
+    memory_ = nullptr;
+    size_ = 0;
+  }
+  void* memory_ = nullptr;
+  size_t size_ = 0;
+};
+
+thread_local Scratch codes_memory, rows_memory, start_memory, sums_memory, panel_memory, float_memory;
+
+size_t runs_of(const Weight& w, const Table& t, size_t padded) {
+  const size_t step = 4 * t.lanes, steps = padded / step;
+  const size_t per = w.group == 0 ? steps : w.group % step ? 1 : w.group / step;
+  return (steps + per - 1) / per;
+}
+
+// x -> 8 bits, row-major (m, padded), and their scales.
+int8_t* quantize_rows(const Table& t, const Weight& w, const float* x, size_t m, size_t padded, float* scales) {
+  int8_t* out = codes_memory.get<int8_t>(m * padded);
+  for (size_t i = 0; i < m; ++i) scales[i] = t.quantize(x + i * w.k, w.k, padded, out + i * padded);
+  return out;
+}
+
+// One row of activations.
+void gemv8(const Table& t, const Weight& w, const float* x, float* y, int threads) {
+  float scale;
+  Act8 a;
+  a.m = 1;
+  a.padded = round_up(w.k, kPad);
+  a.x = quantize_rows(t, w, x, 1, a.padded, &scale);
+  a.scale = &scale;
+  int32_t* start = start_memory.get<int32_t>(runs_of(w, t, a.padded) * t.lanes);
+  float* sums = w.zero ? sums_memory.get<float>(w.groups) : nullptr;
+  t.sums8(w, a.x, a.padded, start, sums);
+  a.start = start;
+  a.sums = sums;
+  parallel_for(w.n, kRowGrain, threads, [&](size_t begin, size_t end) { t.gemv8(w, a, begin, end, y); });
+}
+
+void gemvf(const Table& t, const Weight& w, const float* x, const float* scale, float* y, int threads) {
+  ActF a;
+  a.m = 1;
+  a.padded = round_up(w.k, kPad);
+  float* out = rows_memory.get<float>(a.padded);
+  float* sums = w.zero ? sums_memory.get<float>(w.groups) : nullptr;
+  t.arrange(w, x, a.padded, out, sums);
+  a.x = out;
+  a.sums = sums;
+  parallel_for(w.n, kRowGrain, threads, [&](size_t begin, size_t end) {
+    t.gemvf(w, a, begin, end, y);
+    for (size_t n = begin; scale && n < end; ++n) y[n] *= *scale;
+  });
+}
+
+// Numbers kept for every row and chunk: chunks are at least as long as the shortest group.
+size_t sums_of(const Table& t, size_t m, size_t padded) {
+  const size_t rows = t.block_rows(m);
+  return round_up(m, rows) * (padded / 16 + 1);
+}
+
+void gemm8(const Table& t, const Weight& w, const float* x, size_t m, float* y, int threads) {
+  Act8 a;
+  a.m = m;
+  a.padded = round_up(w.k, kPad);
+  float* scales = float_memory.get<float>(m);
+  const int8_t* rows = quantize_rows(t, w, x, m, a.padded, scales);
+  int8_t* out = rows_memory.get<int8_t>(round_up(m, t.block_rows(m)) * a.padded);
+  int32_t* start = start_memory.get<int32_t>(sums_of(t, m, a.padded));
+  float* sums = w.zero ? sums_memory.get<float>(sums_of(t, m, a.padded)) : nullptr;
+  t.arrange8(w, rows, m, a.padded, out, start, sums);
+  a.x = out;
+  a.start = start;
+  a.sums = sums;
+  a.scale = scales;
+  parallel_for(w.n, kRowGrain, threads, [&](size_t begin, size_t end) {
+    t.gemm8(w, a, begin, end, y, panel_memory.get<uint8_t>(t.gemm_scratch(w, a.m, a.padded)));
+  });
+}
+
+void gemmf(const Table& t, const Weight& w, const float* x, size_t m, const float* scales, float* y, int threads) {
+  ActF a;
+  a.m = m;
+  a.padded = round_up(w.k, kPad);
+  float* out = rows_memory.get<float>(round_up(m, t.block_rows(m)) * a.padded);
+  float* sums = w.zero ? sums_memory.get<float>(sums_of(t, m, a.padded)) : nullptr;
+  t.arrangef(w, x, m, a.padded, out, sums);
+  a.x = out;
+  a.sums = sums;
+  a.scale = scales;
+  parallel_for(w.n, kRowGrain, threads, [&](size_t begin, size_t end) {
+    t.gemmf(w, a, begin, end, y, panel_memory.get<uint8_t>(t.gemm_scratch(w, a.m, a.padded)));
+  });
+}
+
+// Activations rounded to 8 bits, times points that are not integers.
+void rounded(const Table& t, const Weight& w, const float* x, size_t m, float* y, int threads) {
+  const size_t padded = round_up(w.k, kPad);
+  float* scales = float_memory.get<float>(m + m * w.k);
+  float* codes = scales + m;
+  const int8_t* rows = quantize_rows(t, w, x, m, padded, scales);
+  for (size_t i = 0; i < m; ++i)
+    for (size_t c = 0; c < w.k; ++c) codes[i * w.k + c] = rows[i * padded + c];
+  m > 1 ? gemmf(t, w, codes, m, scales, y, threads) : gemvf(t, w, codes, scales, y, threads);
+}
+
+}  // namespace
+
+void matmul(const Weight& w, const float* x, size_t m, bool int8, float* y, int threads) {
+  const Table& t = table();
+  if (w.k == 0) {
+    std::memset(y, 0, m * w.n * sizeof(float));
+    return;
+  }
+  if (w.n == 0) return;
+  for (size_t at = 0; at < m; at += kMostRows) {
+    const size_t rows = std::min(m - at, kMostRows);
+    const float* from = x + at * w.k;
+    float* to = y + at * w.n;
+    if (int8 && !w.integers) {
+      rounded(t, w, from, rows, to, threads);
+    } else if (rows > 1) {
+      int8 ? gemm8(t, w, from, rows, to, threads) : gemmf(t, w, from, rows, nullptr, to, threads);
+    } else {
+      int8 ? gemv8(t, w, from, to, threads) : gemvf(t, w, from, nullptr, to, threads);
+    }
+  }
+}
+
+void dequantize(const Weight& w, size_t begin, size_t end, float* out, int threads) {
+  const Table& t = table();
+  parallel_for(end - begin, 32 + (1 << 16) / (w.k + 1), threads, [&](size_t from, size_t to) {
+    if (w.trellis) return t.decode_tiles(w, begin + from, begin + to, out + from * w.k);
+    uint8_t* codes = codes_memory.get<uint8_t>(w.k);
+    for (size_t r = from; r < to; ++r) {
+      unpack_row(w.codes + (begin + r) * w.row_bytes, w.k, w.bits, codes);
+      t.decode(w, begin + r, codes, out + r * w.k);
+    }
+  });
+}
+
+void rotate(const Rotation& r, const float* x, size_t rows, float* out, int threads) {
+  const Table& t = table();
+  parallel_for(rows, 1 + (1 << 14) / (r.size + 1), threads, [&](size_t begin, size_t end) {
+    float* scratch = float_memory.get<float>(r.size);
+    for (size_t i = begin; i < end; ++i) t.rotate(r, x + i * r.size, out + i * r.size, scratch);
+  });
+}
+
+size_t spin_dots(size_t rounds) { return table().dots(rounds); }
+
+}  // namespace bitfold
