@@ -53,7 +53,8 @@ void use_amx(Table& t) {
   t.block_rows = amx::amx_rows;
   t.arrange8 = amx::amx_arrange<amx::Simd>;
   t.gemm_scratch = amx::gemm_scratch<amx::Simd, amx::amx_rows>;
-  t.gemm8 = amx::amx_gemm8<amx::Simd, amx::Tiles>;
+  t.dense.gemm8 = amx::amx_gemm8<amx::Simd, amx::Tiles>;
+  t.trellis.gemm8 = amx::amx_gemm8<amx::Simd, amx::Tiles>;
 }
 
 }  // namespace bitfold

@@ -12,7 +12,8 @@ namespace bitfold {
 void use_i8mm(Table& t) {
   t.name = "neon_i8mm";
   t.arrange8 = neon_i8mm::arrange_bytes<neon_i8mm::Simd>;
-  t.gemm8 = neon_i8mm::gemm_bytes<neon_i8mm::Simd>;
+  t.dense.gemm8 = neon_i8mm::gemm_bytes<neon_i8mm::Simd>;
+  t.trellis.gemm8 = neon_i8mm::gemm_bytes<neon_i8mm::Simd>;
 }
 
 }  // namespace bitfold

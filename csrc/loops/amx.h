@@ -17,7 +17,7 @@ inline size_t amx_rows(size_t m) { return m <= 16 ? 16 : 32; }
 
 // x (m, padded) -> out: blocks x padded/depth x rows x depth; start, sums: blocks x chunks x rows.
 template <class S>
-void amx_arrange(const Weight& w, const int8_t* x, size_t m, size_t padded, int8_t* out, int32_t* start, float* sums) {
+void amx_arrange(const Scaled& w, const int8_t* x, size_t m, size_t padded, int8_t* out, int32_t* start, float* sums) {
   const size_t R = amx_rows(m);
   const Plan g = Plan::of<S>(w, m, padded, R);
   const size_t depth = tile_depth(g);
@@ -45,10 +45,10 @@ template <class S, class T, int R>
 struct AmxBlock {
   static constexpr int kPanelStride = 2 * 64;  // bytes from 4 columns to the next 4 in a panel
 
-  AmxBlock(const Weight&, const Plan& g) { T::configure(tile_depth(g)); }
+  AmxBlock(const Scaled&, const Plan& g) { T::configure(tile_depth(g)); }
   ~AmxBlock() { T::release(); }
 
-  void operator()(const Weight& w, const Plan& g, size_t depth, const int8_t* x, const int32_t* start,
+  void operator()(const Scaled& w, const Plan& g, size_t depth, const int8_t* x, const int32_t* start,
                   const float* sums, const uint8_t* tile, const float* scales, float* c, Fetch& fetch) const {
     const size_t step = tile_depth(g);
     alignas(64) int32_t products[R * 32];
@@ -97,7 +97,7 @@ struct AmxBlock {
   }
 
   // c += (products + start) * scale - sum * scale * zero, as RegisterBlock has it.
-  static void add_row(const Weight& w, const int32_t* products, int32_t start, const float* sum, const float* scales,
+  static void add_row(const Scaled& w, const int32_t* products, int32_t start, const float* sum, const float* scales,
                       float* c) {
     for (int h = 0; h < 2; ++h) {
       int32_t moved[16];
@@ -109,12 +109,11 @@ struct AmxBlock {
   }
 };
 
-template <class S, class T>
-void amx_gemm8(const Weight& w, const Act8& a, size_t begin, size_t end, float* y, void* scratch) {
+template <class S, class T, class W>
+void amx_gemm8(const W& w, const Act8& a, size_t begin, size_t end, float* y, void* scratch) {
   uint8_t* panel = static_cast<uint8_t*>(scratch);
-  const Decoder d = decoder<S>(w);
-  if (amx_rows(a.m) == 16) return gemm<S, 16, AmxBlock<S, T, 16>>(w, a, begin, end, y, panel, d);
-  gemm<S, 32, AmxBlock<S, T, 32>>(w, a, begin, end, y, panel, d);
+  if (amx_rows(a.m) == 16) return gemm<S, 16, AmxBlock<S, T, 16>>(w, a, begin, end, y, panel);
+  gemm<S, 32, AmxBlock<S, T, 32>>(w, a, begin, end, y, panel);
 }
 
 }  // namespace BITFOLD_NS

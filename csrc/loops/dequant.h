@@ -6,7 +6,7 @@ namespace bitfold {
 namespace BITFOLD_NS {
 
 // codes: k unpacked codes of one row; out: k floats.
-inline void decode_row(const Weight& w, size_t row, const uint8_t* codes, float* out) {
+inline void decode_row(const DenseWeight& w, size_t row, const uint8_t* codes, float* out) {
   if (w.bits <= 4) {
     for (size_t c = 0; c < w.k; ++c) out[c] = w.points[codes[c]];
   } else {

@@ -26,7 +26,7 @@ BITFOLD_INLINE inline void few_products(const typename S::I (&values)[V], const 
 
 // Scales or zero points of S::L rows: out[chunk * 2 * S::L + row]; one chunk if a row has a single one.
 template <class S>
-void params_by_lane(const Weight& w, const Plan& g, const void* p, size_t row, float* out) {
+void params_by_lane(const Scaled& w, const Plan& g, const void* p, size_t row, float* out) {
   const size_t chunks = w.group ? g.chunks : 1;
   const auto at = [&](size_t i) { return smaller(row + i, w.n - 1) * w.groups; };
   size_t c = 0;
@@ -47,7 +47,7 @@ void params_by_lane(const Weight& w, const Plan& g, const void* p, size_t row, f
 
 // Floats for the scales, and as many for the zero points, of 2 * S::L rows.
 template <class S>
-size_t few_params(const Weight& w, const Plan& g) {
+size_t few_params(const Scaled& w, const Plan& g) {
   return 2 * S::L * (w.group ? g.chunks : 1);
 }
 
@@ -58,7 +58,7 @@ struct FewRows {
   static constexpr size_t kColumns = S::template Quads<C::kBits>::kColumns;
   using I = typename S::I;
   using F = typename S::F;
-  const Weight& w;
+  const DenseWeight& w;
   const Act8& a;
   const Plan& g;
   const C codec;
@@ -67,7 +67,7 @@ struct FewRows {
   F f[M][V];
   size_t after = 0;  // index of the first scale of the next rows
 
-  FewRows(const Weight& weight, const Act8& act, const Plan& plan, float* scratch)
+  FewRows(const DenseWeight& weight, const Act8& act, const Plan& plan, float* scratch)
       : w(weight), a(act), g(plan), codec(weight), scales(scratch), zeros(scratch + few_params<S>(weight, plan)) {}
 
   void run(size_t row, size_t end, float* y) {
@@ -135,7 +135,7 @@ struct FewRows {
 template <class S>
 struct FewDense {
   template <int B>
-  static bool run(const Weight& w, const Act8& a, size_t begin, size_t end, float* y, void* scratch) {
+  static bool run(const DenseWeight& w, const Act8& a, size_t begin, size_t end, float* y, void* scratch) {
     using Quads = typename S::template Quads<B>;
     if constexpr (Quads::kBetter) {
       const size_t rows = block_rows<S>(a.m);
@@ -151,14 +151,15 @@ struct FewDense {
   }
 
   template <class C>
-  static bool with_codec(const Weight& w, const Act8& a, const Plan& g, size_t rows, size_t begin, size_t end, float* y,
-                         float* params) {
+  static bool with_codec(const DenseWeight& w, const Act8& a, const Plan& g, size_t rows, size_t begin, size_t end,
+                         float* y, float* params) {
     if (rows == 4) return each<FewRows<S, C, 4>>(w, a, g, begin, end, y, params);
     return each<FewRows<S, C, 8>>(w, a, g, begin, end, y, params);
   }
 
   template <class R>
-  static bool each(const Weight& w, const Act8& a, const Plan& g, size_t begin, size_t end, float* y, float* params) {
+  static bool each(const DenseWeight& w, const Act8& a, const Plan& g, size_t begin, size_t end, float* y,
+                   float* params) {
     R rows(w, a, g, params);
     for (size_t row = begin; row < end; row += 2 * S::L) rows.run(row, end, y);
     return true;
@@ -168,21 +169,21 @@ struct FewDense {
 template <class S>
 struct FewTrellis {
   template <int K>
-  static bool run(const Weight& w, const Act8& a, size_t begin, size_t end, float* y) {
+  static bool run(const TrellisWeight& w, const Act8& a, size_t begin, size_t end, float* y) {
     block_rows<S>(a.m) == 4 ? bands<K, 4>(w, a, begin, end, y) : bands<K, 8>(w, a, begin, end, y);
     return true;
   }
 
   template <int K, int M>
-  static void bands(const Weight& w, const Act8& a, size_t begin, size_t end, float* y) {
+  static void bands(const TrellisWeight& w, const Act8& a, size_t begin, size_t end, float* y) {
     using I = typename S::I;
     constexpr int V = kBand / S::L;
-    const TileCode code = tile_code(*w.trellis, 128);
+    const TileCode code = tile_code(w.code, 128);
     const size_t chunks = Plan::of<S>(w, a.m, a.padded, M).chunks;
     int32_t start[M] = {};
     for (size_t i = 0; i < chunks * M; ++i) start[i % M] += a.start[i];
     for (size_t row = begin; row < end; row += kBand) {
-      const uint8_t* tile = w.codes + row / kBand * w.row_bytes;
+      const uint8_t* tile = w.tiles + row / kBand * w.band_bytes;
       const int8_t* x = a.x;
       I acc[M][V];
       repeat<M>([&](auto i) BITFOLD_INLINE {
@@ -206,18 +207,24 @@ struct FewTrellis {
 
 // Bytes of scratch memory of one thread; 0 if it is never asked.
 template <class S>
-size_t few_scratch(const Weight& w, size_t m, size_t padded) {
-  if (!S::kFew || m > kMostFew || w.trellis) return 0;
+size_t few_scratch(const Scaled& w, size_t m, size_t padded) {
+  if (!S::kFew || m > kMostFew) return 0;
   return 2 * few_params<S>(w, Plan::of<S>(w, m, padded, block_rows<S>(m))) * sizeof(float);
 }
 
 // False if this is a case for panels.
 template <class S>
-bool few8(const Weight& w, const Act8& a, size_t begin, size_t end, float* y, void* scratch) {
+bool few8(const DenseWeight& w, const Act8& a, size_t begin, size_t end, float* y, void* scratch) {
   if constexpr (S::kFew) {
-    if (a.m > kMostFew) return false;
-    if (w.trellis) return with_trellis_bits<FewTrellis<S>>(w.trellis->bits, w, a, begin, end, y);
-    return with_bits<FewDense<S>>(w.bits, w, a, begin, end, y, scratch);
+    if (a.m <= kMostFew) return with_bits<FewDense<S>>(w.bits, w, a, begin, end, y, scratch);
+  }
+  return false;
+}
+
+template <class S>
+bool few8(const TrellisWeight& w, const Act8& a, size_t begin, size_t end, float* y, void*) {
+  if constexpr (S::kFew) {
+    if (a.m <= kMostFew) return with_trellis_bits<FewTrellis<S>>(w.code.bits, w, a, begin, end, y);
   }
   return false;
 }

@@ -28,7 +28,7 @@ struct Plan {
   size_t stride;  // bytes of a tile
 
   template <class S>
-  static Plan of(const Weight& w, size_t m, size_t padded, size_t rows) {
+  static Plan of(const Scaled& w, size_t m, size_t padded, size_t rows) {
     Plan g;
     const size_t depth = m <= kFewRows ? kShallow : kPanelDepth;
     g.tiles = m <= kFewRows ? 32 / (2 * S::L) : kTiles;
@@ -44,7 +44,7 @@ struct Plan {
 
 // x (m, padded) -> out: blocks x padded/kGemmColumns x rows x kGemmColumns bytes; start, sums: blocks x chunks x rows.
 template <class S>
-void arrange_bytes(const Weight& w, const int8_t* x, size_t m, size_t padded, int8_t* out, int32_t* start,
+void arrange_bytes(const Scaled& w, const int8_t* x, size_t m, size_t padded, int8_t* out, int32_t* start,
                    float* sums) {
   const size_t R = block_rows<S>(m);
   const Plan g = Plan::of<S>(w, m, padded, R);
@@ -72,7 +72,7 @@ void arrange_bytes(const Weight& w, const int8_t* x, size_t m, size_t padded, in
 
 // x (m, k) -> out: blocks x padded x rows; sums as above.
 template <class S>
-void arrange_floats(const Weight& w, const float* x, size_t m, size_t padded, float* out, float* sums) {
+void arrange_floats(const Scaled& w, const float* x, size_t m, size_t padded, float* out, float* sums) {
   const size_t R = block_rows<S>(m);
   const Plan g = Plan::of<S>(w, m, padded, R);
   for (size_t row = 0; row < g.blocks * R; ++row) {
@@ -89,7 +89,7 @@ void arrange_floats(const Weight& w, const float* x, size_t m, size_t padded, fl
 
 // Scales of a tile's rows for one chunk, then scale * zero.
 template <class S>
-void tile_scales(const Weight& w, const Plan& g, size_t row, size_t chunk, float* out) {
+void tile_scales(const Scaled& w, const Plan& g, size_t row, size_t chunk, float* out) {
   for (size_t i = 0; i < 2 * S::L; ++i) {
     const size_t at = smaller(row + i, w.n - 1) * w.groups + (w.group ? chunk * g.chunk / w.group : 0);
     const float s = param(w.scale, at, w.bf16);
@@ -104,7 +104,7 @@ struct ByteProducts {
   using Acc = typename S::I;
   using X = int8_t;
   static constexpr size_t kColumns = 4;
-  explicit ByteProducts(const Weight&) {}
+  explicit ByteProducts(const Scaled&) {}
   template <int R>
   BITFOLD_INLINE static void start(const int32_t* at, Acc (&acc)[R][2]) {
     repeat<R>([&](auto r) BITFOLD_INLINE { acc[r.value][0] = acc[r.value][1] = S::broadcast4(at + r.value); });
@@ -130,7 +130,7 @@ struct ByteProducts<S, Wide, 8> {
   using Acc = typename S::I;
   using X = int8_t;
   static constexpr size_t kColumns = 8;
-  explicit ByteProducts(const Weight&) {}
+  explicit ByteProducts(const Scaled&) {}
   template <int R>
   BITFOLD_INLINE static void start(const int32_t* at, Acc (&acc)[R][2]) {
     repeat<R / 2>([&](auto p) BITFOLD_INLINE {
@@ -174,7 +174,8 @@ struct FloatProducts {
   static constexpr size_t kColumns = 4;
   using V = Values<S, Table ? 4 : 8, Table>;
   V values;
-  explicit FloatProducts(const Weight& w) : values(w) {}
+  template <class W>
+  explicit FloatProducts(const W& w) : values(w) {}
   template <int R>
   BITFOLD_INLINE static void start(const int32_t*, Acc (&acc)[R][2]) {
     repeat<R>([&](auto r) BITFOLD_INLINE { acc[r.value][0] = acc[r.value][1] = S::zerof(); });
@@ -201,9 +202,10 @@ template <class S, int R, class P>
 struct RegisterBlock {
   using X = typename P::X;
   P products;
-  RegisterBlock(const Weight& w, const Plan&) : products(w) {}
+  template <class W>
+  RegisterBlock(const W& w, const Plan&) : products(w) {}
 
-  void operator()(const Weight& w, const Plan& g, size_t depth, const X* x, const int32_t* start, const float* sums,
+  void operator()(const Scaled& w, const Plan& g, size_t depth, const X* x, const int32_t* start, const float* sums,
                   const uint8_t* tile, const float* scales, float* c, Fetch& fetch) const {
     using F = typename S::F;
     for (size_t done = 0; done < depth; done += g.chunk) {
@@ -238,7 +240,7 @@ struct RegisterBlock {
 
 // Bytes of scratch memory of one thread.
 template <class S, size_t (*Rows)(size_t)>
-size_t gemm_scratch(const Weight& w, size_t m, size_t padded) {
+size_t gemm_scratch(const Scaled& w, size_t m, size_t padded) {
   const size_t R = Rows(m);
   const Plan g = Plan::of<S>(w, m, padded, R);
   return g.tiles * (g.stride + 2 * S::L * sizeof(float) * (2 * g.depth / g.chunk + g.blocks * R));
@@ -246,7 +248,7 @@ size_t gemm_scratch(const Weight& w, size_t m, size_t padded) {
 
 // The rows of c that are wanted; scale: of the activations, or null.
 template <class S>
-void write_panel(const Weight& w, const Plan& g, size_t m, size_t R, const float* scale, size_t row, size_t tiles,
+void write_panel(const Scaled& w, const Plan& g, size_t m, size_t R, const float* scale, size_t row, size_t tiles,
                  const float* c, float* y) {
   constexpr size_t N = 2 * S::L;
   for (size_t i = 0; i < m; ++i)
@@ -258,11 +260,12 @@ void write_panel(const Weight& w, const Plan& g, size_t m, size_t R, const float
     }
 }
 
-template <class S, int R, class Block, class Act>
-void gemm(const Weight& w, const Act& a, size_t begin, size_t end, float* y, uint8_t* panel, const Decoder& decoder) {
+template <class S, int R, class Block, class W, class Act>
+void gemm(const W& w, const Act& a, size_t begin, size_t end, float* y, uint8_t* panel) {
   constexpr size_t N = 2 * S::L;
   const Plan g = Plan::of<S>(w, a.m, a.padded, R);
   const Block block(w, g);
+  const Panels<S, W> decode(w);
   const size_t chunks = g.depth / g.chunk;  // of a panel
   float* scales = reinterpret_cast<float*>(panel + g.tiles * g.stride);
   float* c = scales + g.tiles * 2 * N * chunks;
@@ -274,7 +277,7 @@ void gemm(const Weight& w, const Act& a, size_t begin, size_t end, float* y, uin
       for (size_t t = 0; t < tiles; ++t)
         for (size_t i = 0; i * g.chunk < depth; ++i)
           tile_scales<S>(w, g, row + t * N, first + i, scales + (t * chunks + i) * 2 * N);
-      decoder.panel(decoder, w, row, tiles, k, depth, g.stride, panel);
+      decode(w, row, tiles, k, depth, g.stride, panel);
       const bool last = k + g.depth >= a.padded;
       Fetch fetch(w, last ? row + g.tiles * N : row, g.tiles * N, last ? 0 : k + g.depth, g.depth, tiles * depth / 4);
       for (size_t t = 0; t < tiles; ++t)
@@ -290,17 +293,23 @@ void gemm(const Weight& w, const Act& a, size_t begin, size_t end, float* y, uin
 }
 
 // From the number of rows to a template argument.
-template <class S, class P, class Act>
-void gemm_with(const Weight& w, const Act& a, size_t begin, size_t end, float* y, void* scratch,
-               const Decoder& decoder) {
+template <class S, class P, class W, class Act>
+void gemm_with(const W& w, const Act& a, size_t begin, size_t end, float* y, void* scratch) {
   uint8_t* panel = static_cast<uint8_t*>(scratch);
   const size_t rows = block_rows<S>(a.m);
-  if (rows == 4) return gemm<S, 4, RegisterBlock<S, 4, P>>(w, a, begin, end, y, panel, decoder);
+  if (rows == 4) return gemm<S, 4, RegisterBlock<S, 4, P>>(w, a, begin, end, y, panel);
   if constexpr (S::kGemmRows > 8) {
     if (rows == S::kGemmRows)
-      return gemm<S, S::kGemmRows, RegisterBlock<S, S::kGemmRows, P>>(w, a, begin, end, y, panel, decoder);
+      return gemm<S, S::kGemmRows, RegisterBlock<S, S::kGemmRows, P>>(w, a, begin, end, y, panel);
   }
-  if constexpr (S::kGemmRows >= 8) gemm<S, 8, RegisterBlock<S, 8, P>>(w, a, begin, end, y, panel, decoder);
+  if constexpr (S::kGemmRows >= 8) gemm<S, 8, RegisterBlock<S, 8, P>>(w, a, begin, end, y, panel);
+}
+
+// Several rows of activations, in bytes.
+template <class S>
+void gemm_bytes(const DenseWeight& w, const Act8& a, size_t begin, size_t end, float* y, void* scratch) {
+  if (w.bits == 8) return gemm_with<S, ByteProducts<S, true>>(w, a, begin, end, y, scratch);
+  gemm_with<S, ByteProducts<S, false>>(w, a, begin, end, y, scratch);
 }
 
 }  // namespace BITFOLD_NS

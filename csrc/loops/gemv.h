@@ -33,7 +33,7 @@ float quantize_row(const float* x, size_t k, size_t padded, int8_t* out) {
 
 // x (padded) in 8 bits -> start, and sums (groups) if the weight has zero points.
 template <class S>
-void sums_for_gemv(const Weight& w, const int8_t* x, size_t padded, int32_t* start, float* sums) {
+void sums_for_gemv(const Scaled& w, const int8_t* x, size_t padded, int32_t* start, float* sums) {
   const size_t steps = padded / S::W, per = run_length<S>(w, steps), runs = (steps + per - 1) / per;
   const int offset = w.offset - S::centre(w.bits);
   for (size_t g = 0; g < runs; ++g) {
@@ -48,7 +48,7 @@ void sums_for_gemv(const Weight& w, const int8_t* x, size_t padded, int32_t* sta
 
 // x (k) -> the order in which gemvf reads (padded), and sums.
 template <class S>
-void arrange_row(const Weight& w, const float* x, size_t padded, float* out, float* sums) {
+void arrange_row(const Scaled& w, const float* x, size_t padded, float* out, float* sums) {
   for (size_t c = 0; c < padded; ++c) out[c / S::W * S::W + c % 4 * S::L + c % S::W / 4] = c < w.k ? x[c] : 0.0f;
   if (w.zero) group_sums(w, x, sums);
 }
@@ -60,7 +60,7 @@ struct Rows {
   const uint8_t* ahead;
   size_t scale[R];  // index of its first scale
 
-  Rows(const Weight& w, const size_t* rows) : ahead(w.codes + (rows[R - 1] + 1) * w.row_bytes) {
+  Rows(const DenseWeight& w, const size_t* rows) : ahead(w.codes + (rows[R - 1] + 1) * w.row_bytes) {
     repeat<R>([&](auto r) BITFOLD_INLINE {
       p[r.value] = w.row(rows[r.value]);
       scale[r.value] = rows[r.value] * w.groups;
@@ -86,7 +86,7 @@ BITFOLD_INLINE inline void gemv8_step(const C& codec, const Rows<S, C, R>& from,
 
 // R rows of the weight. `One`: a scale (or several) for each step; otherwise for runs of steps.
 template <class S, class C, bool One, int R>
-void gemv8_rows(const Weight& w, const Act8& a, const C& codec, const size_t* rows, float* y) {
+void gemv8_rows(const DenseWeight& w, const Act8& a, const C& codec, const size_t* rows, float* y) {
   using I = typename S::I;
   using F = typename S::F;
   const size_t steps = a.padded / S::W, per = One ? 1 : run_length<S>(w, steps);
@@ -118,7 +118,7 @@ void gemv8_rows(const Weight& w, const Act8& a, const C& codec, const size_t* ro
 }
 
 template <class S, class C, bool One, int R, class V>
-void gemvf_rows(const Weight& w, const ActF& a, const C& codec, const V& values, const size_t* rows, float* y) {
+void gemvf_rows(const DenseWeight& w, const ActF& a, const C& codec, const V& values, const size_t* rows, float* y) {
   using I = typename S::I;
   using F = typename S::F;
   const size_t steps = a.padded / S::W, per = One ? 1 : run_length<S>(w, steps);
@@ -171,7 +171,7 @@ inline void each_row_block(size_t begin, size_t end, const F& f) {
 template <class S>
 struct Gemv8 {
   template <int B>
-  static void run(const Weight& w, const Act8& a, size_t begin, size_t end, float* y) {
+  static void run(const DenseWeight& w, const Act8& a, size_t begin, size_t end, float* y) {
     if constexpr (B == 1 || B == 4) {
       if (w.has_lut) return with_codec<DenseLut<S, B>>(w, a, begin, end, y);
     }
@@ -179,7 +179,7 @@ struct Gemv8 {
   }
 
   template <class C>
-  static void with_codec(const Weight& w, const Act8& a, size_t begin, size_t end, float* y) {
+  static void with_codec(const DenseWeight& w, const Act8& a, size_t begin, size_t end, float* y) {
     const C codec(w);
     const auto rows = run_length<S>(w, 2) == 1 ? gemv8_rows<S, C, true, kGemvRows> : gemv8_rows<S, C, false, kGemvRows>;
     each_row_block(begin, end, [&](const size_t* at) { rows(w, a, codec, at, y); });
@@ -189,7 +189,7 @@ struct Gemv8 {
 template <class S>
 struct GemvF {
   template <int B>
-  static void run(const Weight& w, const ActF& a, size_t begin, size_t end, float* y) {
+  static void run(const DenseWeight& w, const ActF& a, size_t begin, size_t end, float* y) {
     if constexpr (B <= 4) {
       if (S::kFastTable || !w.integers || w.has_lut) return with_values<B, Values<S, B, true>>(w, a, begin, end, y);
     }
@@ -197,7 +197,7 @@ struct GemvF {
   }
 
   template <int B, class V>
-  static void with_values(const Weight& w, const ActF& a, size_t begin, size_t end, float* y) {
+  static void with_values(const DenseWeight& w, const ActF& a, size_t begin, size_t end, float* y) {
     using C = Dense<S, B>;
     const C codec(w);
     const V values(w);

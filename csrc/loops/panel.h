@@ -18,18 +18,18 @@ struct Fetch {
   size_t stride = 64, rows = ~size_t{0};  // bytes from row to row, rows that are read side by side
   size_t row = 0, left, step;
 
-  // The panel at `row` and `column`; `steps`: how often `some` will be called for it, at least.
-  Fetch(const Weight& w, size_t first, size_t count, size_t column, size_t depth, size_t steps) {
-    const size_t bits = w.trellis ? static_cast<size_t>(w.trellis->bits) : static_cast<size_t>(w.bits);
-    if (w.trellis) {
-      at = w.codes + first / 32 * w.row_bytes + column * 4 * bits;
-      left = depth * 4 * bits / 64;  // of the first 32 rows: the others are fetched by decoding itself
-    } else {
-      at = w.codes + first * w.row_bytes + column / 8 * bits;
-      stride = w.row_bytes;
-      rows = count;
-      left = count * ((depth / 8 * bits + 63) / 64);
-    }
+  // `depth` columns of `count` rows, from `first` and `column` on; `steps`: how often `some` will be called, at least.
+  Fetch(const DenseWeight& w, size_t first, size_t count, size_t column, size_t depth, size_t steps)
+      : at(w.codes + first * w.row_bytes + column / 8 * static_cast<size_t>(w.bits)), stride(w.row_bytes), rows(count) {
+    left = count * ((depth / 8 * static_cast<size_t>(w.bits) + 63) / 64);
+    step = (left + steps - 1) / steps;
+  }
+
+  // Of the first 32 rows: the others are fetched by decoding itself.
+  Fetch(const TrellisWeight& w, size_t first, size_t, size_t column, size_t depth, size_t steps) {
+    const size_t bits = static_cast<size_t>(w.code.bits);
+    at = w.tiles + first / 32 * w.band_bytes + column * 4 * bits;
+    left = depth * 4 * bits / 64;
     step = (left + steps - 1) / steps;
   }
 
@@ -56,7 +56,7 @@ struct Stage {
   alignas(64) uint8_t bytes[V * S::L * kRow];
 
   // `depth` columns, from `column` on, of V * S::L rows.
-  void copy(const Weight& w, size_t row, size_t column, size_t depth) {
+  void copy(const DenseWeight& w, size_t row, size_t column, size_t depth) {
     const size_t at = column / S::W * C::kBytes, count = depth / S::W * C::kBytes;
     for (size_t i = 0; i < V * S::L; ++i) {
       const uint8_t* from = w.row(smaller(row + i, w.n - 1)) + at;
@@ -82,7 +82,7 @@ struct Stage {
 
 // S::L rows of the weight, unpacked and then transposed: into every second vector of a tile.
 template <class S, class C>
-void decode_rows(const Weight& w, const C& codec, size_t row, size_t column, size_t depth, uint8_t* out) {
+void decode_rows(const DenseWeight& w, const C& codec, size_t row, size_t column, size_t depth, uint8_t* out) {
   const uint8_t* rows[S::L];
   for (size_t i = 0; i < S::L; ++i) rows[i] = w.row(smaller(row + i, w.n - 1)) + column / S::W * C::kBytes;
   for (size_t c = 0, at = 0; c < depth; c += S::W, at += C::kBytes) {
@@ -93,16 +93,8 @@ void decode_rows(const Weight& w, const C& codec, size_t row, size_t column, siz
   }
 }
 
-// How a weight is decoded into panels; made once for each call of gemm.
-struct Decoder {
-  // The first `tiles` tiles of the panel at `row` and `column`.
-  void (*panel)(const Decoder& d, const Weight& w, size_t row, size_t tiles, size_t column, size_t depth, size_t stride,
-                uint8_t* out) = nullptr;
-  TileCode code;  // of a trellis
-};
-
 template <class S, class C>
-void decode_panel(const Decoder&, const Weight& w, size_t row, size_t tiles, size_t column, size_t depth, size_t stride,
+void decode_panel(const DenseWeight& w, size_t row, size_t tiles, size_t column, size_t depth, size_t stride,
                   uint8_t* out) {
   const C codec(w);
   for (size_t h = 0; h < 2 * tiles; ++h) {
@@ -119,16 +111,33 @@ void decode_panel(const Decoder&, const Weight& w, size_t row, size_t tiles, siz
   }
 }
 
-// The decoder of a weight with a row-major layout.
+// How a kind of weight is decoded into panels; chosen once for each call of gemm.
+template <class S, class W>
+class Panels;
+
 template <class S>
-struct DenseDecoder {
-  template <int B>
-  static void run(const Weight& w, Decoder* d) {
-    d->panel = decode_panel<S, Dense<S, B>>;
-    if constexpr (B == 1 || B == 4) {
-      if (w.has_lut) d->panel = decode_panel<S, DenseLut<S, B>>;
-    }
+class Panels<S, DenseWeight> {
+ public:
+  explicit Panels(const DenseWeight& w) { with_bits<Choose>(w.bits, w, &fill_); }
+
+  // The first `tiles` tiles of the panel at `row` and `column`.
+  void operator()(const DenseWeight& w, size_t row, size_t tiles, size_t column, size_t depth, size_t stride,
+                  uint8_t* out) const {
+    fill_(w, row, tiles, column, depth, stride, out);
   }
+
+ private:
+  using Fill = void (*)(const DenseWeight&, size_t, size_t, size_t, size_t, size_t, uint8_t*);
+  struct Choose {
+    template <int B>
+    static void run(const DenseWeight& w, Fill* fill) {
+      *fill = decode_panel<S, Dense<S, B>>;
+      if constexpr (B == 1 || B == 4) {
+        if (w.has_lut) *fill = decode_panel<S, DenseLut<S, B>>;
+      }
+    }
+  };
+  Fill fill_ = nullptr;
 };
 
 }  // namespace BITFOLD_NS

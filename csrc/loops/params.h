@@ -22,7 +22,7 @@ inline typename S::F params(const void* p, size_t i, bool bf16) {
 
 // total - (sum over the groups of a row of scale * zero * sum(x)): zero points take the same away from every product.
 template <class S>
-inline float less_zeros(const Weight& w, size_t row, const float* sums, typename S::F total) {
+inline float less_zeros(const Scaled& w, size_t row, const float* sums, typename S::F total) {
   const size_t at = row * w.groups;
   size_t g = 0;
   for (; g + S::L <= w.groups; g += S::L) {
@@ -36,24 +36,24 @@ inline float less_zeros(const Weight& w, size_t row, const float* sums, typename
 
 // Scales from the i-th on, spread over the lanes.
 template <class S>
-inline typename S::F spread(const Weight& w, const typename S::Spread& how, size_t i) {
+inline typename S::F spread(const Scaled& w, const typename S::Spread& how, size_t i) {
   return w.bf16 ? how.bf16(static_cast<const uint16_t*>(w.scale) + i) : how.f32(static_cast<const float*>(w.scale) + i);
 }
 
 // Scales in a step: 1, or more where groups are shorter than steps.
 template <class S>
-inline size_t scales_per_step(const Weight& w) {
+inline size_t scales_per_step(const Scaled& w) {
   return w.group % S::W ? S::W / w.group : 1;
 }
 
 // Steps that share a scale.
 template <class S>
-inline size_t run_length(const Weight& w, size_t steps) {
+inline size_t run_length(const Scaled& w, size_t steps) {
   return w.group == 0 ? steps : w.group % S::W ? 1 : w.group / S::W;
 }
 
 template <class T>
-inline void group_sums(const Weight& w, const T* x, float* sums) {
+inline void group_sums(const Scaled& w, const T* x, float* sums) {
   const size_t group = w.group ? w.group : w.k;
   for (size_t g = 0; g < w.groups; ++g) {
     double sum = 0;

@@ -41,7 +41,7 @@ static void grid_errors(const Integers& grid, const float* w, size_t blocks, siz
 
 // `width` weights (at most kPart) of every column, from `at` on. FULL: width is kPart.
 template <bool FULL>
-void feed_part(const Integers& grid, const Columns& c, size_t at, size_t width) {
+void feed_part(const Integers& grid, const ColumnScales& s, const Columns& c, uint8_t* out, size_t at, size_t width) {
   if (FULL) width = kPart;
   const float low = grid.low, high = grid.high;
   for (size_t j = 0; j < c.count; ++j) {
@@ -59,13 +59,13 @@ void feed_part(const Integers& grid, const Columns& c, size_t at, size_t width) 
     for (size_t r = 0; r < width; ++r) sum[r] = target[r] + pivot * sum[r];
     if (c.kept)
       for (size_t r = 0; r < width; ++r) sum[r] = c.kept[own + r] ? sum[r] : 0.f;
-    const size_t block = place / c.group * c.rows + at;
-    const float* scale = c.scale + block;
+    const size_t block = place / s.group * c.rows + at;
+    const float* scale = s.scale + block;
     float shift[kPart] = {};
-    if (c.zero)
-      for (size_t r = 0; r < width; ++r) shift[r] = c.zero[block + r];
+    if (s.zero)
+      for (size_t r = 0; r < width; ++r) shift[r] = s.zero[block + r];
     float* decoded = c.decoded + own;
-    uint8_t* codes = c.codes + place * c.rows + at;
+    uint8_t* codes = out + place * c.rows + at;
     for (size_t r = 0; r < width; ++r) {
       const float integer = nearest_integer(sum[r] * inverse_of(scale[r]) + shift[r], low, high);
       codes[r] = static_cast<uint8_t>(static_cast<int32_t>(integer - low));
@@ -80,9 +80,10 @@ void feed_part(const Integers& grid, const Columns& c, size_t at, size_t width) 
 }
 
 // Weights [begin, end) of every column.
-static void feed(const Integers& grid, const Columns& c, size_t begin, size_t end) {
-  for (; begin + kPart <= end; begin += kPart) feed_part<true>(grid, c, begin, kPart);
-  if (begin < end) feed_part<false>(grid, c, begin, end - begin);
+static void feed(const Integers& grid, const ColumnScales& s, const Columns& c, uint8_t* codes, size_t begin,
+                 size_t end) {
+  for (; begin + kPart <= end; begin += kPart) feed_part<true>(grid, s, c, codes, begin, kPart);
+  if (begin < end) feed_part<false>(grid, s, c, codes, begin, end - begin);
 }
 
 }  // namespace BITFOLD_NS

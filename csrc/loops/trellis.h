@@ -15,14 +15,14 @@ constexpr size_t kAhead = 4096;  // bytes that are fetched ahead
 template <class S>
 struct TrellisGemv8 {
   template <int K>
-  static void run(const Weight& w, const Act8& a, size_t begin, size_t end, float* y) {
+  static void run(const TrellisWeight& w, const Act8& a, size_t begin, size_t end, float* y) {
     using I = typename S::I;
     constexpr int V = kBand / S::L;
-    const TileCode code = tile_code(*w.trellis, 128);
+    const TileCode code = tile_code(w.code, 128);
     int32_t start = 0;
     for (int i = 0; i < S::L; ++i) start += a.start[i];
     for (size_t row = begin; row < end; row += kBand) {
-      const uint8_t* tile = w.codes + row / kBand * w.row_bytes;
+      const uint8_t* tile = w.tiles + row / kBand * w.band_bytes;
       I acc[V];
       repeat<V>([&](auto v) BITFOLD_INLINE { acc[v.value] = S::broadcast4(&start); });
       for (size_t c = 0; c < w.k; c += 4, tile += 16 * K) {
@@ -42,13 +42,13 @@ struct TrellisGemv8 {
 template <class S>
 struct TrellisGemvF {
   template <int K>
-  static void run(const Weight& w, const ActF& a, size_t begin, size_t end, float* y) {
+  static void run(const TrellisWeight& w, const ActF& a, size_t begin, size_t end, float* y) {
     using I = typename S::I;
     using F = typename S::F;
     constexpr int V = kBand / S::L;
-    const TileCode code = tile_code(*w.trellis, 0);
+    const TileCode code = tile_code(w.code, 0);
     for (size_t row = begin; row < end; row += kBand) {
-      const uint8_t* tile = w.codes + row / kBand * w.row_bytes;
+      const uint8_t* tile = w.tiles + row / kBand * w.band_bytes;
       F acc[V];
       repeat<V>([&](auto v) BITFOLD_INLINE { acc[v.value] = S::zerof(); });
       for (size_t c = 0; c < w.k; c += 4, tile += 16 * K) {
@@ -71,13 +71,12 @@ struct TrellisGemvF {
 
 // A panel, see panel.h. Columns behind the last tile are zero.
 template <class S, int K>
-void trellis_panel(const Decoder& d, const Weight& w, size_t row, size_t tiles, size_t column, size_t depth,
+void trellis_panel(const TileCode& code, const TrellisWeight& w, size_t row, size_t tiles, size_t column, size_t depth,
                    size_t stride, uint8_t* out) {
   constexpr int V = kBand / S::L;
   constexpr size_t kPer = V / 2;  // tiles of a panel in a band
-  const TileCode code = d.code;
   for (size_t t = 0; t < tiles; t += kPer) {
-    const uint8_t* tile = w.codes + (row + t * 2 * S::L) / kBand * w.row_bytes + column / 4 * 16 * K;
+    const uint8_t* tile = w.tiles + (row + t * 2 * S::L) / kBand * w.band_bytes + column / 4 * 16 * K;
     for (size_t c = 0; c < depth; c += 4, tile += 16 * K) {
       typename S::I values[V];
       S::prefetch(tile + kAhead);
@@ -94,25 +93,16 @@ void trellis_panel(const Decoder& d, const Weight& w, size_t row, size_t tiles, 
   }
 }
 
-template <class S>
-struct TrellisDecoder {
-  template <int K>
-  static void run(const Weight& w, Decoder* d) {
-    d->panel = trellis_panel<S, K>;
-    d->code = tile_code(*w.trellis, 128);
-  }
-};
-
 // Rows [begin, end) as float32: bands are decoded some columns at a time and transposed.
 template <class S>
 struct TrellisDequantize {
   template <int K>
-  static void run(const Weight& w, size_t begin, size_t end, float* out) {
+  static void run(const TrellisWeight& w, size_t begin, size_t end, float* out) {
     constexpr size_t V = kBand / S::L, kColumns = 4 * S::L;
-    const TileCode code = tile_code(*w.trellis, 0);
+    const TileCode code = tile_code(w.code, 0);
     for (size_t band = begin / kBand; band * kBand < end; ++band)
       for (size_t c = 0; c < w.k; c += kColumns) {
-        const uint8_t* tile = w.codes + band * w.row_bytes + c / 4 * 16 * K;
+        const uint8_t* tile = w.tiles + band * w.band_bytes + c / 4 * 16 * K;
         typename S::I values[V][S::L];
         for (size_t i = 0; i < S::L && c + 4 * i < w.k; ++i) {
           typename S::I v[V];
@@ -152,21 +142,33 @@ inline auto with_trellis_bits(int bits, const A&... a) {
 }
 
 template <class S>
-Decoder decoder(const Weight& w) {
-  Decoder d;
-  if (w.trellis) {
-    with_trellis_bits<TrellisDecoder<S>>(w.trellis->bits, w, &d);
-  } else {
-    with_bits<DenseDecoder<S>>(w.bits, w, &d);
+class Panels<S, TrellisWeight> {
+ public:
+  explicit Panels(const TrellisWeight& w) : code_(tile_code(w.code, 128)) {
+    with_trellis_bits<Choose>(w.code.bits, &fill_);
   }
-  return d;
-}
+
+  void operator()(const TrellisWeight& w, size_t row, size_t tiles, size_t column, size_t depth, size_t stride,
+                  uint8_t* out) const {
+    fill_(code_, w, row, tiles, column, depth, stride, out);
+  }
+
+ private:
+  using Fill = void (*)(const TileCode&, const TrellisWeight&, size_t, size_t, size_t, size_t, size_t, uint8_t*);
+  struct Choose {
+    template <int K>
+    static void run(Fill* fill) {
+      *fill = trellis_panel<S, K>;
+    }
+  };
+  TileCode code_;
+  Fill fill_ = nullptr;
+};
 
 // Several rows of activations, in bytes.
 template <class S>
-void gemm_bytes(const Weight& w, const Act8& a, size_t begin, size_t end, float* y, void* scratch) {
-  if (w.bits == 8) return gemm_with<S, ByteProducts<S, true>>(w, a, begin, end, y, scratch, decoder<S>(w));
-  gemm_with<S, ByteProducts<S, false>>(w, a, begin, end, y, scratch, decoder<S>(w));
+void gemm_bytes(const TrellisWeight& w, const Act8& a, size_t begin, size_t end, float* y, void* scratch) {
+  gemm_with<S, ByteProducts<S, true>>(w, a, begin, end, y, scratch);
 }
 
 }  // namespace BITFOLD_NS

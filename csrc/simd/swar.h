@@ -1,6 +1,6 @@
 // Packing of 8 codes in one 64-bit word: portable, and the tail of every SIMD loop.
 //
-// Included by the files of csrc/isa inside their own namespace BITFOLD_NS (see table.h).
+// Included by the files of csrc/isa inside their own namespace BITFOLD_NS (see system/table.h).
 #pragma once
 #include <cstddef>
 #include <cstdint>

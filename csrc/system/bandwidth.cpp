@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "system/dispatch.h"
 #include "system/threads.h"
 
 namespace bitfold {
@@ -30,5 +31,7 @@ uint64_t read_memory(const uint8_t* data, size_t bytes, int threads) {
                [&](size_t begin, size_t end) { sum ^= read_range(data + begin * kLine, end - begin); });
   return sum.load();
 }
+
+size_t spin_dots(size_t rounds) { return table().dots(rounds); }
 
 }  // namespace bitfold

@@ -4,10 +4,26 @@
 // linkage could be picked by the linker for code that runs on a smaller CPU, so those files include no C++ standard
 // headers with inline functions, and everything they define lives in a namespace of their own (BITFOLD_NS).
 #pragma once
+#include "transforms/rotation.h"
+#include "weights/activations.h"
 #include "weights/dense/rounding.h"
-#include "weights/linear.h"
+#include "weights/dense/weight.h"
+#include "weights/trellis/weight.h"
 
 namespace bitfold {
+
+// Products by one kind of weight.
+template <class W>
+struct Products {
+  // One row of activations: the arrangement of gemvf, and sums if the weight has zero points.
+  void (*arrange)(const W& w, const float* x, size_t padded, float* out, float* sums);
+  // Rows [begin, end) of the weight times one row of activations.
+  void (*gemv8)(const W& w, const Act8& a, size_t begin, size_t end, float* y);
+  void (*gemvf)(const W& w, const ActF& a, size_t begin, size_t end, float* y);
+  // Any number of rows, see arrange8 and arrangef of the table. begin is a multiple of kRowGrain.
+  void (*gemm8)(const W& w, const Act8& a, size_t begin, size_t end, float* y, void* scratch);
+  void (*gemmf)(const W& w, const ActF& a, size_t begin, size_t end, float* y, void* scratch);
+};
 
 struct Table {
   const char* name;
@@ -21,34 +37,42 @@ struct Table {
 
   // One row of activations: float32 (k) -> int8 (padded, zeros behind k). Returns the scale.
   float (*quantize)(const float* x, size_t k, size_t padded, int8_t* out);
-  // One row of activations: start (and sums, if the weight has zero points) for gemv8; the arrangement of gemvf.
-  void (*sums8)(const Weight& w, const int8_t* x, size_t padded, int32_t* start, float* sums);
-  void (*arrange)(const Weight& w, const float* x, size_t padded, float* out, float* sums);
-  // Rows [begin, end) of the weight times one row of activations.
-  void (*gemv8)(const Weight& w, const Act8& a, size_t begin, size_t end, float* y);
-  void (*gemvf)(const Weight& w, const ActF& a, size_t begin, size_t end, float* y);
-
-  // Any number of rows, in blocks of block_rows(m); see gemm.h for their arrangement and the scratch memory. begin is a
-  // multiple of kRowGrain.
+  // One row of activations: start (and sums, if the weight has zero points) for gemv8.
+  void (*sums8)(const Scaled& w, const int8_t* x, size_t padded, int32_t* start, float* sums);
+  // Any number of rows, in blocks of block_rows(m); see gemm.h for their arrangement and the scratch memory.
   size_t (*block_rows)(size_t m);
-  void (*arrange8)(const Weight& w, const int8_t* x, size_t m, size_t padded, int8_t* out, int32_t* start, float* sums);
-  void (*arrangef)(const Weight& w, const float* x, size_t m, size_t padded, float* out, float* sums);
-  void (*gemm8)(const Weight& w, const Act8& a, size_t begin, size_t end, float* y, void* scratch);
-  void (*gemmf)(const Weight& w, const ActF& a, size_t begin, size_t end, float* y, void* scratch);
-  size_t (*gemm_scratch)(const Weight& w, size_t m, size_t padded);
+  void (*arrange8)(const Scaled& w, const int8_t* x, size_t m, size_t padded, int8_t* out, int32_t* start, float* sums);
+  void (*arrangef)(const Scaled& w, const float* x, size_t m, size_t padded, float* out, float* sums);
+  size_t (*gemm_scratch)(const Scaled& w, size_t m, size_t padded);
+  Products<DenseWeight> dense;
+  Products<TrellisWeight> trellis;
 
   // One row of the weight out of its unpacked codes; rows [begin, end) out of trellis tiles.
-  void (*decode)(const Weight& w, size_t row, const uint8_t* codes, float* out);
-  void (*decode_tiles)(const Weight& w, size_t begin, size_t end, float* out);
+  void (*decode)(const DenseWeight& w, size_t row, const uint8_t* codes, float* out);
+  void (*decode_tiles)(const TrellisWeight& w, size_t begin, size_t end, float* out);
   // One row of activations rotated; scratch: r.size floats.
   void (*rotate)(const Rotation& r, const float* x, float* out, float* scratch);
   // rounding.h, in one thread; feed: weights [begin, end) of every column.
   void (*grid_errors)(const Integers& grid, const float* w, size_t blocks, size_t length, const float* scale,
                       const float* zero, float* error);
-  void (*feed)(const Integers& grid, const Columns& columns, size_t begin, size_t end);
-  // spin_dots of linear.h.
+  void (*feed)(const Integers& grid, const ColumnScales& scales, const Columns& columns, uint8_t* codes, size_t begin,
+               size_t end);
+  // spin_dots of bandwidth.h.
   size_t (*dots)(size_t rounds);
+
+  template <class W>
+  const Products<W>& products() const;
 };
+
+template <>
+inline const Products<DenseWeight>& Table::products() const {
+  return dense;
+}
+
+template <>
+inline const Products<TrellisWeight>& Table::products() const {
+  return trellis;
+}
 
 constexpr size_t kRowGrain = 64;  // rows of the weight that a thread takes at least
 

@@ -9,7 +9,7 @@
 
 namespace {
 
-using bitfold::Weight;
+using bitfold::DenseWeight;
 
 struct Case {
   int bits;
@@ -17,9 +17,9 @@ struct Case {
   bool zero, bf16, lut, table;
 };
 
-// A random weight of that kind, with everything a Weight points to, and its values in double precision.
+// A random weight of that kind, with everything a weight points to, and its values in double precision.
 struct Sample {
-  Weight w;
+  DenseWeight w;
   std::vector<uint8_t> codes, packed, tail;
   std::vector<float> scale, zero;
   std::vector<uint16_t> scale16, zero16;

@@ -75,23 +75,12 @@ void feedback_of(const char* isa, const Case& c, std::mt19937& random) {
   std::vector<int64_t> places(c.columns);
   for (size_t j = 0; j < c.columns; ++j) places[j] = static_cast<int64_t>(c.columns - 1 - j);
   std::vector<float> decoded(size), error(size);
-  bitfold::Columns columns{c.columns,
-                           c.rows,
-                           lower.data(),
-                           c.columns,
-                           target.data(),
-                           carried.data(),
-                           places.data(),
-                           c.group,
-                           scale.data(),
-                           c.zeros ? zero.data() : nullptr,
-                           c.kept ? kept.data() : nullptr,
-                           again.data(),
-                           decoded.data(),
-                           error.data()};
-  bitfold::rounding_feedback(c.grid, columns, 3);
-  columns.codes = codes.data();
-  bitfold::rounding_feedback(c.grid, columns, 1);
+  const bitfold::Columns columns{c.columns,      c.rows,         lower.data(),  c.columns,
+                                 target.data(),  carried.data(), places.data(), c.kept ? kept.data() : nullptr,
+                                 decoded.data(), error.data()};
+  const bitfold::ColumnScales scales{c.group, scale.data(), c.zeros ? zero.data() : nullptr};
+  bitfold::rounding_feedback(c.grid, scales, columns, again.data(), 3);
+  bitfold::rounding_feedback(c.grid, scales, columns, codes.data(), 1);
   CHECK(codes == again, "%s: threads", isa);
   keep(decoded);
   for (size_t r = 0; r < c.rows; ++r)
@@ -117,8 +106,8 @@ void not_a_number(const char* isa) {
   const int64_t place = 0;
   uint8_t code = 9;
   float decoded = 0, error = 0;
-  const bitfold::Columns c{1, 1, &one, 1, &bad, &none, &place, 1, &one, nullptr, nullptr, &code, &decoded, &error};
-  bitfold::rounding_feedback({-8, 7}, c, 1);
+  const bitfold::Columns c{1, 1, &one, 1, &bad, &none, &place, nullptr, &decoded, &error};
+  bitfold::rounding_feedback({-8, 7}, {1, &one, nullptr}, c, &code, 1);
   CHECK(code == 0 && decoded == -8, "%s: NaN became %d", isa, code);
   bitfold::rounding_errors({-8, 7}, &bad, 1, 1, &one, nullptr, &error, 1);
   CHECK(std::isnan(error), "%s: NaN lost nothing", isa);

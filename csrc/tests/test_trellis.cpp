@@ -12,7 +12,7 @@ namespace {
 
 struct Sample {
   bitfold::TrellisCode code;
-  bitfold::Weight w;
+  bitfold::TrellisWeight w;
   std::vector<uint8_t> columns, tiles;
   std::vector<int16_t> levels;
   std::vector<uint16_t> scale;
@@ -31,14 +31,12 @@ struct Sample {
     tiles.resize(down * across * bytes);  // exactly: AddressSanitizer sees a read beyond it
     for (uint8_t& b : tiles) b = static_cast<uint8_t>(random());
     for (size_t i = 0; i < n; ++i) scale.push_back(static_cast<uint16_t>(0x3f00 + random() % 256));
-    w.codes = tiles.data();
-    w.n = w.tail_from = n;
+    w.tiles = tiles.data();
+    w.n = n;
     w.k = k;
-    w.row_bytes = across * bytes;
+    w.band_bytes = across * bytes;
     w.scale = scale.data();
-    w.bf16 = true;
-    w.offset = 128;
-    w.trellis = &code;
+    w.code = code;
     fill_values(n, k, across, bytes);
   }
 

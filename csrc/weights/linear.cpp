@@ -2,9 +2,9 @@
 
 #include <algorithm>
 #include <cstring>
-#include <new>
 
 #include "system/dispatch.h"
+#include "system/scratch.h"
 #include "system/threads.h"
 #include "weights/dense/packing.h"
 
@@ -15,50 +15,24 @@ constexpr size_t kMostRows = 256;  // rows of activations that one panel serves 
 
 size_t round_up(size_t x, size_t to) { return (x + to - 1) / to * to; }
 
-// Memory that is kept from call to call, one piece for each thread and purpose, aligned to cache lines.
-class Scratch {
- public:
-  ~Scratch() { release(); }
-
-  template <class T>
-  T* get(size_t count) {
-    const size_t bytes = count * sizeof(T);
-    if (bytes > size_) {
-      release();
-      memory_ = ::operator new(round_up(bytes, 4096), kAlign);
-      size_ = round_up(bytes, 4096);
-    }
-    return static_cast<T*>(memory_);
-  }
-
- private:
-  static constexpr std::align_val_t kAlign{64};
-  void release() {
-    if (memory_) ::operator delete(memory_, kAlign);
-    memory_ = nullptr;
-    size_ = 0;
-  }
-  void* memory_ = nullptr;
-  size_t size_ = 0;
-};
-
 thread_local Scratch codes_memory, rows_memory, start_memory, sums_memory, panel_memory, float_memory;
 
-size_t runs_of(const Weight& w, const Table& t, size_t padded) {
+size_t runs_of(const Scaled& w, const Table& t, size_t padded) {
   const size_t step = 4 * t.lanes, steps = padded / step;
   const size_t per = w.group == 0 ? steps : w.group % step ? 1 : w.group / step;
   return (steps + per - 1) / per;
 }
 
 // x -> 8 bits, row-major (m, padded), and their scales.
-int8_t* quantize_rows(const Table& t, const Weight& w, const float* x, size_t m, size_t padded, float* scales) {
+int8_t* quantize_rows(const Table& t, const Scaled& w, const float* x, size_t m, size_t padded, float* scales) {
   int8_t* out = codes_memory.get<int8_t>(m * padded);
   for (size_t i = 0; i < m; ++i) scales[i] = t.quantize(x + i * w.k, w.k, padded, out + i * padded);
   return out;
 }
 
 // One row of activations.
-void gemv8(const Table& t, const Weight& w, const float* x, float* y, int threads) {
+template <class W>
+void gemv8(const Table& t, const W& w, const float* x, float* y, int threads) {
   float scale;
   Act8 a;
   a.m = 1;
@@ -70,20 +44,21 @@ void gemv8(const Table& t, const Weight& w, const float* x, float* y, int thread
   t.sums8(w, a.x, a.padded, start, sums);
   a.start = start;
   a.sums = sums;
-  parallel_for(w.n, kRowGrain, threads, [&](size_t begin, size_t end) { t.gemv8(w, a, begin, end, y); });
+  parallel_for(w.n, kRowGrain, threads, [&](size_t begin, size_t end) { t.products<W>().gemv8(w, a, begin, end, y); });
 }
 
-void gemvf(const Table& t, const Weight& w, const float* x, const float* scale, float* y, int threads) {
+template <class W>
+void gemvf(const Table& t, const W& w, const float* x, const float* scale, float* y, int threads) {
   ActF a;
   a.m = 1;
   a.padded = round_up(w.k, kPad);
   float* out = rows_memory.get<float>(a.padded);
   float* sums = w.zero ? sums_memory.get<float>(w.groups) : nullptr;
-  t.arrange(w, x, a.padded, out, sums);
+  t.products<W>().arrange(w, x, a.padded, out, sums);
   a.x = out;
   a.sums = sums;
   parallel_for(w.n, kRowGrain, threads, [&](size_t begin, size_t end) {
-    t.gemvf(w, a, begin, end, y);
+    t.products<W>().gemvf(w, a, begin, end, y);
     for (size_t n = begin; scale && n < end; ++n) y[n] *= *scale;
   });
 }
@@ -94,7 +69,8 @@ size_t sums_of(const Table& t, size_t m, size_t padded) {
   return round_up(m, rows) * (padded / 16 + 1);
 }
 
-void gemm8(const Table& t, const Weight& w, const float* x, size_t m, float* y, int threads) {
+template <class W>
+void gemm8(const Table& t, const W& w, const float* x, size_t m, float* y, int threads) {
   Act8 a;
   a.m = m;
   a.padded = round_up(w.k, kPad);
@@ -109,11 +85,12 @@ void gemm8(const Table& t, const Weight& w, const float* x, size_t m, float* y, 
   a.sums = sums;
   a.scale = scales;
   parallel_for(w.n, kRowGrain, threads, [&](size_t begin, size_t end) {
-    t.gemm8(w, a, begin, end, y, panel_memory.get<uint8_t>(t.gemm_scratch(w, a.m, a.padded)));
+    t.products<W>().gemm8(w, a, begin, end, y, panel_memory.get<uint8_t>(t.gemm_scratch(w, a.m, a.padded)));
   });
 }
 
-void gemmf(const Table& t, const Weight& w, const float* x, size_t m, const float* scales, float* y, int threads) {
+template <class W>
+void gemmf(const Table& t, const W& w, const float* x, size_t m, const float* scales, float* y, int threads) {
   ActF a;
   a.m = m;
   a.padded = round_up(w.k, kPad);
@@ -124,12 +101,13 @@ void gemmf(const Table& t, const Weight& w, const float* x, size_t m, const floa
   a.sums = sums;
   a.scale = scales;
   parallel_for(w.n, kRowGrain, threads, [&](size_t begin, size_t end) {
-    t.gemmf(w, a, begin, end, y, panel_memory.get<uint8_t>(t.gemm_scratch(w, a.m, a.padded)));
+    t.products<W>().gemmf(w, a, begin, end, y, panel_memory.get<uint8_t>(t.gemm_scratch(w, a.m, a.padded)));
   });
 }
 
 // Activations rounded to 8 bits, times points that are not integers.
-void rounded(const Table& t, const Weight& w, const float* x, size_t m, float* y, int threads) {
+template <class W>
+void rounded(const Table& t, const W& w, const float* x, size_t m, float* y, int threads) {
   const size_t padded = round_up(w.k, kPad);
   float* scales = float_memory.get<float>(m + m * w.k);
   float* codes = scales + m;
@@ -139,9 +117,11 @@ void rounded(const Table& t, const Weight& w, const float* x, size_t m, float* y
   m > 1 ? gemmf(t, w, codes, m, scales, y, threads) : gemvf(t, w, codes, scales, y, threads);
 }
 
-}  // namespace
+// Rows that a thread decodes at least.
+size_t decode_grain(const Scaled& w) { return 32 + (1 << 16) / (w.k + 1); }
 
-void matmul(const Weight& w, const float* x, size_t m, bool int8, float* y, int threads) {
+template <class W>
+void matmul_with(const W& w, const float* x, size_t m, bool int8, float* y, int threads) {
   const Table& t = table();
   if (w.k == 0) {
     std::memset(y, 0, m * w.n * sizeof(float));
@@ -162,10 +142,19 @@ void matmul(const Weight& w, const float* x, size_t m, bool int8, float* y, int 
   }
 }
 
-void dequantize(const Weight& w, size_t begin, size_t end, float* out, int threads) {
+}  // namespace
+
+void matmul(const DenseWeight& w, const float* x, size_t m, bool int8, float* y, int threads) {
+  matmul_with(w, x, m, int8, y, threads);
+}
+
+void matmul(const TrellisWeight& w, const float* x, size_t m, bool int8, float* y, int threads) {
+  matmul_with(w, x, m, int8, y, threads);
+}
+
+void dequantize(const DenseWeight& w, size_t begin, size_t end, float* out, int threads) {
   const Table& t = table();
-  parallel_for(end - begin, 32 + (1 << 16) / (w.k + 1), threads, [&](size_t from, size_t to) {
-    if (w.trellis) return t.decode_tiles(w, begin + from, begin + to, out + from * w.k);
+  parallel_for(end - begin, decode_grain(w), threads, [&](size_t from, size_t to) {
     uint8_t* codes = codes_memory.get<uint8_t>(w.k);
     for (size_t r = from; r < to; ++r) {
       unpack_row(w.codes + (begin + r) * w.row_bytes, w.k, w.bits, codes);
@@ -174,14 +163,10 @@ void dequantize(const Weight& w, size_t begin, size_t end, float* out, int threa
   });
 }
 
-void rotate(const Rotation& r, const float* x, size_t rows, float* out, int threads) {
+void dequantize(const TrellisWeight& w, size_t begin, size_t end, float* out, int threads) {
   const Table& t = table();
-  parallel_for(rows, 1 + (1 << 14) / (r.size + 1), threads, [&](size_t begin, size_t end) {
-    float* scratch = float_memory.get<float>(r.size);
-    for (size_t i = begin; i < end; ++i) t.rotate(r, x + i * r.size, out + i * r.size, scratch);
-  });
+  parallel_for(end - begin, decode_grain(w), threads,
+               [&](size_t from, size_t to) { t.decode_tiles(w, begin + from, begin + to, out + from * w.k); });
 }
-
-size_t spin_dots(size_t rounds) { return table().dots(rounds); }
 
 }  // namespace bitfold

@@ -16,7 +16,7 @@ from bitfold import kernels
 from bitfold.errors import FormatError, UsageError
 from bitfold.formats import FORMATS, get_format
 from bitfold.kernels.activations import quantize_tokens
-from bitfold.kernels.layout import read_layout
+from bitfold.kernels.layout import read_layout, read_spec, write_spec
 from bitfold.methods.fits import FITS
 from bitfold.qtensor import QTensor
 from bitfold.system import native
@@ -209,10 +209,8 @@ def test_the_operator_is_sound(name):
     if CORE is None:
         pytest.skip("no native core in this installation")
     w = read_layout(sample(name, 12, 130))
-    p = w.points
     x = activations(3, 130).requires_grad_()
-    rest = (list(p.points), list(p.lut), p.offset, p.unit, p.integers, list(w.columns), list(w.table))
-    args = (x, w.codes, w.scale, w.zero, w.k, w.bits, w.group, *rest, False)
+    args = (x, w.codes, w.scale, w.zero, write_spec(w.spec), False)
     torch.library.opcheck(torch.ops.bitfold.linear.default, args, test_utils=OPCHECKS)
 
 
@@ -276,16 +274,21 @@ def test_damaged_bytes_are_other_weights(isa, name, act):
 def test_the_core_refuses_trellis_codes_it_cannot_decode():
     if CORE is None:
         pytest.skip("no native core in this installation")
-    w = read_layout(sample("trellis-2", 4, 8))
-    args = (w.codes.data_ptr(), w.n, w.k)
-    rest = w.scale.data_ptr()
-    CORE.Weight(*args, 2, rest, w.columns, w.table)
+    code = read_layout(sample("trellis-2", 4, 8)).spec.code
+    CORE.TrellisCode(bits=2, gain=4, columns=code.columns, table=code.table)
     for bits, columns, table in [
-        (5, w.columns, w.table),
-        (2, w.columns * 2, w.table),
-        (2, w.columns, w.table[:-1]),
-        (2, w.columns, w.table * 2),
-        (2, w.columns, (1,) * 64),
+        (5, code.columns, code.table),
+        (2, code.columns * 2, code.table),
+        (2, code.columns, code.table[:-1]),
+        (2, code.columns, code.table * 2),
+        (2, code.columns, (1,) * 64),
     ]:
         with pytest.raises(ValueError, match="not a trellis code"):
-            CORE.Weight(*args, bits, rest, columns, table)
+            CORE.TrellisCode(bits=bits, gain=4, columns=columns, table=table)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_what_a_weight_is_comes_back_from_its_text(name):
+    """The operator takes it as a string."""
+    spec = read_layout(sample(name, 5, 256)).spec
+    assert read_spec(write_spec(spec)) == spec

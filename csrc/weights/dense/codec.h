@@ -15,7 +15,7 @@ template <class S, int B>
 struct Dense {
   static constexpr int kBits = B;
   static constexpr size_t kBytes = size_t{S::W} * B / 8;
-  explicit Dense(const Weight&) {}
+  explicit Dense(const DenseWeight&) {}
   typename S::I load(const uint8_t* p) const { return S::template codes<B>(p); }
   typename S::I map(typename S::I codes) const { return codes; }
 };
@@ -26,7 +26,7 @@ struct DenseLut {
   static constexpr int kBits = B;
   static constexpr size_t kBytes = size_t{S::W} * B / 8;
   typename S::I table;
-  explicit DenseLut(const Weight& w) : table(S::table16(w.lut)) {}
+  explicit DenseLut(const DenseWeight& w) : table(S::table16(w.lut)) {}
   typename S::I load(const uint8_t* p) const { return map(S::template codes<B>(p)); }
   typename S::I map(typename S::I codes) const { return S::lookup(table, codes); }
 };
@@ -38,7 +38,7 @@ struct Values;
 template <class S, int B>
 struct Values<S, B, true> {
   typename S::Table table;
-  explicit Values(const Weight& w) : table(S::table(w.points)) {}
+  explicit Values(const DenseWeight& w) : table(S::table(w.points)) {}
   template <int J>
   typename S::F get(typename S::I codes) const {
     return S::template entry<J>(table, codes);
@@ -49,7 +49,7 @@ struct Values<S, B, true> {
 template <class S, int B>
 struct Values<S, B, false> {
   typename S::I offset;
-  explicit Values(const Weight& w) : offset(S::set8(static_cast<int8_t>(w.offset))) {}
+  explicit Values(const Scaled& w) : offset(S::set8(static_cast<int8_t>(w.offset))) {}
   template <int J>
   typename S::F get(typename S::I centred) const {
     return S::template plane<J>(centred);

@@ -20,12 +20,14 @@ void rounding_errors(const Integers& grid, const float* w, size_t blocks, size_t
   });
 }
 
-void rounding_feedback(const Integers& grid, const Columns& columns, int threads) {
+void rounding_feedback(const Integers& grid, const ColumnScales& scales, const Columns& columns, uint8_t* codes,
+                       int threads) {
   if (!columns.count || !columns.rows) return;
   const Table& t = table();
   const size_t enough = kGrain / (columns.count * (columns.count / 2 + 8)) + 1;
   const size_t grain = (enough + kTogether - 1) / kTogether * kTogether;
-  parallel_for(columns.rows, grain, threads, [&](size_t begin, size_t end) { t.feed(grid, columns, begin, end); });
+  parallel_for(columns.rows, grain, threads,
+               [&](size_t begin, size_t end) { t.feed(grid, scales, columns, codes, begin, end); });
 }
 
 }  // namespace bitfold

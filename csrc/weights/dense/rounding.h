@@ -17,7 +17,7 @@ struct Integers {
 void rounding_errors(const Integers& grid, const float* w, size_t blocks, size_t length, const float* scale,
                      const float* zero, float* error, int threads);
 
-// Some neighbouring columns of W R on their way through error feedback (solvers/ldlq.py), each column contiguous.
+// Some neighbouring columns of W R on their way through error feedback (methods/gptq.py), each column contiguous.
 struct Columns {
   size_t count = 0, rows = 0;    // columns, and the weights in each
   const float* lower = nullptr;  // (count, count), the lower triangle used: what the error of one leaves in a later one
@@ -25,15 +25,20 @@ struct Columns {
   const float* target = nullptr;    // (count, rows)
   const float* carried = nullptr;   // (count, rows): what columns before these have left
   const int64_t* places = nullptr;  // (count): the number of each column in the weight
-  size_t group = 1;                 // columns of the weight that share their scales
-  const float* scale = nullptr;     // (groups, rows)
-  const float* zero = nullptr;      // (groups, rows), or null
   const uint8_t* kept = nullptr;    // (count, rows): 0 where the aim is to be zero; or null
-  uint8_t* codes = nullptr;         // (columns of the weight, rows): c - low
   float* decoded = nullptr;         // (count, rows)
   float* error = nullptr;           // (count, rows): target - decoded
 };
 
-void rounding_feedback(const Integers& grid, const Columns& columns, int threads);
+// What the columns of a weight are rounded with.
+struct ColumnScales {
+  size_t group = 1;              // columns that share their scales
+  const float* scale = nullptr;  // (groups, rows)
+  const float* zero = nullptr;   // (groups, rows), or null
+};
+
+// codes: (columns of the weight, rows), c - low, written at the places.
+void rounding_feedback(const Integers& grid, const ColumnScales& scales, const Columns& columns, uint8_t* codes,
+                       int threads);
 
 }  // namespace bitfold

@@ -67,10 +67,10 @@ void unpack_rows(const LatticeWeight& w, size_t begin, size_t end, uint8_t* out)
 }
 
 // The rows as a weight of 8-bit codes in `bytes`.
-Weight as_bytes(const LatticeWeight& w, size_t begin, size_t end, std::vector<uint8_t>& bytes) {
+DenseWeight as_bytes(const LatticeWeight& w, size_t begin, size_t end, std::vector<uint8_t>& bytes) {
   bytes.resize((end - begin) * w.k + 64);
   unpack_rows(w, begin, end, bytes.data());
-  Weight out;
+  DenseWeight out;
   out.codes = bytes.data();
   out.n = out.tail_from = end - begin;
   out.k = out.row_bytes = w.k;
@@ -96,7 +96,7 @@ void in_pieces(const LatticeWeight& w, size_t first, size_t count, int threads, 
 }  // namespace
 
 void matmul(const LatticeWeight& w, const float* x, size_t m, bool int8, float* y, int threads) {
-  in_pieces(w, 0, w.n, threads, [&](size_t at, const Weight& part) {
+  in_pieces(w, 0, w.n, threads, [&](size_t at, const DenseWeight& part) {
     if (m == 1) return matmul(part, x, m, int8, y + at, 1);
     thread_local std::vector<float> room;
     room.resize(m * part.n);
@@ -107,7 +107,7 @@ void matmul(const LatticeWeight& w, const float* x, size_t m, bool int8, float* 
 
 void dequantize(const LatticeWeight& w, size_t begin, size_t end, float* out, int threads) {
   in_pieces(w, begin, end - begin, threads,
-            [&](size_t at, const Weight& part) { dequantize(part, 0, part.n, out + at * w.k, 1); });
+            [&](size_t at, const DenseWeight& part) { dequantize(part, 0, part.n, out + at * w.k, 1); });
 }
 
 }  // namespace bitfold

@@ -1,6 +1,7 @@
 // What one instruction set offers to the trellis encoder: a Viterbi search over a batch of tiles, one tile a lane.
 //
-// Included by files that are compiled with flags of their own, so it names no C++ standard headers (see table.h).
+// Included by files that are compiled with flags of their own, so it names no C++ standard headers (see
+// system/table.h).
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -39,7 +39,7 @@ def block_errors(
     addresses = (scale.data_ptr(), _address(zero), error.data_ptr())
     core = native.core()
     assert core is not None
-    core.rounding_errors(*span, w.data_ptr(), scale.numel(), w.shape[-1], *addresses, native.threads())
+    core.rounding_errors(core.Integers(*span), w.data_ptr(), scale.numel(), w.shape[-1], *addresses, native.threads())
     return error
 
 
@@ -111,11 +111,22 @@ def feed(columns: FeedbackColumns, scales: Scales, codes: torch.Tensor) -> None:
     lower, places = c.lower.contiguous(), c.places.contiguous()
     core = native.core()
     assert core is not None
+    native_scales = core.ColumnScales(group=scales.group, scale=scales.scale.data_ptr(), zero=_address(scales.zero))
+    native_columns = core.Columns(
+        count=len(places),
+        rows=c.target.shape[1],
+        lower=lower.data_ptr(),
+        stride=lower.stride(0),
+        target=c.target.data_ptr(),
+        carried=c.carried.data_ptr(),
+        places=places.data_ptr(),
+        kept=_address(c.kept),
+        decoded=c.decoded.data_ptr(),
+        error=c.error.data_ptr(),
+    )
     core.rounding_feedback(
-        *scales.span, len(places), c.target.shape[1], lower.data_ptr(), lower.stride(0), c.target.data_ptr(),
-        c.carried.data_ptr(), places.data_ptr(), scales.group, scales.scale.data_ptr(), _address(scales.zero),
-        _address(c.kept), codes.data_ptr(), c.decoded.data_ptr(), c.error.data_ptr(), native.threads(),
-    )  # fmt: skip
+        core.Integers(*scales.span), native_scales, native_columns, codes.data_ptr(), native.threads()
+    )
 
 
 def _feed(columns: FeedbackColumns, scales: Scales, codes: torch.Tensor) -> None:

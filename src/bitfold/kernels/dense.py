@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bitfold.kernels.base import Kernel
-from bitfold.kernels.layout import Layout, Points, read_layout, with_slack
+from bitfold.kernels.layout import Layout, read_layout, read_spec, with_slack, write_spec
 from bitfold.qtensor import QTensor
 from bitfold.system import native
 
@@ -27,9 +27,10 @@ _CHUNK = 1 << 21  # weights decoded at a time for many rows: 8 MB of float32
 
 @dataclass(frozen=True)
 class State:
-    """A layout and the native object that points into its tensors."""
+    """A layout, what it is as text, and the native object that points into its tensors."""
 
     layout: Layout
+    spec: str
     weight: Any
     int8: bool
 
@@ -45,34 +46,22 @@ def prepack(q: QTensor, act: str) -> State:
     """Scales in the order the loops want; the codes are not copied."""
     layout = read_layout(q)
     assert layout is not None
-    return State(layout, _weight(layout), act == "int8")
+    return State(layout, write_spec(layout.spec), _weight(layout), act == "int8")
 
 
 def matmul(x: Tensor, state: State) -> Tensor:
     """x (m, k) -> (m, n) float32."""
     if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
         w = state.layout
-        y: Tensor = torch.ops.bitfold.linear(x, w.codes, w.scale, w.zero, *_plain(w), state.int8)
+        y: Tensor = torch.ops.bitfold.linear(x, w.codes, w.scale, w.zero, state.spec, state.int8)
         return y
     return _run(x, state.weight, state.layout, state.int8)
-
-
-def _plain(w: Layout) -> tuple[Any, ...]:
-    """What the operators take besides tensors."""
-    p = w.points
-    numbers = (w.k, w.bits, w.group, list(p.points), list(p.lut), p.offset, p.unit, p.integers)
-    return (*numbers, list(w.columns), list(w.table))
 
 
 def _weight(w: Layout) -> Any:
     core = native.core()
     assert core is not None
-    if w.table:
-        return core.Weight(w.codes.data_ptr(), w.n, w.k, w.bits, w.scale.data_ptr(), w.columns, w.table)
-    zero = 0 if w.zero is None else w.zero.data_ptr()
-    bf16, p = w.scale.dtype == torch.bfloat16, w.points
-    scales = (w.scale.data_ptr(), zero, bf16, w.group, w.scale.shape[1])
-    return core.Weight(w.codes.data_ptr(), w.n, w.k, w.bits, *scales, p.offset, p.unit, p.integers, p.points, p.lut)
+    return w.weight(core)
 
 
 def _run(x: Tensor, weight: Any, w: Layout, int8: bool) -> Tensor:
@@ -81,7 +70,7 @@ def _run(x: Tensor, weight: Any, w: Layout, int8: bool) -> Tensor:
     x = x.detach().to(torch.float32).contiguous()
     m = x.shape[0]
     y = torch.empty(m, w.n, dtype=torch.float32)
-    if m <= _FLOAT_ROWS or (int8 and w.points.integers):
+    if m <= _FLOAT_ROWS or (int8 and w.spec.integers):
         core.matmul(weight, x.data_ptr(), m, int8, y.data_ptr(), native.threads())
         return y
     scale = None
@@ -98,64 +87,29 @@ def _run(x: Tensor, weight: Any, w: Layout, int8: bool) -> Tensor:
 def _decoded(weight: Any, w: Layout) -> Iterator[tuple[slice, Tensor]]:
     core = native.core()
     assert core is not None
-    step = max(64, _CHUNK // w.k // 32 * 32)  # tiles of a trellis have 32 rows
-    room = torch.empty(min(step, w.n), w.k, dtype=torch.float32)
+    step = max(64, _CHUNK // w.spec.k // 32 * 32)  # tiles of a trellis have 32 rows
+    room = torch.empty(min(step, w.n), w.spec.k, dtype=torch.float32)
     for at in range(0, w.n, step):
         stop = min(at + step, w.n)
         core.dequantize(weight, at, stop, room.data_ptr(), native.threads())
         yield slice(at, stop), room[: stop - at]
 
 
-def _layout(codes: Tensor, scale: Tensor, zero: Tensor | None, plain: tuple[Any, ...]) -> Layout:
-    k, bits, group, points, lut, offset, unit, integers, columns, table = plain
+def _layout(codes: Tensor, scale: Tensor, zero: Tensor | None, spec: str) -> Layout:
     zero = None if zero is None else with_slack(zero)
-    grid = Points(tuple(points), offset, unit, tuple(lut), integers)
-    n = scale.shape[0]
-    return Layout(n, k, bits, codes.contiguous(), with_slack(scale), zero, group, grid, tuple(columns), tuple(table))
+    return Layout(read_spec(spec), codes.contiguous(), with_slack(scale), zero)
 
 
 @torch.library.custom_op("bitfold::linear", mutates_args=(), device_types="cpu")
-def _linear(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    k: int,
-    bits: int,
-    group: int,
-    points: list[float],
-    lut: list[int],
-    offset: int,
-    unit: float,
-    integers: bool,
-    columns: list[int],
-    table: list[int],
-    int8: bool,
-) -> Tensor:
-    plain = (k, bits, group, points, lut, offset, unit, integers, columns, table)
-    layout = _layout(codes, scale, zero, plain)
+def _linear(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, spec: str, int8: bool) -> Tensor:
+    layout = _layout(codes, scale, zero, spec)
     return _run(x, _weight(layout), layout, int8)
 
 
 @torch.library.custom_op("bitfold::linear_backward", mutates_args=(), device_types="cpu")
-def _linear_backward(
-    grad: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    k: int,
-    bits: int,
-    group: int,
-    points: list[float],
-    lut: list[int],
-    offset: int,
-    unit: float,
-    integers: bool,
-    columns: list[int],
-    table: list[int],
-) -> Tensor:
-    layout = _layout(codes, scale, zero, (k, bits, group, points, lut, offset, unit, integers, columns, table))
-    out = torch.zeros(grad.shape[0], k, dtype=torch.float32)
+def _linear_backward(grad: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, spec: str) -> Tensor:
+    layout = _layout(codes, scale, zero, spec)
+    out = torch.zeros(grad.shape[0], layout.spec.k, dtype=torch.float32)
     for rows, part in _decoded(_weight(layout), layout):
         out.addmm_(grad[:, rows].float(), part)
     return out
@@ -167,14 +121,12 @@ def _linear_shape(x: Tensor, codes: Tensor, scale: Tensor, *rest: Any) -> Tensor
 
 
 @_linear_backward.register_fake
-def _linear_backward_shape(
-    grad: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, k: int, *rest: Any
-) -> Tensor:
-    return grad.new_empty(grad.shape[0], k, dtype=torch.float32)
+def _linear_backward_shape(grad: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, spec: str) -> Tensor:
+    return grad.new_empty(grad.shape[0], read_spec(spec).k, dtype=torch.float32)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, codes, scale, zero, *ctx.rest = inputs
+    x, codes, scale, zero, ctx.spec, _ = inputs
     ctx.dtype = x.dtype
     ctx.save_for_backward(codes, scale, zero)
 
@@ -182,8 +134,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Only x has a gradient; int8 rounding of x is passed straight through."""
     codes, scale, zero = ctx.saved_tensors
-    back = torch.ops.bitfold.linear_backward(grad, codes, scale, zero, *ctx.rest[:-1])
-    return (back.to(ctx.dtype), *(None,) * (3 + len(ctx.rest)))
+    back = torch.ops.bitfold.linear_backward(grad, codes, scale, zero, ctx.spec)
+    return back.to(ctx.dtype), None, None, None, None, None
 
 
 _linear.register_autograd(_backward, setup_context=_save)

@@ -7,16 +7,19 @@ are: the loops read the canonical layout. Scales and zero points become one bflo
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from bitfold.formats import Format, packing
-from bitfold.formats.families.viterbi import TrellisCode
+from bitfold.formats.families.viterbi import TrellisCode, native_code
 from bitfold.formats.grids import Grid
 from bitfold.qtensor import QTensor
 
@@ -40,19 +43,98 @@ class Points:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A weight ready for the native loops; n rows, k columns."""
+class DenseSpec:
+    """What the loops need to know of rows of codes, besides the tensors.
 
-    n: int
+    Args:
+        k: columns.
+        bits: of a code.
+        group: columns that share a scale; 0: the whole row.
+        points: what the codes mean.
+    """
+
     k: int
     bits: int
-    codes: Tensor  # uint8 (n, bytes of a row), or trellis tiles (ceil(n / 32), ceil(k / 4), 16 * bits)
-    scale: Tensor  # bfloat16 or float32 (n, groups)
-    zero: Tensor | None  # the same
-    group: int  # columns that share a scale; 0: the whole row
+    group: int
     points: Points
-    columns: tuple[int, ...] = ()  # of a trellis: its hash and its table
-    table: tuple[int, ...] = ()
+
+    @property
+    def integers(self) -> bool:
+        """Whether products with rounded activations are exact in integers."""
+        return self.points.integers
+
+    def weight(self, core: Any, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Any:
+        """The native object, which points into the tensors."""
+        p = self.points
+        grid = core.Grid(bits=self.bits, integers=p.integers, offset=p.offset, unit=p.unit, points=p.points, lut=p.lut)
+        scales = core.Scales(
+            scale=scale.data_ptr(),
+            zero=0 if zero is None else zero.data_ptr(),
+            bf16=scale.dtype == torch.bfloat16,
+            group=self.group,
+            groups=scale.shape[1],
+        )
+        return core.DenseWeight(codes.data_ptr(), scale.shape[0], self.k, grid, scales)
+
+
+@dataclass(frozen=True)
+class TrellisSpec:
+    """The same of trellis tiles: columns, and the code."""
+
+    k: int
+    code: TrellisCode
+
+    integers: ClassVar[bool] = True
+
+    def weight(self, core: Any, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Any:
+        """The native object, which points into the tensors."""
+        return core.TrellisWeight(codes.data_ptr(), scale.shape[0], self.k, scale.data_ptr(), native_code(self.code))
+
+
+Spec = DenseSpec | TrellisSpec
+
+
+@functools.lru_cache(maxsize=4096)
+def write_spec(spec: Spec) -> str:
+    """As text: an operator of PyTorch takes tensors, numbers and strings."""
+    return json.dumps(dataclasses.asdict(spec))
+
+
+@functools.lru_cache(maxsize=4096)
+def read_spec(text: str) -> Spec:
+    """What `write_spec` wrote."""
+    plain = json.loads(text)
+    if "code" in plain:
+        code: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in plain["code"].items()}
+        return TrellisSpec(plain["k"], TrellisCode(**code))
+    points: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in plain.pop("points").items()}
+    return DenseSpec(**plain, points=Points(**points))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A weight ready for the native loops; n rows, spec.k columns.
+
+    Args:
+        spec: what the tensors mean.
+        codes: uint8 (n, bytes of a row), or trellis tiles (ceil(n / 32), ceil(k / 4), 16 * bits).
+        scale: bfloat16 or float32 (n, groups).
+        zero: the same, or None.
+    """
+
+    spec: Spec
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
+
+    @property
+    def n(self) -> int:
+        """Rows."""
+        return self.scale.shape[0]
+
+    def weight(self, core: Any) -> Any:
+        """The native object, which points into the tensors."""
+        return self.spec.weight(core, self.codes, self.scale, self.zero)
 
 
 def read_points(points: Sequence[float], bits: int, *, zero: bool) -> Points | None:
@@ -91,9 +173,9 @@ def read_layout(q: QTensor) -> Layout | None:
 
 
 def _trellis_layout(q: QTensor, code: TrellisCode) -> Layout:
-    n, k = q.shape
+    k = q.shape[1]
     tiles, scale = q.fields["tiles"].contiguous(), q.fields["scale"].contiguous()
-    return Layout(n, k, code.bits, tiles, scale, None, 0, Points((), 128), code.columns, code.table)
+    return Layout(TrellisSpec(k, code), tiles, scale)
 
 
 def _grid_layout(q: QTensor, grid: Grid) -> Layout | None:
@@ -115,7 +197,7 @@ def _grid_layout(q: QTensor, grid: Grid) -> Layout | None:
     if zero is not None:
         arrays.append(_spread(zero - 2 ** (bits - 1), n, k, group, blocks.cols))
     arrays = _compact(arrays)
-    return Layout(n, k, bits, codes, arrays[0], arrays[1] if zero is not None else None, group, points)
+    return Layout(DenseSpec(k, bits, group, points), codes, arrays[0], arrays[1] if zero is not None else None)
 
 
 def _split(cols: int) -> int | None:

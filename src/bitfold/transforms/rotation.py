@@ -19,18 +19,16 @@ from bitfold.system import native
 
 @dataclass(frozen=True)
 class RotationPlan:
-    """What the core needs to know of a rotation: blocks are matrices (order, width)."""
+    """A rotation and its inverse as the core takes them, and the tensors that they point into."""
 
-    width: int  # butterflies of a power of two
-    order: int
-    matrix: Tensor  # float32 (order, order), +1 and -1; empty if order is 1
-    transposed: Tensor
-    signs: Tensor  # float32 (size)
-    scale: float
+    forward: Any
+    inverse: Any
+    alive: tuple[Tensor, ...]
 
 
 @functools.lru_cache(maxsize=256)
 def _plan(size: int, seed: int) -> RotationPlan:
+    """Blocks are matrices (order, width): a dense one of +1 and -1, and butterflies of a power of two."""
     from bitfold.transforms.hadamard import factors, signs
 
     parts = list(factors(size))
@@ -38,8 +36,17 @@ def _plan(size: int, seed: int) -> RotationPlan:
     width = math.prod(len(h) for h in parts) // math.prod(len(h) for h in dense)
     order = len(dense[0]) if dense else 1
     matrix = dense[0].float().sign().contiguous() if dense else torch.empty(0, 0)
-    scale = 1 / math.sqrt(order * width)
-    return RotationPlan(width, order, matrix, matrix.T.contiguous(), signs(size, seed).float().contiguous(), scale)
+    transposed, sign = matrix.T.contiguous(), signs(size, seed).float().contiguous()
+    core, scale = native.core(), 1 / math.sqrt(order * width)
+    assert core is not None
+
+    def rotation(factor: Tensor, inverse: bool) -> Any:
+        address = factor.data_ptr() if order > 1 else 0
+        return core.Rotation(
+            size=size, width=width, order=order, matrix=address, signs=sign.data_ptr(), scale=scale, inverse=inverse
+        )
+
+    return RotationPlan(rotation(matrix, False), rotation(transposed, True), (matrix, transposed, sign))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -67,10 +74,8 @@ def _run(x: Tensor, size: int, seed: int, inverse: bool) -> Tensor:
     wide = x.detach().to(torch.float32).contiguous()
     y = torch.empty_like(wide)
     if wide.numel():
-        matrix = plan.transposed if inverse else plan.matrix
-        block = (plan.width, plan.order, matrix.data_ptr() if plan.order > 1 else 0, plan.signs.data_ptr(), plan.scale)
-        rows = wide.numel() // size
-        core.rotate(wide.data_ptr(), rows, size, *block, inverse, y.data_ptr(), native.threads())
+        rotation = plan.inverse if inverse else plan.forward
+        core.rotate(rotation, wide.data_ptr(), wide.numel() // size, y.data_ptr(), native.threads())
     return y.to(x.dtype)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,15 +122,11 @@ def _indices(code: TrellisCode) -> Tensor:
 
 
 @functools.cache
-def _native_code(code: TrellisCode) -> tuple[Tensor, Tensor]:
-    """Columns and table as the native core takes them."""
-    return torch.tensor(code.columns, dtype=torch.uint8), torch.tensor(code.table, dtype=torch.int16) * _SUBSTEPS
-
-
-def _native_args(code: TrellisCode) -> tuple[int, ...]:
-    columns, levels = _native_code(code)
-    gain = _LIMITS[code.bits].gain
-    return code.bits, code.window, code.index_bits, gain, columns.data_ptr(), levels.data_ptr()
+def native_code(code: TrellisCode) -> Any:
+    """The code as the native core takes it, which must be there."""
+    core = native.core()
+    assert core is not None
+    return core.TrellisCode(bits=code.bits, gain=_LIMITS[code.bits].gain, columns=code.columns, table=code.table)
 
 
 def encode_tiles(code: TrellisCode, x: Tensor, *, thorough: bool = False) -> tuple[Tensor, Tensor]:
@@ -162,7 +158,7 @@ def encode_tiles(code: TrellisCode, x: Tensor, *, thorough: bool = False) -> tup
             tiles[part], values[part] = _torch_encode(code, x[part], thorough)
     else:
         pointers = (x.data_ptr(), len(x), tiles.data_ptr(), values.data_ptr())
-        if not core.trellis_encode(*_native_args(code), *pointers, thorough, native.threads()):
+        if not core.trellis_encode(native_code(code), *pointers, thorough, native.threads()):
             raise MemoryError("the trellis encoder could not allocate its tables")
     return tiles, values
 
@@ -182,7 +178,7 @@ def decode_tiles(code: TrellisCode, tiles: Tensor) -> Tensor:
         return _torch_decode(code, tiles)
     tiles = tiles.contiguous()
     values = torch.empty(len(tiles), TILE, dtype=torch.int8)
-    core.trellis_decode(*_native_args(code), tiles.data_ptr(), len(tiles), values.data_ptr(), native.threads())
+    core.trellis_decode(native_code(code), tiles.data_ptr(), len(tiles), values.data_ptr(), native.threads())
     return values
 
 
