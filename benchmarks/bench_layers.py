@@ -23,7 +23,7 @@ from bitfold.calibration.shared_input import SharedInput, Solved, solve_group
 from bitfold.errors import BitfoldError
 from bitfold.models.sites import Site, find_sites
 from bitfold.planning.decisions import Quantized
-from bitfold.recipes.options import choose_recipe
+from bitfold.recipes.options import MethodOptions, choose_recipe
 from bitfold.system.tensorinfo import TensorInfo
 from bitfold.text.tokens import BUNDLED
 
@@ -45,7 +45,7 @@ def inputs(model: Any, layer: str, ids: torch.Tensor) -> Statistics:
 
 def solved(model: Any, site: Site, statistics: Statistics, method: str, bits: int) -> tuple[Solved, float]:
     """The layer by one method, and CPU seconds; the model's own weight is put back."""
-    scheme = choose_recipe(bits=bits, method=method).rules[-1].scheme
+    scheme = choose_recipe(MethodOptions(bits=bits, method=method)).rules[-1].scheme
     assert scheme is not None
     w = model.get_parameter(site.tensor).detach().clone()
     info = TensorInfo(w.dtype, tuple(w.shape))

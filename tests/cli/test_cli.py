@@ -24,8 +24,10 @@ from bitfold.calibration.session import Calibration
 from bitfold.cli import app
 from bitfold.methods.fits import FITS
 from bitfold.methods.solvers import SOLVERS
+from bitfold.recipes.options import MethodOptions
 from bitfold.records.record import read_record
 from bitfold.run import driver
+from bitfold.run.options import Request, RunOptions
 from bitfold.system import progress
 
 DOCS = Path(__file__).parents[2] / "docs" / "cli.md"
@@ -185,7 +187,7 @@ def test_how_errors_end(
     def fail(*args: object, **kwargs: object) -> None:
         raise error
 
-    monkeypatch.setattr(driver, "quantize", fail)
+    monkeypatch.setattr(driver, "run", fail)
     result = bitfold("quantize", "m", "--bits", 4, "-o", "out", "--json")
     assert (result.code, result.out, result.err) == (code, "", message)
     monkeypatch.setenv("BITFOLD_DEBUG", "1")
@@ -200,7 +202,7 @@ def test_warnings_are_one_line(bitfold: Bitfold, monkeypatch: pytest.MonkeyPatch
         warnings.warn("will change", FutureWarning, stacklevel=1)
         raise errors.HubError("stop")
 
-    monkeypatch.setattr(driver, "quantize", warn)
+    monkeypatch.setattr(driver, "run", warn)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         result = bitfold("quantize", "m", "--bits", 4, "-o", "out")
@@ -305,29 +307,28 @@ def test_quantize_in_words(bitfold: Bitfold, model: Path, tmp_path: Path) -> Non
 
 
 def test_quantize_options_reach_the_driver(bitfold: Bitfold, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, Any] = {}
+    seen: list[Any] = []
 
-    def record(*args: object, **kwargs: object) -> None:
-        seen.update(kwargs, args=args)
+    def record(request: Request, options: RunOptions) -> None:
+        seen[:] = (request, options)
         raise errors.UsageError("enough")
 
-    monkeypatch.setattr(driver, "quantize", record)
+    monkeypatch.setattr(driver, "run", record)
     bitfold(
         "quantize", "org/m", "-o", "o", "--format", "nf4", "--group-size", 32, "--fit", "hqq", "--method", "rtn",
         "--act", "int8", "--ignore", "a", "--ignore", "b", "--seed", 7, "--max-shard-size", "2GiB", "--revision", "v1",
-        "--upload-repo", "me/q", "--transform", "none",
+        "--upload-repo", "me/q", "--transform", "none", "--max-memory", "1GB", "--strict", "--restart", "--events", "e",
     )  # fmt: skip
-    assert seen == {
-        "max_memory": None, "restart": False, "strict": False, "events": None,
-        "args": ("org/m", Path("o")), "bits": None, "format": "nf4", "group_size": 32, "fit": "hqq", "method": "rtn",
-        "act": "int8", "ignore": ["a", "b"], "recipe": None, "dry_run": False, "seed": 7, "revision": "v1",
-        "upload_repo": "me/q", "max_shard_bytes": 2 << 30, "transform": "none", "calibration": None, "prune": None,
-    }  # fmt: skip
+    wanted = MethodOptions(None, "nf4", 32, "hqq", "rtn", "none", "int8", ignore=("a", "b"))
+    how = RunOptions(7, 2 << 30, 10**9, restart=True, strict=True, events=Path("e"), revision="v1", upload_repo="me/q")
+    assert seen == [Request("org/m", Path("o"), wanted), how]
     bitfold(
         "quantize", "org/m", "-o", "o", "--bits", 3, "--method", "ldlq", "--calibration", "a.txt", "--nsamples", 4,
-        "--seqlen", 64, "--drift", 0.25, "--no-fisher", "--no-refit",
+        "--seqlen", 64, "--drift", 0.25, "--no-fisher", "--no-refit", "--dry-run", "--prune", "wanda:0.5",
     )  # fmt: skip
-    assert (seen["method"], seen["calibration"]) == ("ldlq", Calibration("a.txt", 4, 64, 0.25, False, refit=False))
+    text = Calibration("a.txt", 4, 64, 0.25, False, refit=False)
+    assert seen[0] == Request("org/m", Path("o"), MethodOptions(3, method="ldlq", prune="wanda:0.5"), text)
+    assert seen[1] == RunOptions(dry_run=True, max_shard_bytes=4 * 10**9)
 
 
 def test_eval(bitfold: Bitfold, model: Path, quantized: Path, text: Path, tmp_path: Path) -> None:

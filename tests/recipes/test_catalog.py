@@ -12,23 +12,28 @@ import tiny_lm
 from bitfold.calibration.session import Calibration, settings
 from bitfold.errors import BitfoldError, UsageError
 from bitfold.recipes.catalog import METHODS, Method, find_method, to_rows
-from bitfold.recipes.options import choose_recipe, leaves_the_choice
-from bitfold.recipes.recipe import Rule
+from bitfold.recipes.options import MethodOptions, choose_recipe
+from bitfold.recipes.recipe import Recipe, Rule
 from bitfold.recipes.scheme import Scheme, read_scheme
 
 entries = pytest.mark.parametrize(("name", "method"), METHODS.items(), ids=METHODS.keys())
 
 
+def chosen(**options: Any) -> Recipe:
+    """The recipe of a set of options."""
+    return choose_recipe(MethodOptions(**options))
+
+
 def schemes(**options: Any) -> list[Scheme]:
     """What a set of options comes to."""
-    return [rule.scheme for rule in choose_recipe(**options).rules if rule.scheme is not None]
+    return [rule.scheme for rule in chosen(**options).rules if rule.scheme is not None]
 
 
 @entries
 def test_every_method_makes_rules(name: str, method: Method) -> None:
     """For each of its numbers of bits; plain integers where it has no formats of its own."""
     for bits in method.formats or (2, 4, 8):
-        (rule,) = choose_recipe(method=name, bits=bits).rules
+        (rule,) = chosen(method=name, bits=bits).rules
         assert rule.method == name
         assert rule.scheme is not None
         assert rule.scheme.solver.name == method.solver
@@ -50,27 +55,27 @@ def test_what_the_names_mean() -> None:
     assert schemes(method="llm-int8") == [read_scheme("int8", act="int8-mixed:6.0")]
     assert schemes(method="nf4") == [read_scheme("nf4-dq")]
     assert schemes(method="hqq", bits=3) == [read_scheme("int3-affine-g64", fit="hqq")]
-    assert choose_recipe(method="hqq", bits=3, group_size=32).rules[0].format == "int3-affine-g32"
-    assert choose_recipe(method="quip", bits=2).rules[0].format == "int2-affine"
-    assert choose_recipe(bits=4).rules == (Rule("*", "int4-asym-g64"),)
+    assert chosen(method="hqq", bits=3, group_size=32).rules[0].format == "int3-affine-g32"
+    assert chosen(method="quip", bits=2).rules[0].format == "int2-affine"
+    assert chosen(bits=4).rules == (Rule("*", "int4-asym-g64"),)
 
 
 def test_options_replace_choices() -> None:
     """Any part of a method."""
-    (rule,) = choose_recipe(method="quip", format="nf4", transform="none", fit="absmax").rules
+    (rule,) = chosen(method="quip", format="nf4", transform="none", fit="absmax").rules
     assert rule.scheme == read_scheme("nf4", "ldlq", "absmax")
-    assert choose_recipe(method="llm-int8", act="int8-mixed:4").rules[0].act == "int8-mixed:4"
+    assert chosen(method="llm-int8", act="int8-mixed:4").rules[0].act == "int8-mixed:4"
 
 
 def test_what_is_refused() -> None:
     """Unknown names, bits that a method has no format for, nothing to go by, too much to go by."""
     with pytest.raises(UsageError, match="unknown method 'quipp'"):
-        choose_recipe(method="quipp", bits=2)
+        chosen(method="quipp", bits=2)
     with pytest.raises(UsageError, match="formats of 2 bits, not 3"):
-        choose_recipe(method="quip-sharp", bits=3)
+        chosen(method="quip-sharp", bits=3)
     for options in ({"method": "hqq"}, {}, {"bits": 4, "format": "nf4"}):
         with pytest.raises(UsageError, match="choose one of bits"):
-            choose_recipe(**options)
+            chosen(**options)
     assert find_method("rtn").solver == "rtn"
 
 
@@ -87,20 +92,20 @@ def test_every_method_of_the_field_is_there() -> None:
     """By the names people know them by; what they stand for, and dampings after a colon."""
     names = "rtn hqq nf4 ldlq gptq awq smoothquant llm-int8 quip quip-sharp aqlm signround trellis wanda sparsegpt"
     assert set(METHODS) == set(names.split())
-    assert choose_recipe(method="gptq:0.05", bits=4).rules == (Rule("*", "int4-asym-g64", "gptq:0.05"),)
-    assert choose_recipe(method="gptq", bits=8).rules == (Rule("*", "int8", "gptq", "minmax"),)
-    assert choose_recipe(method="gptq", bits=8, fit="mse").rules == (Rule("*", "int8", "gptq", "mse"),)
-    assert choose_recipe(method="gptq", bits=8, transform="hadamard").rules[0].fit == "mse"
+    assert chosen(method="gptq:0.05", bits=4).rules == (Rule("*", "int4-asym-g64", "gptq:0.05"),)
+    assert chosen(method="gptq", bits=8).rules == (Rule("*", "int8", "gptq", "minmax"),)
+    assert chosen(method="gptq", bits=8, fit="mse").rules == (Rule("*", "int8", "gptq", "mse"),)
+    assert chosen(method="gptq", bits=8, transform="hadamard").rules[0].fit == "mse"
     assert schemes(method="trellis:0.02", bits=2)[0].solver.name == "ldlq:0.02"
     assert schemes(method="awq", bits=4) == [read_scheme("int4-asym-g64", fit="clip", transform="awq")]
     smooth = read_scheme("int8", fit="absmax", transform="smooth:0.5", act="int8")
     assert schemes(method="smoothquant") == [smooth]
     assert schemes(method="wanda") == [read_scheme("bf16", prune="wanda:0.5")]
-    both = choose_recipe(method="gptq", bits=4, prune="sparsegpt:2:4").rules
+    both = chosen(method="gptq", bits=4, prune="sparsegpt:2:4").rules
     assert both == (Rule("*", "int4-asym-g64", "gptq", prune="sparsegpt:2:4"),)
     for wrong in ("gptq:zero", "gptq:-1", "rtn:0.1", "ldlq:0"):
         with pytest.raises(BitfoldError):
-            choose_recipe(method=wrong, bits=4)
+            chosen(method=wrong, bits=4)
 
 
 def test_the_list_is_complete() -> None:
@@ -115,9 +120,11 @@ def test_the_list_is_complete() -> None:
 @pytest.mark.parametrize("given", [None, "auto"])
 def test_when_the_choice_is_left_open(given: str | None) -> None:
     """Bits and nothing else, or "auto"."""
-    assert leaves_the_choice(4, given, ())
-    assert leaves_the_choice(4, given, (None, "nf4")) == (given == "auto")
-    assert not leaves_the_choice(4, "rtn", ())
+    assert MethodOptions(bits=4, method=given, act="float", ignore=("a",)).leaves_the_choice
+    for other in ({"format": "nf4"}, {"fit": "mse"}, {"transform": "none"}, {"group_size": 32}, {"prune": "none"}):
+        assert MethodOptions(bits=4, method=given, **other).leaves_the_choice == (given == "auto")
+    assert not MethodOptions(bits=4, method="rtn").leaves_the_choice
+    assert MethodOptions(method=given).leaves_the_choice == (given == "auto")
 
 
 def test_auto(tmp_path: Path) -> None:

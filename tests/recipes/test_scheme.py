@@ -13,7 +13,7 @@ from bitfold.formats import FORMATS, get_format, scaled_by_row
 from bitfold.methods.fits import FITS
 from bitfold.methods.solvers import SOLVERS, get_solver
 from bitfold.recipes.catalog import METHODS
-from bitfold.recipes.options import choose_recipe
+from bitfold.recipes.options import MethodOptions, choose_recipe
 from bitfold.recipes.recipe import Recipe, Rule
 from bitfold.recipes.scheme import DEFAULTS, read_scheme
 from bitfold.transforms.activations import read_act
@@ -22,7 +22,7 @@ from bitfold.transforms.activations import read_act
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_means_the_same_in_a_rule_and_as_an_option(name: str) -> None:
     """`method = "awq"` in a recipe is `--method awq`, whatever the method is made of."""
-    (given,) = choose_recipe(method=name, format="int4-asym-g64" if name != "aqlm" else "aqlm-2x8").rules
+    (given,) = choose_recipe(MethodOptions(method=name, format="aqlm-2x8" if name == "aqlm" else "int4-asym-g64")).rules
     read = Recipe.loads(f'[[rule]]\nmatch = "*"\nformat = "{given.format}"\nmethod = "{name}"\n').rules[0]
     assert read == given
     assert read.scheme == given.scheme

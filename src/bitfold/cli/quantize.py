@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -128,22 +128,19 @@ def quantize(
         raise UsageError("say where to write", where="--output-dir", hint="or try --dry-run first")
     shard_bytes = parse_size(max_shard_size, where="--max-shard-size")
     from bitfold.calibration.session import settings
-    from bitfold.run.driver import quantize as run
+    from bitfold.recipes.options import MethodOptions
+    from bitfold.run.driver import run
+    from bitfold.run.options import Request, RunOptions
 
-    how: dict[str, Any] = {"bits": bits, "format": format, "group_size": group_size, "fit": fit, "method": method}
-    how |= {"transform": transform, "act": act, "prune": prune, "ignore": ignore or (), "recipe": recipe}
-    manner: dict[str, Any] = {"dry_run": dry_run, "restart": restart, "strict": strict, "events": events, "seed": seed}
-    report = run(
-        model,
-        output_dir or Path("unused"),
-        **how,
-        **manner,
-        calibration=settings(method, calibration, nsamples, seqlen, drift, fisher, columns, refit, start_token),
-        max_memory=None if max_memory is None else parse_size(max_memory, where="--max-memory"),
-        revision=revision,
-        upload_repo=upload_repo,
-        max_shard_bytes=shard_bytes,
+    wanted = MethodOptions(
+        bits, format, group_size, fit, method, transform, act, prune, tuple(ignore or ()), recipe=recipe
     )
+    text = settings(method, calibration, nsamples, seqlen, drift, fisher, columns, refit, start_token)
+    ceiling = None if max_memory is None else parse_size(max_memory, where="--max-memory")
+    options = RunOptions(
+        seed, shard_bytes, ceiling, dry_run, restart, strict, events, revision, upload_repo=upload_repo
+    )
+    report = run(Request(model, output_dir or Path("unused"), wanted, text), options)
     if json:
         print_json(report.to_dict())
         return

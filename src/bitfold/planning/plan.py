@@ -21,7 +21,6 @@ from bitfold.models.skeleton import tied_names
 from bitfold.models.swap import decide
 from bitfold.planning.decisions import Decision, Kept, Quantized, Tied, Unused
 from bitfold.recipes.recipe import Recipe
-from bitfold.records.run_report import QuantizeReport
 from bitfold.system.tensorinfo import TensorInfo
 from bitfold.transforms import TransformSpec
 
@@ -72,14 +71,6 @@ class Plan:
     def unused(self) -> list[str]:
         """Tensors that are carried along although the model class has no place for them."""
         return [d.tensor for d in self.decisions if isinstance(d, Unused)]
-
-
-def blank_report(plan: Plan, source: str, output: str | None, recipe: Recipe) -> QuantizeReport:
-    """The report before the run; without an output, for a dry run, it already lists every tensor."""
-    report = QuantizeReport(source, output, recipe.to_dict())
-    if output is None:
-        report.tensors = [d.report(d.nbytes()) for d in plan.written]
-    return report
 
 
 def make_plan(source: Source, model: nn.Module | None, recipe: Recipe, *, shorten_groups: bool) -> Plan:

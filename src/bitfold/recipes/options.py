@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from bitfold.errors import FormatError, UsageError
 from bitfold.formats import get_format
@@ -15,20 +17,9 @@ DEFAULT_GROUP = 64
 _FINE = 256  # levels
 
 
-def choose_recipe(
-    *,
-    bits: int | None = None,
-    format: str | None = None,
-    group_size: int | None = None,
-    fit: str | None = None,
-    method: str | None = None,
-    transform: str | None = None,
-    act: str | None = None,
-    prune: str | None = None,
-    ignore: Iterable[str] = (),
-    recipe: Recipe | str | Path | None = None,
-) -> Recipe:
-    """The recipe that a set of options means.
+@dataclass(frozen=True)
+class MethodOptions:
+    """How weights are to be quantized, as options say it; None = nothing is said.
 
     Args:
         bits: 1..8: integers; 8 with one scale a row, 2 to 7 with scale and zero point for each group of 64, 1 with
@@ -36,42 +27,75 @@ def choose_recipe(
         format: a format name instead of bits.
         group_size: weights that share a scale; -1 or 0 = one scale a row.
         fit: see FITS; default: the method's, mostly "mse"; with feedback on 256 levels "minmax".
-        method: see METHODS; default "rtn".
+        method: see METHODS; "auto", or bits alone (but for act and ignore), leaves the choice to bitfold.
         transform: "none", "hadamard", "smooth:0.5" or "awq"; default: the method's.
         act: "float", "int8" or "int8-mixed:6.0"; default: the method's, mostly "float".
         prune: "wanda:0.5", "sparsegpt:2:4" and the like; default: the method's, mostly "none".
         ignore: patterns of tensors to keep.
         recipe: a Recipe or a TOML file instead of all but `ignore`.
+    """
+
+    bits: int | None = None
+    format: str | None = None
+    group_size: int | None = None
+    fit: str | None = None
+    method: str | None = None
+    transform: str | None = None
+    act: str | None = None
+    prune: str | None = None
+    ignore: tuple[str, ...] = ()
+    recipe: Recipe | str | Path | None = None
+
+    @property
+    def leaves_the_choice(self) -> bool:
+        """Whether they say how many bits and leave the method to bitfold."""
+        others = (self.format, self.group_size, self.fit, self.transform, self.prune, self.recipe)
+        alone = self.method is None and self.bits is not None and all(option is None for option in others)
+        return self.method == AUTO or alone
+
+    @property
+    def shortens_groups(self) -> bool:
+        """Whether rows shorter than a group get one scale a row: nobody asked for just these groups."""
+        return self.bits is not None and self.group_size is None
+
+    def given(self) -> dict[str, int | str | Recipe | Path]:
+        """What is said, by the flags of the command line, without `ignore`."""
+        said = {f"--{f.name.replace('_', '-')}": getattr(self, f.name) for f in fields(self) if f.name != "ignore"}
+        return {flag: value for flag, value in said.items() if value is not None}
+
+    def with_choice(self, choice: Mapping[str, str | None]) -> MethodOptions:
+        """With a method, and what it needs where nothing else is said; bits as well, if the choice has a format."""
+        open = {key for key in choice if key in ("method", "bits") or getattr(self, key) is None}
+        chosen: dict[str, Any] = {key: choice[key] for key in open}
+        return replace(self, **chosen)
+
+
+def choose_recipe(options: MethodOptions) -> Recipe:
+    """The recipe that options mean; where they leave the method open, rounding to nearest.
 
     Raises:
         UsageError: options that contradict each other, or none at all.
+        FormatError, RecipeError: unknown words.
     """
-    if recipe is not None:
-        options = {
-            "--bits": bits,
-            "--format": format,
-            "--group-size": group_size,
-            "--fit": fit,
-            "--transform": transform,
-        }
-        options |= {"--method": method, "--act": act, "--prune": prune}
-        if said := [name for name, value in options.items() if value is not None]:
+    if options.recipe is not None:
+        if said := [flag for flag in options.given() if flag != "--recipe"]:
             raise UsageError(f"the recipe already says what {', '.join(said)} would say", hint="drop one of them")
-        loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-        return loaded.ignoring(ignore)
-    known = find_method(method or "rtn")
+        loaded = options.recipe if isinstance(options.recipe, Recipe) else Recipe.load(options.recipe)
+        return loaded.ignoring(options.ignore)
+    method = "rtn" if options.method in (None, AUTO) else str(options.method)
+    known, bits, format = find_method(method), options.bits, options.format
     own = known.format(bits) if format is None else None
     if (own or format or bits) is None or (format is not None and bits is not None):
         raise UsageError(
             "choose one of bits (--bits) and format (--format)", hint="for example --bits 4 or --format nf4"
         )
     name = own or format or _format_for_bits(bits)
-    if group_size is not None:
-        name = _with_group(name, group_size)
-    asked = {"fit": fit, "transform": transform, "act": act, "prune": prune}
+    if options.group_size is not None:
+        name = _with_group(name, options.group_size)
+    asked = {"fit": options.fit, "transform": options.transform, "act": options.act, "prune": options.prune}
     given = {key: value for key, value in asked.items() if value is not None}
     choices = {**_fit_of({**known.choices, **given}, name), **given}
-    return Recipe.of(name, method=method or "rtn", **choices).ignoring(ignore)
+    return Recipe.of(name, method=method, **choices).ignoring(options.ignore)
 
 
 def _fit_of(choices: Mapping[str, str], format: str) -> dict[str, str]:
@@ -80,11 +104,6 @@ def _fit_of(choices: Mapping[str, str], format: str) -> dict[str, str]:
     fine = grid is not None and grid.uniform and grid.levels >= _FINE
     fed = get_solver(choices.get("solver", "rtn")).feeds_errors and choices.get("transform", "none") == "none"
     return {"fit": "minmax"} if fine and fed and "fit" not in choices else {}
-
-
-def leaves_the_choice(bits: int | None, method: str | None, others: Iterable[object]) -> bool:
-    """Whether a set of options says how many bits and leaves the method to bitfold."""
-    return method == AUTO or (method is None and bits is not None and all(option is None for option in others))
 
 
 def _format_for_bits(bits: int | None) -> str:

@@ -6,7 +6,7 @@ What an earlier run of the same identity has finished is checked by its hashes a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,14 +37,13 @@ from bitfold.qtensor import QTensor
 from bitfold.recipes.recipe import Recipe
 from bitfold.records.card import write_card
 from bitfold.records.run_report import QuantizeReport, TensorReport, relative_error
+from bitfold.run.options import OnTensor
 from bitfold.system import progress
 from bitfold.system.memory import Ceiling
 from bitfold.transforms.activations import ACT_SCALE
 from bitfold.version import __version__
 from bitfold.workspace.events import Events
 from bitfold.workspace.folder import Workspace
-
-OnTensor = Callable[[TensorReport], None]
 
 
 @dataclass(frozen=True)
@@ -61,14 +60,30 @@ class Job:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A job with its source open; `hessian_bytes`: bytes of those of experts in memory at a time."""
+    """A job with its source open, and what becomes of every tensor.
+
+    Args:
+        source, model, plan, job, account: of the run.
+        why: this method, where bitfold chose it.
+        hessian_bytes: bytes of the Hessians of experts in memory at a time.
+    """
 
     source: Source
     model: nn.Module | None
     plan: Plan
     job: Job
     account: Account
+    why: str = ""
     hessian_bytes: int = HESSIANS
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written: tensors in the order of the plan, files, and what was measured of activations."""
+
+    tensors: list[TensorReport]
+    files: list[str] = field(default_factory=list)
+    acts: dict[str, Any] | None = None
 
 
 @dataclass
@@ -96,7 +111,7 @@ class Writing:
         self.ceiling = Ceiling(None)
         self.acts: ActivationCost | None = None
 
-    def tensors(self) -> None:
+    def tensors(self) -> Written:
         """Write every tensor: first what needs calibration, block by block, then the rest in the source's order."""
         self._recall()
         before, remaining = list(self.done.reports.values()), self._remaining()
@@ -109,6 +124,9 @@ class Writing:
                 self.ceiling.check()
                 if self._on_tensor is not None:
                     self._on_tensor(report)
+        reports = [self.done.reports[d.tensor] for d in self.run.plan.written if d.tensor in self.done.reports]
+        acts = None if self.acts is None else {"choice": self.acts.choice, **asdict(self.acts)}
+        return Written(reports, self._writer.plan.files, acts)
 
     def _recall(self) -> None:
         """Take over what an earlier run wrote, as far as the hashes agree."""
@@ -239,9 +257,6 @@ class Writing:
             AccountingError: what was written is not what was planned; or, if `strict`, something was flagged.
         """
         run = self.run
-        report.tensors = [self.done.reports[d.tensor] for d in run.plan.decisions if d.tensor in self.done.reports]
-        report.files = self._writer.plan.files
-        report.acts = None if self.acts is None else {"choice": self.acts.choice, **asdict(self.acts)}
         try:
             self._complete(report)
         except OSError as error:

@@ -1,0 +1,77 @@
+"""What a run is asked for, as values: what to make of which checkpoint, and how to go about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitfold.calibration.session import Calibration, settings
+from bitfold.errors import UsageError
+from bitfold.recipes.options import MethodOptions
+from bitfold.recipes.recipe import Recipe
+from bitfold.records.run_report import TensorReport
+from bitfold.text.tokens import BUNDLED
+
+OnTensor = Callable[[TensorReport], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be made.
+
+    Args:
+        source: a local Hugging Face folder, a GGUF file, or a Hub id.
+        out: the folder to make.
+        wanted: how weights are to be quantized.
+        calibration: text and options for methods that are calibrated, or just the text; None = where it is needed, the
+            text that comes with bitfold and what the method is used to.
+    """
+
+    source: str
+    out: Path
+    wanted: MethodOptions
+    calibration: Calibration | str | None = None
+
+    def calibration_of(self, rules: Recipe) -> Calibration | None:
+        """The calibration of a run by these rules; None where no rule needs one.
+
+        Raises:
+            UsageError: there is text that no rule uses.
+        """
+        given = self.calibration
+        if not any(rule.needs_text for rule in rules.rules):
+            if given is not None and (isinstance(given, str) or given.text != BUNDLED):
+                raise UsageError("no rule uses the calibration text", hint="--method gptq does, and others")
+            return None
+        return given if isinstance(given, Calibration) else settings(self.wanted.method, given or BUNDLED)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run goes about it. Of all these, only `seed` and `max_shard_bytes` are seen in the result.
+
+    Args:
+        seed: for methods that draw random numbers.
+        max_shard_bytes: size at which a new shard is begun.
+        max_memory: ceiling on the resident memory of the whole process, bytes; None = none is named.
+        dry_run: plan and report only; write nothing.
+        restart: forget what an earlier run that was cut short has finished.
+        strict: raise when a tensor is flagged.
+        events: a file to which what happens is appended as JSON lines.
+        revision, token: of the Hub repository.
+        upload_repo: push the finished folder there.
+        on_tensor: called with the report of each tensor as it is written.
+    """
+
+    seed: int = 0
+    max_shard_bytes: int = 4 << 30
+    max_memory: int | None = None
+    dry_run: bool = False
+    restart: bool = False
+    strict: bool = False
+    events: Path | None = None
+    revision: str | None = None
+    token: str | None = None
+    upload_repo: str | None = None
+    on_tensor: OnTensor | None = None

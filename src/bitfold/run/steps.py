@@ -1,0 +1,229 @@
+"""The steps of a run, each a function that returns a value: check, open, plan, forecast, execute, record."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from bitfold.calibration.session import LONGEST, Calibration
+from bitfold.checkpoints import Source, open_source
+from bitfold.checkpoints.bitfold_folder import QUANT_METHOD
+from bitfold.checkpoints.safetensors import digest_of
+from bitfold.errors import CheckpointError
+from bitfold.forecast.ceiling import MemoryChooser
+from bitfold.forecast.preflight import Asked, Preflight, preflight, refuse_impossible
+from bitfold.models.opening import open_skeleton
+from bitfold.planning.accounting import account_for
+from bitfold.planning.auto import choose
+from bitfold.planning.plan import make_plan
+from bitfold.recipes.options import choose_recipe
+from bitfold.records.record import write_record
+from bitfold.records.run_report import QuantizeReport, TensorReport, peak_memory
+from bitfold.run.options import Request, RunOptions
+from bitfold.run.writing import Job, PlannedRun, Writing, Written
+from bitfold.system import progress
+from bitfold.system.memory import Ceiling
+from bitfold.text.tokens import BUNDLED
+from bitfold.workspace.events import Events
+from bitfold.workspace.folder import Workspace, partial_of, refuse_existing, size_of, software
+from bitfold.workspace.journal import recorded
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint open for reading, and the skeleton that says what each tensor is; None = the class is unknown."""
+
+    source: Source
+    model: nn.Module | None
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A run as it will be gone about, and what it will need."""
+
+    run: PlannedRun
+    preflight: Preflight
+
+
+def check(request: Request, options: RunOptions) -> None:
+    """Raise what can be known before anything is opened: options, the output folder, the login."""
+    from bitfold.checkpoints.hub.transfer import check_login
+
+    rules = choose_recipe(request.wanted)
+    if not request.wanted.leaves_the_choice:
+        request.calibration_of(rules)
+    if options.dry_run:
+        return
+    if not partial_of(request.out).exists():
+        refuse_existing(request.out)
+    if options.upload_repo is not None:
+        check_login(options.token)  # before the work, not after it
+
+
+@contextmanager
+def open_model(request: Request, options: RunOptions) -> Iterator[Opened]:
+    """Open the checkpoint, fetched first where it is of the Hub; only headers are read.
+
+    Raises:
+        CheckpointError: it cannot be read, or is quantized already.
+    """
+    from bitfold.checkpoints.hub.transfer import resolve
+
+    source = open_source(resolve(request.source, revision=options.revision, token=options.token))
+    try:
+        yield Opened(source, _skeleton(source))
+    finally:
+        source.close()
+
+
+def _skeleton(source: Source) -> nn.Module | None:
+    method = (source.config.get("quantization_config") or {}).get("quant_method")
+    if method is not None or hasattr(source, "quantization"):
+        raise CheckpointError(
+            f"is quantized already ({method or QUANT_METHOD})",
+            where=str(source.path),
+            hint="quantize the original; quantizing twice loses twice",
+        )
+    model = open_skeleton(source)
+    if model is None:
+        warnings.warn(
+            f"transformers does not have the class {source.config.get('architectures')}: what a tensor is, is judged"
+            " by its name and shape, and bitfold.load will want the module (load(path, module=...))",
+            stacklevel=2,
+        )
+    return model
+
+
+def plan(opened: Opened, request: Request, options: RunOptions) -> PlannedRun:
+    """Decide the method where that is left open, and what becomes of every tensor and byte."""
+    wanted, why, source = request.wanted, "", opened.source
+    if wanted.leaves_the_choice:
+        given = request.calibration
+        text = given if isinstance(given, Calibration) else Calibration(given or BUNDLED)
+        choice = choose(wanted.bits, source, opened.model, tokens=text.nsamples * (text.seqlen or LONGEST))
+        rules, why = choose_recipe(wanted.with_choice(choice.options)), f"{choice.method}: {choice.why}"
+        calibration = text if any(rule.needs_text for rule in rules.rules) else None
+    else:
+        rules = choose_recipe(wanted)
+        calibration = request.calibration_of(rules)
+        if calibration is not None:  # a choice has read it
+            source.tokenizer()
+    job = Job(request.source, request.out, rules, options.seed, calibration, options.max_shard_bytes)
+    decided = make_plan(source, opened.model, rules, shorten_groups=wanted.shortens_groups)
+    return PlannedRun(source, opened.model, decided, job, account_for(source, decided), why)
+
+
+def forecast(run: PlannedRun, options: RunOptions) -> Forecast:
+    """What it will need, and how it keeps under its ceiling: as an interrupted run did that it goes on with.
+
+    Raises:
+        ResourceError: it cannot be done in the memory, or on the disk.
+    """
+    before = {} if options.restart else recorded(partial_of(run.job.out)).get("calibration") or {}
+    chooser = MemoryChooser(run.source, run.model, run.plan, run.job.calibration, before.get("columns"))
+    use = chooser.choose(options.max_memory)
+    run = replace(run, job=replace(run.job, calibration=use.calibration), hessian_bytes=use.hessian_bytes)
+    asked = Asked(options.seed, options.max_shard_bytes, options.dry_run, options.max_memory)
+    found = preflight(run.source, run.model, run.plan, use, asked)
+    if not options.dry_run:
+        refuse_impossible(found, run.job.out, options.max_memory, has=size_of(partial_of(run.job.out)))
+        for line in (found.summary(), *found.cautions()):
+            progress.say(line)
+    return Forecast(run, found)
+
+
+def execute(expected: Forecast, options: RunOptions) -> QuantizeReport:
+    """Do the work, or go on with it; after a failure, what is finished stays for the next time."""
+    run = expected.run
+    work = Workspace(run.job.out, _identity(run), restart=options.restart)
+    if work.published:  # an earlier run had time for everything but this
+        reports = [TensorReport.from_dict(record["report"]) for record in work.journal.of_kind("tensor")]
+        work.journal.discard()
+        return report_of(expected, options, Written(reports))
+    with _kept_after_failure(work), Events(options.events) as events:
+        facts = report_of(expected, options).to_dict()
+        events.write("begin", totals=facts["account"], **{key: facts[key] for key in _FACTS})
+        writing = Writing(run, work, events, options.on_tensor)
+        writing.ceiling = Ceiling(options.max_memory)
+        report = report_of(expected, options, writing.tensors())
+        writing.folder(report, strict=options.strict)
+        events.write("end", peak_memory=peak_memory(), **report.sums())
+    return report
+
+
+_FACTS = ("source", "output", "recipe", "preflight")
+
+
+@contextmanager
+def _kept_after_failure(work: Workspace) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        if work.leave():
+            what = f"what is finished is kept in {work.folder}"
+            warnings.warn(f"{what}: the same command goes on with it, --restart begins anew", stacklevel=4)
+        raise
+
+
+def report_of(expected: Forecast, options: RunOptions, written: Written | None = None) -> QuantizeReport:
+    """What the run reports: the one place where it is filled in. Without `written`, every tensor as it is planned."""
+    run = expected.run
+    planned = Written([d.report(d.nbytes()) for d in run.plan.written])
+    done = planned if written is None else written
+    return QuantizeReport(
+        source=run.job.source,
+        output=None if options.dry_run else str(run.job.out),
+        recipe=run.job.rules.to_dict(),
+        tensors=done.tensors,
+        files=done.files,
+        account=run.account.totals(),
+        unread=run.source.unread(),
+        ceiling=options.max_memory,
+        preflight=expected.preflight.to_dict(),
+        method=run.why,
+        acts=done.acts,
+    )
+
+
+def record(report: QuantizeReport, job: Job, options: RunOptions, started: float) -> QuantizeReport:
+    """Note in the finished folder how it was made, and push it where that was asked for.
+
+    Args:
+        report: of the run.
+        job: what was done.
+        options: how.
+        started: when, by `time.perf_counter()`.
+    """
+    from bitfold.checkpoints.hub.transfer import upload
+
+    report = replace(report, seconds=time.perf_counter() - started, peak_memory=peak_memory())
+    if options.dry_run:
+        return report
+    write_record(job.out, report, {"seed": job.seed, "calibration": job.calibration and asdict(job.calibration)})
+    if options.upload_repo is None:
+        return report
+    return replace(report, url=upload(job.out, options.upload_repo, token=options.token))
+
+
+def _identity(run: PlannedRun) -> dict[str, Any]:
+    """What decides the bytes of the result."""
+    job = run.job
+    calibration = None if job.calibration is None else asdict(job.calibration)
+    if calibration is not None and Path(calibration["text"]).is_file():
+        calibration["text"] = digest_of(Path(calibration["text"]))
+    return {
+        "source": {"name": Path(job.source).name, "files": run.source.fingerprint()},
+        "recipe": job.rules.to_dict(),
+        "seed": job.seed,
+        "calibration": calibration,
+        "shard size": job.max_shard_bytes,
+        "formats": {name: entry.to_dict() for name, entry in run.plan.entries(job.seed).items()},
+        "version": software(),
+    }
