@@ -58,3 +58,10 @@ def folder(path: Path, made: nn.Module, *, chat: bool = True) -> Path:
     made.save_pretrained(path)  # type: ignore[operator]
     tokenizer(chat).save_pretrained(path)
     return path
+
+
+def disturbed(model: nn.Module, noise: float) -> nn.Module:
+    generator = torch.Generator().manual_seed(7)
+    for parameter in model.parameters():
+        parameter.data += noise * torch.randn(parameter.shape, generator=generator)
+    return model

@@ -190,13 +190,13 @@ def test_texts(source: Path, tmp_path: Path) -> None:
     """Text and JSON lines; too little of it, none at all, something else."""
     lines = tmp_path / "a.jsonl"
     lines.write_text('{"text": "one two three four five"}\n\n{"text": "six seven eight"}\n', encoding="utf-8")
-    assert calibration_tokens(source, str(lines), nsamples=9, seqlen=8).shape == (4, 8)
+    assert calibration_tokens(source, str(lines), nsamples=9, seqlen=8).shape == (5, 8)
     with pytest.raises(UsageError, match="one sample needs 4096"):
         calibration_tokens(source, str(lines), nsamples=1, seqlen=4096)
     with pytest.raises(UsageError, match="no such text file"):
         calibration_tokens(source, str(tmp_path / "none.txt"), nsamples=1, seqlen=8)
     lines.write_text('{"other": 1}', encoding="utf-8")
-    with pytest.raises(UsageError, match="line 1 has no `text`"):
+    with pytest.raises(UsageError, match="line 1 has no text that is known by its name; its columns: `other`"):
         calibration_tokens(source, str(lines), nsamples=1, seqlen=8)
 
 

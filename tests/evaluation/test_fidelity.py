@@ -12,18 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 import tiny_lm
 from bitfold.errors import BitfoldError, CheckpointError, ModelError, QualityError, UsageError
-from bitfold.evaluation import embedding_cosine, evaluate, fidelity, reading
-from bitfold.evaluation.predictions import OCTAVE, STEP, Writer, pack_rows, unpack_rows
-from bitfold.formats import FORMATS
-from bitfold.methods.gaussian import FIT, STORED, format_table, gaussian_sqnr
+from bitfold.evaluation import evaluate, fidelity, reading
 from bitfold.models import model_ref as subjects
 from bitfold.text import windows as texts
+from tiny_lm import disturbed
 
 CONTEXT = 64
 
@@ -36,13 +32,6 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_lm.folder(tmp_path_factory.mktemp("lm") / "changed", disturbed(tiny_lm.model(), 0.02))
-
-
-def disturbed(model: nn.Module, noise: float) -> nn.Module:
-    generator = torch.Generator().manual_seed(7)
-    for parameter in model.parameters():
-        parameter.data += noise * torch.randn(parameter.shape, generator=generator)
-    return model
 
 
 def by_definition(model: nn.Module, reference: nn.Module, starts: list[tuple[int, int]]) -> dict[str, float]:
@@ -172,37 +161,6 @@ def test_a_damaged_cache_is_named(original: Path, changed: Path, tmp_path: Path)
         evaluate(changed, original, tiny_lm.TEXT, context=CONTEXT, max_tokens=128, cache_dir=tmp_path)
 
 
-def test_a_full_disk_is_found_out_before_writing(tmp_path: Path) -> None:
-    writer = Writer(tmp_path / "p", total_rows=10**15)
-    with pytest.raises(UsageError, match="GB are free"):
-        writer.append(torch.zeros(2, 1000))
-    writer.close(complete=False)
-    assert list(tmp_path.iterdir()) == []
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 10**6), st.floats(0.01, 30.0))
-def test_stored_rows(seed: int, spread: float) -> None:
-    logits = spread * torch.randn(4, 500, generator=torch.Generator().manual_seed(seed))
-    logits[:, 3] = -torch.inf
-    exact, stored = logits.double().log_softmax(-1), unpack_rows(pack_rows(logits)).double()
-    assert torch.equal(stored.argmax(-1), logits.argmax(-1))
-    assert stored.exp().sum(-1) == pytest.approx(torch.ones(4), abs=1e-5)
-    kept = logits > logits.max(-1, keepdim=True).values - 30
-    grain = STEP * torch.exp2(((logits.max(-1, keepdim=True).values - logits) / OCTAVE).floor())
-    assert ((stored - exact).abs() < 1.5 * STEP + grain + 1e-5 * spread)[kept].all()
-    assert (stored[~kept] < -25).all()
-    assert (stored[:, 3] == -torch.inf).all()
-    kl = (exact.exp() * (exact - stored)).nan_to_num(0.0, 0.0, 0.0).sum(-1)
-    # p step^2 / 24 for each entry, p <= exp(-d), the step doubling every OCTAVE: at most step^2 / 24 sqrt(p) in sum
-    assert (kl.abs() < STEP**2 * math.sqrt(500) + 1e-6).all()
-
-
-def test_the_likeliest_entry_survives_rounding() -> None:
-    logits = torch.tensor([[1.0, 1.0 + STEP / 10, 0.0], [0.0, 2.0, 2.0]])
-    assert unpack_rows(pack_rows(logits)).argmax(-1).tolist() == logits.argmax(-1).tolist() == [1, 1]
-
-
 class _Constant(nn.Module):
     """Predicts the same logits everywhere."""
 
@@ -289,62 +247,10 @@ def test_another_vocabulary_is_not_a_reference() -> None:
     _refused(UsageError, "predicts 300 tokens, the model 257", *models, tiny_lm.TEXT, **options)
 
 
-def test_embedding_cosine_by_definition(tmp_path: Path) -> None:
-    reference = tiny_lm.encoder()
-    model = disturbed(copy.deepcopy(reference), 0.02)
-    sentences = ["a cat", "the weather is fine today", "x"]
-    result = embedding_cosine(model, reference, sentences, tokenizer=tiny_lm.tokenizer(), batch=2)
-    cosines = []
-    for sentence in sentences:  # one at a time: no padding, so the mask has nothing to do
-        ids = torch.tensor([tiny_lm.tokenizer()(sentence)["input_ids"]])
-        with torch.no_grad():
-            a, b = (m(input_ids=ids).last_hidden_state[0].double().mean(0) for m in (model, reference))
-        cosines.append((a @ b / a.norm() / b.norm()).item())
-    assert result.cosine_mean == pytest.approx(np.mean(cosines), abs=1e-6)
-    assert result.cosine_min == pytest.approx(min(cosines), abs=1e-6)
-    assert 0.5 < result.cosine_min < 1 - 1e-5
-
-
-def test_embedding_cosine_of_folders(tmp_path: Path) -> None:
-    from bitfold.run.driver import quantize
-
-    folder = tiny_lm.folder(tmp_path / "bert", tiny_lm.encoder())
-    quantize(folder, tmp_path / "q", bits=8)
-    result = embedding_cosine(tmp_path / "q", folder, ["one", "and another"])
-    assert 0.999 < result.cosine_min < 1
-    assert result.texts == 2
-    with pytest.raises(UsageError, match="empty text"):
-        embedding_cosine(folder, folder, ["one", " "])
-
-
-def test_stored_format_measurements_are_true() -> None:
-    """A few of the numbers that travel with the package, measured again; every listed format has one."""
-    stored = json.loads(STORED.read_text(encoding="utf-8"))
-    from bitfold.methods.gaussian import _key
-
-    assert {_key(f) for f in FORMATS.values()} == set(stored), "run python -m bitfold.evaluation.gaussian"
-    for name in ("bf16", "int8", "int2-g64", "nf4"):
-        assert gaussian_sqnr(FORMATS[name]) == pytest.approx(stored[_key(FORMATS[name])], abs=0.05)
-    assert FIT == "mse"
-
-
-def test_format_table_is_sane() -> None:
-    rows = {row.name: row for row in format_table()}
-    assert rows["int8"].levels == 256
-    assert rows["ternary"].levels == 3
-    assert rows["nf4"].bpw_exact == "17/4"
-    assert rows["fp32"].sqnr_db == math.inf
-    assert rows["fp32"].to_dict()["exact"] is True
-    for row in rows.values():
-        # no format beats the rate-distortion bound of a Gaussian, 6.02 dB a bit
-        assert row.sqnr_db is None or row.sqnr_db == math.inf or row.sqnr_db < 6.0206 * row.bpw
-        json.dumps(row.to_dict(), allow_nan=False)
-
-
 def test_a_text_comes_with_the_package(original: Path) -> None:
     result = evaluate(original, context=CONTEXT, max_tokens=CONTEXT)
     assert result.text == "wikitext2-test.txt (excerpt in the package)"
-    words = texts.read_text(None).split()
+    words = [word for line in texts.read_lines(None) for word in line.split()]
     assert len(words) > texts.DEFAULT_MAX_TOKENS * 0.75  # about 4/3 tokens a word: enough for the default
 
 

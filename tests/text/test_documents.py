@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from bitfold.errors import BitfoldError, CheckpointError, UsageError
+import tiny_lm
+from bitfold.errors import UsageError
 from bitfold.text import windows as texts
-from bitfold.text.documents import documents
+from bitfold.text.documents import text_pieces
 from hub_server import HubServer
 
 CARD = """---
@@ -25,78 +26,114 @@ configs:
 """
 ASK = """
 import sys
-from bitfold.text.documents import documents
+from bitfold.text.documents import text_pieces
 from bitfold.errors import BitfoldError
 for spec in sys.argv[1:]:
     try:
-        print(spec, *documents(spec, split="test"), sep="|")
+        print(spec, "".join(text_pieces(spec, split="test", render=None)).replace("\\n\\n", "|"), sep="|")
     except BitfoldError as error:
         print(spec, type(error).__name__, error.what, error.hint, sep="|")
 """
 
 
+def read(spec: str | Path, split: str = "test") -> str:
+    """The whole text."""
+    return "".join(text_pieces(spec, split=split, render=lambda *_: None))
+
+
 def parquet(**columns: list[str]) -> bytes:
     """A file that pyarrow writes."""
-    arrow = pytest.importorskip("pyarrow", reason="datasets is not installed (pip install 'bitfold[eval]')")
+    arrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed (pip install 'bitfold[eval]')")
+    from pyarrow import parquet as files
+
     out = io.BytesIO()
-    arrow.parquet.write_table(arrow.table(columns), out)
+    files.write_table(arrow.table(columns), out)
     return out.getvalue()
 
 
 def test_lines_of_json(tmp_path: Path) -> None:
     file = tmp_path / "t.jsonl"
     file.write_text('{"text": "one"}\n\n{"text": "two\u2028too", "id": 2}\r\n', encoding="utf-8")
-    assert list(documents(file, split="test")) == ["one", "two\u2028too"]
-    assert texts.read_text(file) == "one\n\ntwo\u2028too"
-    assert texts.read_text(file, enough=2) == "one"
-    for lines, message in (('{"body": "two"}', "line 2 has no `text`"), ('{"text": 2}', "of line 2 is no text")):
+    assert read(file) == "one\n\ntwo\u2028too"
+    for lines, message in (
+        ('{"other": "two"}', "line 2 has no text .* its columns: `other`"),
+        ('{"text": 2}', "line 2 has no"),
+    ):
         file.write_text('{"text": "one"}\n' + lines, encoding="utf-8")
         with pytest.raises(UsageError, match=message):
-            texts.read_text(file)
+            read(file)
 
 
 def test_what_is_no_text(tmp_path: Path) -> None:
     """Nothing of this asks a network."""
-    for name in ("none.txt", "org/none.txt", "./none", "/no/such", "wikitex", "org/name/more", "org/x.parquet", ""):
+    for name in (
+        "none.txt",
+        "org/none.txt",
+        "./none",
+        "/no/such",
+        "wikitex",
+        "org/name/more",
+        "org/x.parquet",
+        "",
+        "x" * 600,
+    ):
         with pytest.raises(UsageError, match="no such text file"):
-            texts.read_text(name)
-    empty, bytes_ = tmp_path / "empty.txt", tmp_path / "bytes.txt"
-    empty.write_text(" \n", encoding="utf-8")
-    bytes_.write_bytes(b"\xff\xfe\x00")
-    for file, message in ((empty, "the text is empty"), (bytes_, "cannot be read as UTF-8")):
-        with pytest.raises(UsageError, match=message):
-            texts.read_text(file)
+            read(name)
+    with pytest.raises(UsageError, match="is an address"):
+        read("https://example.org/a.txt")
+    with pytest.raises(UsageError, match="no ordinary file"):
+        read("/dev/null")
+    empty = tmp_path / "empty.txt"
+    for content in ("", " \n"):
+        empty.write_text(content, encoding="utf-8")
+        with pytest.raises(UsageError, match="the text is empty"):
+            texts.read_lines(empty)
+        with pytest.raises(UsageError, match="the text is empty"):
+            texts.read_tokens(empty, tiny_lm.tokenizer(), enough=4)
 
 
 def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    (tmp_path / "t.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "t.parquet").write_bytes(b"PAR1")
     for spec in ("org/name", str(tmp_path), tmp_path / "t.parquet"):
-        with pytest.raises(UsageError, match=r"data ?sets") as caught:
-            list(documents(spec, split="test"))
+        with pytest.raises(UsageError, match=r"data ?sets|pyarrow") as caught:
+            read(spec)
         assert caught.value.hint == "pip install 'bitfold[eval]'"
 
 
+def test_parquet_and_arrow(tmp_path: Path) -> None:
+    """By what is in them: the names say nothing."""
+    arrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed (pip install 'bitfold[eval]')")
+    file, table = tmp_path / "table.txt", arrow.table({"id": [1, 2], "text": ["first", "second"]})
+    file.write_bytes(parquet(id=["1", "2"], text=["first", "second"]))
+    assert read(file) == "first\n\nsecond"
+    for opened in (arrow.ipc.new_file, arrow.ipc.new_stream):
+        with opened(str(file), table.schema) as writer:
+            writer.write_table(table)
+        assert read(file) == "first\n\nsecond"
+    file.write_bytes(parquet(other=["first"]))
+    with pytest.raises(UsageError, match=r"row 1 has no text .* `other`"):
+        read(file)
+    file.write_bytes(b"PAR1 no more")
+    with pytest.raises(UsageError, match="a parquet file that cannot be read"):
+        read(file)
+
+
 def test_local_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file of parquet, a folder with splits, a folder with one, columns that are missing, damage."""
+    """A file of parquet, a folder with splits, a folder with one."""
     pytest.importorskip("datasets", reason="datasets is not installed (pip install 'bitfold[eval]')")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    one, two, wrong = tmp_path / "one", tmp_path / "two", tmp_path / "wrong.parquet"
+    one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):
         folder.mkdir()
         (folder / "train.parquet").write_bytes(parquet(text=["first", "second"]))
     (two / "test.parquet").write_bytes(parquet(text=["third"]))
-    wrong.write_bytes(parquet(body=["first"]))
-    assert list(documents(one / "train.parquet", split="test")) == ["first", "second"]
-    assert list(documents(one, split="test")) == ["first", "second"]
-    assert list(documents(two, split="test")) == ["third"]
+    assert read(one / "train.parquet") == "first\n\nsecond"
+    assert read(one) == "first\n\nsecond"
+    assert read(two) == "third"
     with pytest.raises(UsageError, match="no split 'dev'"):
-        list(documents(two, split="dev"))
-    with pytest.raises(CheckpointError, match="no text in a column `text`; it has body"):
-        list(documents(wrong, split="test"))
-    wrong.write_bytes(b"PAR1 no more")
-    with pytest.raises(BitfoldError, match="cannot be read"):
-        list(documents(wrong, split="test"))
+        read(two, "dev")
 
 
 def test_data_sets_of_a_hub(tmp_path: Path) -> None:

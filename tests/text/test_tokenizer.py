@@ -80,7 +80,7 @@ def test_what_is_wrong_is_said_before_any_work(case: str, good: Path, tmp_path: 
     assert caught.value.hint
     for dry_run in (True, False):
         with pytest.raises(CheckpointError, match=message):
-            bitfold.quantize(folder, tmp_path / "out", bits=4, solver="gptq", dry_run=dry_run)
+            bitfold.quantize(folder, tmp_path / "out", bits=4, method="gptq", dry_run=dry_run)
     assert not list(tmp_path.glob("*out*"))
     with pytest.raises(CheckpointError, match=message):
         bitfold.evaluate(folder)

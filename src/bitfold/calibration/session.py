@@ -44,8 +44,8 @@ class Calibration:
     """How to calibrate.
 
     Args:
-        text: a .txt or .jsonl file, "default" (the text that comes with bitfold), "self" (the model writes it), or the
-            name of a data set of the Hub.
+        text: a file of text or data, "default" (the text that comes with bitfold), "self" (the model writes it), or the
+            name of a data set of the Hub; see `text.documents`.
         nsamples: windows of text.
         seqlen: tokens of a window; None = 2048, or what the model has positions for.
         drift: how far the target moves towards making up for the loss of the layers before, 0 to 1.

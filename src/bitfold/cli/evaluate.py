@@ -29,7 +29,7 @@ TextOption = Annotated[
     typer.Option(
         "--text",
         "-t",
-        help="A text file, a .jsonl file, or a Hub data set (org/name). Default: 100 kB of WikiText-2's test split.",
+        help="A file of text or data, or a Hub data set (org/name). Default: 100 kB of WikiText-2's test split.",
     ),
 ]
 MetricOption = Annotated[

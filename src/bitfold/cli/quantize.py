@@ -40,7 +40,7 @@ MethodOption = Annotated[
 ]
 TransformOption = Annotated[str | None, typer.Option(help="Basis of the inputs: none, hadamard, smooth:0.5, awq.")]
 CalibrationOption = Annotated[
-    str | None, typer.Option(help="For calibrated methods: a .txt or .jsonl file, a Hub data set, self, or default.")
+    str | None, typer.Option(help="For calibrated methods: a file of text or data, a Hub data set, self, or default.")
 ]
 NsamplesOption = Annotated[int, typer.Option(help="Samples of calibration text.")]
 SeqlenOption = Annotated[int | None, typer.Option(help="Tokens of a sample (default: 2048, or what fits).")]

@@ -44,7 +44,6 @@ from bitfold.text import windows as texts
 CAUSAL, MASKED = "lm", "masked"
 _AUTO = {CAUSAL: "AutoModelForCausalLM", MASKED: "AutoModelForMaskedLM"}
 _MASKED_CONTEXT = 128
-_CHARACTERS = 16  # of a token at most, on average: how much of a data set to read
 
 
 @dataclass(frozen=True)
@@ -143,8 +142,8 @@ def evaluate(
     Args:
         model: a folder (of bitfold or of transformers), a Hub repository, or a module.
         reference: the same, for the model to compare with.
-        text: a UTF-8 file, a .jsonl file, a data set of the Hub, or the text itself (see `text.read_text`); None: the
-            excerpt of WikiText-2 that comes with the package.
+        text: a file, a data set of the Hub, or the text itself (see `text.documents.text_pieces`); None: the excerpt of
+            WikiText-2 that comes with the package.
         metric: "lm" for models that predict the next token, "masked" for those that fill in hidden ones.
         context: tokens of a window; None: 2048 (masked: 128), or less if the models cannot take as many.
         stride: tokens between the starts of two windows; None: windows side by side. Each token is predicted once.
@@ -167,9 +166,8 @@ def evaluate(
     start = time.monotonic()
     _check(metric, tasks)
     judged, against = _subjects(model, revision, reference, metric)
-    content = texts.read_text(text, enough=None if max_tokens is None else _CHARACTERS * max_tokens)
     sizes = _Sizes(metric, context, stride, max_tokens, start_token)
-    passages, tokenizer = _passages(judged, against, content, tokenizer, sizes)
+    passages, tokenizer = _passages(judged, against, text, tokenizer, sizes)
     setting = Setting(passages, batch, read_dtype(dtype), _AUTO[metric], tokenizer)
     with _workspace(cache_dir) as folder:
         scores, reference_nll, loaded = _run(judged, against, setting, folder)
@@ -213,14 +211,15 @@ class _Sizes:
 
 
 def _passages(
-    model: ModelRef, reference: ModelRef | None, text: str, tokenizer: Any, sizes: _Sizes
+    model: ModelRef, reference: ModelRef | None, text: str | PathLike[str] | None, tokenizer: Any, sizes: _Sizes
 ) -> tuple[Passages, Any]:
     """The text as the models read it, and the tokenizer."""
     with_path = [s for s in (reference, model) if s is not None and s.path is not None] or [model]
     tokenizer, *others = [s.tokenizer() for s in with_path] if tokenizer is None else [tokenizer]
-    ids, start = texts.tokenize(text, tokenizer), texts.text_start(tokenizer, sizes.start_token)
+    start = texts.text_start(tokenizer, sizes.start_token)
+    ids, *same = [texts.read_tokens(text, one, enough=sizes.max_tokens) for one in (tokenizer, *others)]
     hint = "is it the right reference?"
-    if any(not torch.equal(ids, texts.tokenize(text, other)) for other in others):
+    if any(not torch.equal(ids, other) for other in same):
         what = "the model and the reference split the text into different tokens"
         raise UsageError(what, where=model.name, hint=hint)
     for other in others:

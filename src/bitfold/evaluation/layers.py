@@ -98,7 +98,7 @@ def layer_errors(
     Args:
         model: a folder that bitfold wrote, or its Hub repository.
         reference: the original, a causal language model: folder, repository or module.
-        text: see `text.read_text`; None: the text that quantizing calibrates on by default.
+        text: see `text.documents.text_pieces`; None: the text that quantizing calibrates on by default.
         context, max_tokens: tokens of a window, and in all, for output errors.
         swaps: how many tensors to swap, spread evenly over the model; -1: all. Each is a forward pass.
         swap_tokens: on how many tokens a swap is measured.
@@ -117,7 +117,7 @@ def layer_errors(
     against.require_causal("layer errors are for causal language models")
     tokenizer = against.tokenizer() if tokenizer is None else tokenizer
     text = texts.CALIBRATION if text is None else text
-    ids = texts.tokenize(texts.read_text(text, enough=16 * max_tokens), tokenizer)
+    ids = texts.read_tokens(text, tokenizer, enough=max_tokens)
     start = texts.text_start(tokenizer, start_token)
     context = min(context, max_tokens, against.longest or context)
     windows = texts.cut(ids, context, None, max_tokens, start)

@@ -199,7 +199,7 @@ def find_outliers(
 
     Args:
         model: folder, Hub repository or module; the whole of it is in memory.
-        text: see `text.read_text`.
+        text: see `text.documents.text_pieces`.
         context, max_tokens: tokens of a window, and in all.
         dtype: of the arithmetic.
         tokenizer: for a module.
@@ -213,7 +213,7 @@ def find_outliers(
     subject = ModelRef.of(model, revision=revision)
     subject.require_causal("activations are inspected in causal language models")
     tokenizer = tokenizer or subject.tokenizer()
-    ids = texts.tokenize(texts.read_text(text, enough=16 * max_tokens), tokenizer)
+    ids = texts.read_tokens(text, tokenizer, enough=max_tokens)
     start = texts.text_start(tokenizer, start_token)
     windows = texts.cut(ids, min(context, max_tokens, subject.longest or context), None, max_tokens, start)
     loaded = subject.load("AutoModelForCausalLM", read_dtype(dtype))

@@ -15,7 +15,6 @@ from torch import nn
 from bitfold.calibration.session import LONGEST, Calibration
 from bitfold.checkpoints import Source, open_source
 from bitfold.checkpoints.bitfold_folder import QUANT_METHOD
-from bitfold.checkpoints.safetensors import digest_of
 from bitfold.errors import CheckpointError
 from bitfold.forecast.ceiling import MemoryChooser
 from bitfold.forecast.preflight import Asked, Preflight, preflight, refuse_impossible
@@ -31,6 +30,7 @@ from bitfold.run.writing import Job, PlannedRun, Writing, Written
 from bitfold.system import progress
 from bitfold.system.memory import Ceiling
 from bitfold.text.tokens import BUNDLED
+from bitfold.text.windows import text_digest
 from bitfold.workspace.events import Events
 from bitfold.workspace.folder import Workspace, partial_of, refuse_existing, size_of, software
 from bitfold.workspace.journal import recorded
@@ -216,8 +216,8 @@ def _identity(run: PlannedRun) -> dict[str, Any]:
     """What decides the bytes of the result."""
     job = run.job
     calibration = None if job.calibration is None else asdict(job.calibration)
-    if calibration is not None and Path(calibration["text"]).is_file():
-        calibration["text"] = digest_of(Path(calibration["text"]))
+    if calibration is not None:
+        calibration["text"] = text_digest(calibration["text"])
     return {
         "source": {"name": Path(job.source).name, "files": run.source.fingerprint()},
         "recipe": job.rules.to_dict(),

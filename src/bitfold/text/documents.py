@@ -1,79 +1,137 @@
-"""Documents to calibrate on or to be judged on: a file, or a data set of the Hub or in a folder."""
+"""Text to calibrate on or to be judged on, in pieces: out of a file, or a data set of the Hub or in a folder.
+
+What a file is, is judged by what is in it (see `kinds`): prose is read as it is; of data, the column of text or the
+conversations (see `shapes`). A text is read only as far as it is needed.
+"""
 
 from __future__ import annotations
 
-import json
+import itertools
 import re
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from bitfold.errors import BitfoldError, CheckpointError, HubError, UsageError
+from bitfold.text.encodings import characters, first_bytes
+from bitfold.text.kinds import JSON, PROSE, WINDOW, kind_of
+from bitfold.text.rows import ARROW, Named, arrow_rows, json_rows, table_rows
+from bitfold.text.shapes import Conversation, document
 
-COLUMN = "text"
+BETWEEN = "\n\n"  # documents; conversations follow one another as their template ends them
 _HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]*){0,2}")
+_URL = re.compile(r"[a-z][a-z0-9+]*://", re.IGNORECASE)
 _LONGEST = 200  # characters of a message: the library lists every suffix it knows
-_FILES = (".txt", ".md", ".jsonl", ".json", ".parquet", ".csv", ".gz", ".zip")  # what ends so is meant to be a file
+_FILES = (
+    ".txt",
+    ".md",
+    ".jsonl",
+    ".json",
+    ".parquet",
+    ".csv",
+    ".tsv",
+    ".gz",
+    ".zip",
+)  # what ends so is meant as a file
+Render = Callable[[Conversation, str, str], str | None]
+"""Writes a conversation out, given the file and the name of the row for errors; None where there is no template."""
 
 
-def documents(spec: str | PathLike[str], *, split: str) -> Iterator[str]:
-    """The documents that `spec` names, one after the other; nothing is read before the first is asked for.
+def text_pieces(spec: str | PathLike[str], *, split: str, render: Render) -> Iterator[str]:
+    """The text that `spec` names, in pieces; nothing is read before the first is asked for.
 
     Args:
-        spec: a UTF-8 text file (one document); a .jsonl file with a `text` in each line; a .parquet file, or a folder
-            that the library `datasets` can read, with a column `text`; or a data set of the Hub, "org/name",
-            "org/name:configuration" or "org/name:configuration:split".
+        spec: a file: prose in UTF-8 (or with a byte order mark), JSON, JSON lines, CSV, TSV, parquet or arrow, perhaps
+            compressed by gzip, bzip2 or xz; a folder that the library `datasets` can read; a data set of the Hub,
+            "org/name", "org/name:configuration" or "org/name:configuration:split"; or the text itself, where it has a
+            line break or is longer than a path.
         split: of a data set, where the name does not say; the only one of a data set that has no other.
+        render: writes conversations out.
 
     Raises:
-        UsageError: no such file, or one that cannot be read as text; a data set without the extra `eval`.
-        CheckpointError: a data set that cannot be read, or has no column `text`.
+        UsageError: no such file, or one that is neither text nor data whose columns are known; a data set without the
+            extra `eval`.
+        CheckpointError: a data set that cannot be read.
         HubError: a data set of the Hub that is not there, or cannot be reached.
     """
-    path = Path(spec).expanduser()
-    if path.is_file():
-        return _parquet(path) if path.suffix == ".parquet" else _file(path)
-    if path.is_dir() and str(spec):
-        return _rows(str(path), split, str(path))
-    name = str(spec)
+    if is_text(spec):
+        return iter([str(spec)])
+    path, name = Path(spec).expanduser(), str(spec)
+    kind = _kind(path)
+    if kind is not None and stat.S_ISREG(kind):
+        return _file(path, split, render)
+    if kind is not None and stat.S_ISDIR(kind) and name:
+        return _joined(_rows(str(path), split, str(path)), str(path), render)
+    if kind is not None and name:
+        raise UsageError("is no ordinary file", where=name, hint="write it to a file first")
+    if _URL.match(name):
+        hint = "download it first, or name a data set of the Hub: org/name"
+        raise UsageError("is an address, and texts are read from files", where=name, hint=hint)
     if _HUB.fullmatch(name) and not name.startswith(".") and path.suffix not in _FILES:
         repo, configuration, own_split = [*name.split(":"), "", ""][:3]
-        return _rows(name, own_split or split, repo, configuration or None)
-    raise UsageError(
-        "no such text file", where=name, hint="a UTF-8 text file, a .jsonl file, or a data set of the Hub: org/name"
-    )
+        return _joined(_rows(name, own_split or split, repo, configuration or None), name, render)
+    hint = "a text in UTF-8, JSON lines, CSV or parquet, or a data set of the Hub: org/name"
+    raise UsageError("no such text file", where=name, hint=hint)
 
 
-def _file(path: Path) -> Iterator[str]:
+def is_text(spec: str | PathLike[str] | None) -> bool:
+    """Whether this is a text and not the name of one."""
+    return isinstance(spec, str) and ("\n" in spec or len(spec) > 1000)
+
+
+def _kind(path: Path) -> int | None:
+    """What the path names; None for nothing."""
     try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot be read as UTF-8 text: {error}", where=str(path)) from error
-    if path.suffix != ".jsonl":
-        yield content
+        return path.stat().st_mode
+    except PermissionError as error:
+        raise UsageError(f"cannot be read: {error.strerror}", where=str(path)) from error
+    except (OSError, ValueError):  # not there; no name that a file could have
+        return None
+
+
+def _file(path: Path, split: str, render: Render) -> Iterator[str]:
+    begin = first_bytes(path)
+    if begin.startswith(ARROW):
+        yield from _joined(arrow_rows(path, begin), str(path), render)
         return
-    for number, line in enumerate(content.split("\n"), 1):  # not splitlines: JSON may hold other line separators
-        if line.strip():
-            yield _line(line, number, path)
+    blocks = characters(path)
+    window = ""
+    for block in blocks:
+        window += block
+        if len(window) >= WINDOW:
+            break
+    rest = next(blocks, None)
+    kind = kind_of(window, whole=rest is None, where=str(path))
+    pieces = itertools.chain([window], [] if rest is None else [rest], blocks)
+    if kind is PROSE:
+        yield from pieces
+    elif kind is JSON:
+        yield from _joined(json_rows(pieces, str(path), split), str(path), render)
+    else:
+        yield from _joined(table_rows(pieces, kind.delimiter, str(path)), str(path), render)
 
 
-def _line(line: str, number: int, path: Path) -> str:
-    try:
-        text = json.loads(line)[COLUMN]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UsageError(f"line {number} has no `{COLUMN}`: {error}", where=str(path)) from error
-    if not isinstance(text, str):
-        raise UsageError(f"the `{COLUMN}` of line {number} is no text", where=str(path))
-    return text
+def _joined(rows: Iterable[Named], where: str, render: Render) -> Iterator[str]:
+    """Documents with an empty line between them, conversations one after the other."""
+    between = ""
+    for name, row in rows:
+        found = document(row, where, name)
+        if found is None:
+            continue
+        written = render(found, where, name) if isinstance(found, Conversation) else None
+        if written is not None:
+            yield (BETWEEN if between else "") + written
+            between = ""
+        else:
+            text = found.plain or "" if isinstance(found, Conversation) else found
+            yield between + text
+            between = BETWEEN
 
 
-def _parquet(path: Path) -> Iterator[str]:
-    return _rows(str(path), "train", "parquet", data_files=str(path))
-
-
-def _rows(where: str, split: str, *arguments: Any, **options: Any) -> Iterator[str]:
-    """The column `text` of a data set, read as it comes: a large one is never fetched whole."""
+def _rows(where: str, split: str, *arguments: Any, **options: Any) -> Iterator[Named]:
+    """Rows of a data set, read as they come: a large one is never fetched whole."""
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -81,11 +139,8 @@ def _rows(where: str, split: str, *arguments: Any, **options: Any) -> Iterator[s
         what = "needs the library `datasets`" if is_local else "is no file, and data sets of the Hub need an extra"
         raise UsageError(what, where=where, hint="pip install 'bitfold[eval]'") from error
     try:
-        for row in _split(load_dataset(*arguments, **options, streaming=True), split, where):
-            if not isinstance(text := row.get(COLUMN), str):
-                columns = ", ".join(map(str, row))
-                raise CheckpointError(f"the data set has no text in a column `{COLUMN}`; it has {columns}", where=where)
-            yield text
+        for number, row in enumerate(_split(load_dataset(*arguments, **options, streaming=True), split, where), 1):
+            yield f"row {number}", row
     except BitfoldError:
         raise
     except Exception as error:  # whatever the network, the Hub and the data set's own format come up with

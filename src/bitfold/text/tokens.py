@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ from torch import nn
 from bitfold.errors import UsageError
 from bitfold.system import progress
 from bitfold.text import windows
-from bitfold.text.documents import documents
 from bitfold.text.tokenizer import read_tokenizer
 
 SELF, BUNDLED = "self", "default"
@@ -26,8 +23,8 @@ def calibration_tokens(
 
     Args:
         folder: where the tokenizer is.
-        spec: "default" for the text that comes with bitfold, or a file or data set, see `documents.documents` (split
-            `train` where the name says no other).
+        spec: "default" for the text that comes with bitfold, or a file or data set, see `documents.text_pieces` (split
+            `train` where the name says no other); its start is taken, and no more of it read.
         nsamples: windows wanted; fewer if the text is shorter.
         seqlen: tokens of a window.
         start_token: windows begin as the tokenizer begins a text (see `windows`).
@@ -38,24 +35,12 @@ def calibration_tokens(
     """
     tokenizer = read_tokenizer(folder)
     start = windows.text_start(tokenizer, start_token)
-    parts: list[torch.Tensor] = []
-    for text in _documents(spec):
-        parts.append(windows.tokenize(text, tokenizer))
-        if sum(map(len, parts)) >= nsamples * seqlen:
-            break
-    ids = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
-    if len(ids) < seqlen - len(start):
-        raise UsageError(
-            f"the calibration text {spec!r} has {len(ids)} tokens, one sample needs {seqlen - len(start)}",
-            hint="give more text, or a shorter --seqlen",
-        )
+    own = seqlen - len(start)
+    ids = windows.read_tokens(spec, tokenizer, enough=nsamples * max(1, own), split="train")
+    if len(ids) < own:
+        what = f"the calibration text has {len(ids)} tokens, one sample needs {own}"
+        raise UsageError(what, where=windows.text_name(spec), hint="give more text, or a shorter --seqlen")
     return windows.cut(ids, seqlen, None, None, start).ids[:nsamples]
-
-
-def _documents(spec: str) -> Iterator[str]:
-    if spec == BUNDLED:
-        return iter([(files("bitfold.text") / "data" / "wikitext2-valid.txt").read_text(encoding="utf-8")])
-    return documents(spec, split="train")
 
 
 @torch.no_grad()

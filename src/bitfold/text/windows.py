@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,16 @@ from typing import Any
 import torch
 
 from bitfold.errors import UsageError
-from bitfold.text.documents import documents
+from bitfold.text.chat import Renderer
+from bitfold.text.documents import is_text, text_pieces
+from bitfold.text.stream import token_pieces
 
 BUNDLED = Path(__file__).parent / "data" / "wikitext2-test.txt"
 CALIBRATION = BUNDLED.with_name("wikitext2-valid.txt")
 DEFAULT_CONTEXT = 2048
 DEFAULT_MAX_TOKENS = 20480
 _PROBE = "a text"
+_DIGESTED = 1 << 26  # bytes
 
 
 @dataclass(frozen=True)
@@ -74,35 +77,62 @@ class Windows:
         return hashlib.sha256(head + self.ids.contiguous().numpy().tobytes()).hexdigest()
 
 
-def read_text(text: str | os.PathLike[str] | None, *, enough: int | None = None) -> str:
-    """The text itself, or what `text` names; None or "default": the excerpt that comes with the package.
+def read_tokens(
+    text: str | os.PathLike[str] | None, tokenizer: Any, *, enough: int | None, split: str = "test"
+) -> torch.Tensor:
+    """int64 (tokens,): the ids of a text, from its start as far as they are needed; no more of it is read.
 
     Args:
-        text: a file or a data set, see `documents.documents` (split `test` where the name says no other), its documents
-            joined by empty lines; or a text with a line break in it, or longer than a path.
-        enough: characters after which a data set need not be read further.
+        text: see `documents.text_pieces`; None or "default": the excerpt of WikiText-2 that comes with the package, of
+            the test split or the validation split (where `split` is "train").
+        tokenizer: of transformers; its chat template writes conversations out.
+        enough: tokens that are needed; None: all.
+        split: of a data set, where its name does not say.
 
     Raises:
-        UsageError: no such file, one that cannot be read as text, or an empty one; a data set without the extra `eval`.
+        UsageError: no such file, one that is no text and no data whose columns are known, or an empty one.
         CheckpointError, HubError: a data set that cannot be read.
     """
-    if isinstance(text, str) and _is_text(text):
-        return text
-    path = BUNDLED if text is None or str(text) == "default" else text
-    content = _joined(documents(path, split="test"), enough)
-    if not content.strip():
-        raise UsageError("the text is empty", where=str(path))
-    return content
+    path = (BUNDLED if split == "test" else CALIBRATION) if text is None or str(text) == "default" else text
+    start = text_start(tokenizer)
+    seen: list[bool] = []
+    pieces = text_pieces(path, split=split, render=Renderer(tokenizer, start_name(start, tokenizer) or ""))
+    ids = _gathered(_noted(pieces, seen), tokenizer, start, enough)
+    if not any(seen):
+        raise UsageError("the text is empty", where=text_name(text))
+    return ids
 
 
-def _joined(documents: Iterator[str], enough: int | None) -> str:
-    parts, length = [], 0
-    for document in documents:
-        parts.append(document)
-        length += len(document) + 2
-        if enough is not None and length > enough:
+def _noted(pieces: Iterator[str], seen: list[bool]) -> Iterator[str]:
+    """The pieces, noting whether there is more than spaces in them."""
+    for piece in pieces:
+        if not any(seen):
+            seen.append(bool(piece.strip()))
+        yield piece
+
+
+def _gathered(pieces: Iterable[str], tokenizer: Any, start: tuple[int, ...], enough: int | None) -> torch.Tensor:
+    parts: list[torch.Tensor] = []
+    count = 0
+    for ids in token_pieces(pieces, tokenizer):
+        own = len(start) if start and not count and tuple(ids[: len(start)]) == start else 0
+        parts.append(torch.tensor(ids[own:], dtype=torch.int64))
+        count += len(parts[-1])
+        if enough is not None and count >= enough:
             break
-    return "\n\n".join(parts)
+    return torch.cat([torch.empty(0, dtype=torch.int64), *parts])[:enough]
+
+
+def text_digest(text: str) -> str:
+    """Hash that changes with the part of a text that is read: of the name itself, where that is no file.
+
+    Windows are taken from the start; of a file larger than 64 MiB the rest counts by its size.
+    """
+    path = Path(text).expanduser()
+    if is_text(text) or not path.is_file():
+        return text
+    with path.open("rb") as stream:
+        return hashlib.sha256(f"{path.stat().st_size} ".encode() + stream.read(_DIGESTED)).hexdigest()
 
 
 def text_name(text: str | os.PathLike[str] | None) -> str:
@@ -110,16 +140,16 @@ def text_name(text: str | os.PathLike[str] | None) -> str:
     for path, names in ((BUNDLED, ("None", "default")), (CALIBRATION, (str(CALIBRATION),))):
         if str(text) in names:
             return f"{path.name} (excerpt in the package)"
-    return "(given)" if isinstance(text, str) and _is_text(text) else str(text)
-
-
-def _is_text(text: str) -> bool:
-    return "\n" in text or len(text) > 1000
+    return "(given)" if is_text(text) else str(text)
 
 
 def read_lines(text: str | os.PathLike[str] | None) -> list[str]:
-    """The lines of a text or file (see `read_text`) that are not empty."""
-    return [line.strip() for line in read_text(text).splitlines() if line.strip()]
+    """The lines of a text (see `documents.text_pieces`) that are not empty; UsageError where there are none."""
+    path = BUNDLED if text is None or str(text) == "default" else text
+    whole = "".join(text_pieces(path, split="test", render=Renderer(None, "")))
+    if lines := [line.strip() for line in whole.splitlines() if line.strip()]:
+        return lines
+    raise UsageError("the text is empty", where=text_name(text))
 
 
 def text_ends(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -153,10 +183,7 @@ def start_name(start: tuple[int, ...], tokenizer: Any) -> str | None:
 
 def tokenize(text: str, tokenizer: Any) -> torch.Tensor:
     """int64 (tokens,): the ids of the text alone; a start token that it brings along is left to the windows."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    start = text_start(tokenizer)
-    own = len(start) if start and tuple(ids[: len(start)]) == start else 0
-    return torch.tensor(ids[own:], dtype=torch.int64)
+    return _gathered([text], tokenizer, text_start(tokenizer), None)
 
 
 def cut(
