@@ -55,6 +55,53 @@ def test_lines_off_a_terminal(capsys: pytest.CaptureFixture[str], clock: _Clock)
     assert err.splitlines() == ["work: 25%, 33 s left (layer 3)", "work: done in 44 s"]
 
 
+def test_one_time_that_is_left(capsys: pytest.CaptureFixture[str], clock: _Clock) -> None:
+    """A step inside another is told of in its lines, with no time of its own."""
+    progress.enable()
+    with progress.bar("whole", 100, seconds=200) as whole:
+        with progress.bar("part", 4) as part:
+            for _ in range(3):
+                clock.now += 11
+                part.advance(1, note="layer 7")
+        whole.advance(20)
+        clock.now += 11
+        whole.advance(20)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == [
+        "whole: 0%, 3 min 09 s left (part 25%, layer 7)",
+        "whole: 0%, 2 min 58 s left (part 50%, layer 7)",
+    ]
+    assert all(line.count(" left") <= 1 and line.startswith("whole: ") for line in lines)
+
+
+def test_the_pace_is_believed_the_more_the_more_is_done(clock: _Clock) -> None:
+    """An estimate that is twice too short: right at last, never growing between two units."""
+    pace = progress.Pace(100, 100)
+    assert pace.left() == 100
+    errors = []
+    for unit in range(1, 100):
+        before = pace.left()
+        clock.now += 2
+        assert before - pace.left() == pytest.approx(min(2, before))
+        pace.advance(1)
+        errors.append(abs(pace.left() / (2 * (100 - unit)) - 1))
+    assert errors[0] == pytest.approx(0.5, abs=0.05)
+    assert errors[9] < 0.3
+    assert errors[49] < 0.1
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_what_was_done_before_says_nothing_about_the_pace(clock: _Clock) -> None:
+    """A run that goes on: nine tenths were there at once."""
+    pace = progress.Pace(100, None)
+    pace.skip(90)
+    assert pace.share == 0.9
+    assert pace.left() is None
+    clock.now += 5
+    pace.advance(5)
+    assert pace.left() == 5
+
+
 def test_a_short_step_writes_no_line(capsys: pytest.CaptureFixture[str], clock: _Clock) -> None:
     progress.enable()
     with progress.bar("work", 2) as shown:

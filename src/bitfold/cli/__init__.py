@@ -8,11 +8,12 @@ from __future__ import annotations
 from bitfold.cli import evaluate, generate, look, move, quantize, report
 from bitfold.cli import methods as _methods  # noqa: F401  (registers its command)
 from bitfold.cli import verify as _verify  # noqa: F401  (registers its command)
-from bitfold.cli.app import app
+from bitfold.cli.app import app, end_in_order
 
 __all__ = ["app", "evaluate", "generate", "look", "main", "move", "quantize", "report"]
 
 
 def main() -> None:
     """Entry point of the `bitfold` program."""
+    end_in_order()
     app(prog_name="bitfold")

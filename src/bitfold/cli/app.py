@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Mapping
+from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -18,6 +20,7 @@ from bitfold.system import progress
 
 INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h
 INTERRUPTED = 130  # 128 + SIGINT
+TERMINATED = 128 + signal.SIGTERM
 # typer may carry a copy of click of its own, so click's base class is found through what typer exports.
 _ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
@@ -27,6 +30,21 @@ _ORDER = (
     *("quantize", "eval", "layers", "compare", "report"),
     *("generate", "chat", "inspect", "verify", "formats", "methods", "convert", "upload"),
 )
+
+
+class Terminated(BaseException):
+    """The process was asked to end by SIGTERM: no error, so it passes those who catch errors, as Ctrl-C does."""
+
+
+def end_in_order() -> None:
+    """From now on SIGTERM ends the program as Ctrl-C does: what is finished is kept, and said. A second one kills."""
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminated)
+
+
+def _terminated(number: int, _frame: FrameType | None) -> NoReturn:
+    signal.signal(number, signal.SIG_DFL)
+    raise Terminated
 
 
 class _Commands(TyperGroup):
@@ -46,6 +64,8 @@ class _Commands(TyperGroup):
             _stop(_describe(error), error.exit_code)
         except KeyboardInterrupt:
             _stop("interrupted", INTERRUPTED)
+        except Terminated:
+            _stop("terminated", TERMINATED)
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
         except _ClickException as error:

@@ -42,6 +42,7 @@ class Preflight:
         peak_memory: resident, of the whole process.
         memory_for: what needs most of it.
         seconds: about; None for runs that are over in seconds.
+        times: of each tensor, which make up `seconds`; empty for those runs.
         bpw_whole: bits per weight over everything.
         kept: tensors and bytes by the rule that keeps them.
         ragged: tensors whose rows the group size does not divide.
@@ -63,10 +64,13 @@ class Preflight:
     allowed: int | None = None
     columns: int | None = None
     ranges: list[str] = field(default_factory=list)
+    times: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, with stable keys."""
-        return asdict(self)
+        found = asdict(self)
+        del found["times"]  # their sum says enough
+        return found
 
     def summary(self) -> str:
         """One line."""
@@ -112,12 +116,14 @@ def preflight(source: Source, model: nn.Module | None, plan: Plan, economy: Memo
     calibration, numel = economy.calibration, plan.numel
     output = plan_shards(plan.stored(), asked.max_shard_bytes).nbytes
     timed = asked.timed or numel > _TIMED_FROM
+    times = seconds(plan, calibration, model, asked.seed) if timed else {}
     return Preflight(
         output_bytes=output,
         disk_bytes=math.ceil(_SPARE * output) + working_disk(plan, calibration, model),
         peak_memory=economy.peak,
         memory_for=_largest(economy.found),
-        seconds=seconds(plan, calibration, model, asked.seed) if timed else None,
+        seconds=sum(times.values()) if timed else None,
+        times=times,
         bpw_whole=8 * sum(d.nbytes() for d in plan.decisions) / max(1, numel),
         kept=rules_of(plan.decisions),
         ragged=[d.tensor for d in plan.quantized if _is_ragged(d)],

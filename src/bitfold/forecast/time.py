@@ -32,18 +32,20 @@ _SAMPLE = 1 << 19  # weights quantized to see how fast it goes
 _BYTES = 1 << 23  # hashed and written for the same reason
 
 
-def seconds(plan: Plan, calibration: Calibration | None, model: nn.Module | None, seed: int) -> float:
-    """Of the whole run, about."""
-    copied = sum(d.info.nbytes + d.nbytes() for d in plan.written)
-    total = copied * _seconds_per_byte()
+def seconds(plan: Plan, calibration: Calibration | None, model: nn.Module | None, seed: int) -> dict[str, float]:
+    """Of the whole run, about: for each tensor that is written, what comes before the first one counted with it."""
+    found = {d.tensor: (d.info.nbytes + d.nbytes()) * _seconds_per_byte() for d in plan.written}
     rates: dict[Scheme, float] = {}
     for d in sorted(plan.quantized, key=lambda d: -d.info.numel):
         if d.scheme.needs_text and calibration is not None:
             continue
         if d.scheme not in rates:
             rates[d.scheme] = _rounding_rate(d, seed)
-        total += rates[d.scheme] * d.info.numel
-    return total if calibration is None or model is None else total + _calibrated(plan, calibration, model, seed)
+        found[d.tensor] += rates[d.scheme] * d.info.numel
+    if calibration is not None and model is not None:
+        for name, more in _calibrated(plan, calibration, model, seed).items():
+            found[name] += more
+    return found
 
 
 def _timed(work: Callable[[], Any]) -> float:
@@ -116,24 +118,28 @@ def _coding_seconds(d: Quantized, n: int, seed: int) -> float:
     return max(times[0] - each * few, 0.0) + each * n
 
 
-def _calibrated(plan: Plan, calibration: Calibration, model: nn.Module, seed: int) -> float:
-    """The walk, block by block; blocks of the same shapes take the same time."""
+def _calibrated(plan: Plan, calibration: Calibration, model: nn.Module, seed: int) -> dict[str, float]:
+    """The walk, block by block, shared out among its tensors; blocks of the same shapes take the same time."""
     tokens = calibration.nsamples * sequence_length(calibration, model)
-    weighing = 0
+    before = 0.0
     if weighs_tokens(plan.quantized, calibration):
         # Forward, forward again inside the backward pass, gradients of activations.
-        weighing = 3 * 2 * tokens * plan.numel
+        before = 3 * 2 * tokens * plan.numel * _product_rate()
     known: dict[tuple[Any, ...], float] = {}
     # What the quantized model takes, the passes that stop at a group, the original.
     passes = 2.5 + compares(plan.quantized, calibration)
-    total = weighing * _product_rate()
+    found: dict[str, float] = {}
     for decisions in blocks_of(plan).values():
         wanted = [d for d in decisions if isinstance(d, Quantized) and d.scheme.needs_text]
         shape = tuple((d.info.shape, d.scheme if isinstance(d, Quantized) else None) for d in decisions)
-        if wanted and shape not in known:
+        if not wanted:
+            continue
+        if shape not in known:
             known[shape] = _block(decisions, wanted, calibration, (tokens, seed, passes))
-        total += known.get(shape, 0.0)
-    return total
+        weights = sum(d.info.numel for d in wanted)
+        found |= {d.tensor: (known[shape] + before) * d.info.numel / weights for d in wanted}
+        before = 0.0
+    return found
 
 
 def _block(

@@ -151,7 +151,7 @@ def execute(expected: Forecast, options: RunOptions) -> QuantizeReport:
         facts = report_of(expected, options).to_dict()
         events.write("begin", totals=facts["account"], **{key: facts[key] for key in _FACTS})
         writing = Writing(run, work, events, options.on_tensor)
-        writing.ceiling = Ceiling(options.max_memory)
+        writing.ceiling, writing.times = Ceiling(options.max_memory), expected.preflight.times
         report = report_of(expected, options, writing.tensors())
         writing.folder(report, strict=options.strict)
         events.write("end", peak_memory=peak_memory(), **report.sums())

@@ -5,7 +5,6 @@ What an earlier run of the same identity has finished is checked by its hashes a
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -109,18 +108,19 @@ class Writing:
         self._writer = PlannedWriter(work.result, plan_shards(run.plan.stored(), run.job.max_shard_bytes))
         self.done = WrittenTensors()
         self.ceiling = Ceiling(None)
+        self.times: Mapping[str, float] = {}
         self.acts: ActivationCost | None = None
 
     def tensors(self) -> Written:
         """Write every tensor: first what needs calibration, block by block, then the rest in the source's order."""
         self._recall()
-        before, remaining = list(self.done.reports.values()), self._remaining()
-        first = list(itertools.islice(remaining, 1))  # what calibration does before it says nothing about the pace
-        with progress.bar("quantize", self.run.plan.numel) as bar:
-            for report in before:
-                bar.advance(report.numel, report.tensor)
-            for report in itertools.chain(first, remaining):
-                bar.advance(report.numel, report.tensor)
+        # In seconds, as far as they are known beforehand: a calibrated layer takes far longer than one that is kept.
+        units = {d.tensor: self.times.get(d.tensor, 0.0) if self.times else d.info.numel for d in self.run.plan.written}
+        total = sum(units.values())
+        with progress.bar("quantize", total, total if self.times else None) as bar:
+            bar.skip(sum(units[name] for name in self.done.reports))
+            for report in self._remaining():
+                bar.advance(units[report.tensor], report.tensor)
                 self.ceiling.check()
                 if self._on_tensor is not None:
                     self._on_tensor(report)
