@@ -8,7 +8,7 @@ import time
 from common import arguments
 
 import bitfold
-from bitfold.calibration.session import settings
+from bitfold.calibration.options import settings
 
 options = arguments()
 method = f"signround:{options.steps}" if options.method == "signround" else options.method

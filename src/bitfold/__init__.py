@@ -32,7 +32,7 @@ _PUBLIC = {
 
 if TYPE_CHECKING:
     from bitfold import errors, nn
-    from bitfold.calibration.session import Calibration
+    from bitfold.calibration.options import Calibration
     from bitfold.evaluation import evaluate
     from bitfold.formats import FORMATS
     from bitfold.formats.packing import pack, unpack

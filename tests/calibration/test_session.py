@@ -16,7 +16,15 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import bitfold
 import tiny_lm
 from bitfold import Calibration
-from bitfold.calibration import BlockWalk, Statistics, calibration_tokens, fisher, token_weights
+from bitfold.calibration import (
+    BlockWalk,
+    Statistics,
+    Text,
+    calibration_tokens,
+    fisher,
+    token_weights,
+    walk_shape,
+)
 from bitfold.calibration.probe import ActivationCost
 from bitfold.errors import BitfoldError, UsageError
 from numerics import check_all_same_answers, check_same_answers
@@ -122,7 +130,7 @@ def test_the_walk_is_the_model(family: str) -> None:
         def read(self, name: str) -> torch.Tensor:
             return self[name].detach().clone()
 
-    walk = BlockWalk(copy.deepcopy(model), Whole(state), ids, {})
+    walk = BlockWalk(copy.deepcopy(model), Whole(state), walk_shape(model).chains[0], Text(ids))
     walk.start()
     for index in range(len(walk)):
         assert torch.allclose(walk._original[0], expected[index], atol=1e-5)
@@ -226,7 +234,7 @@ def test_finished_parts_answer_from_memory(source: Path, monkeypatch: pytest.Mon
 
     def measure() -> tuple[list[torch.Tensor], torch.Tensor, int]:
         model, calls = copy.deepcopy(whole), 0
-        walk = BlockWalk(model, Whole(whole.state_dict()), ids, {})
+        walk = BlockWalk(model, Whole(whole.state_dict()), walk_shape(whole).chains[0], Text(ids))
         walk.start()
         attention = type(model.model.layers[0].self_attn)
         real = attention.forward
@@ -275,11 +283,11 @@ def test_the_probe_measures_int8_activations(family: str) -> None:
 
     kinds = (nn.Linear, transformers.pytorch_utils.Conv1D)
     layers = [n for n, m in changed.named_modules() if isinstance(m, kinds) and "head" not in n]
-    walk = BlockWalk(copy.deepcopy(original), Whole(state), ids, {})
+    walk = BlockWalk(copy.deepcopy(original), Whole(state), walk_shape(original).chains[0], Text(ids))
     walk.start()
     walk.watch(lambda _name: coarse)
     for index in range(len(walk)):
-        for group, _ in walk.block(index, [n for n in layers if n.startswith(f"{walk.path}.{index}.")]):
+        for group, _ in walk.block(index, [n for n in layers if n.startswith(walk.inside(index))]):
             for name in group:
                 for model in (walk.model, changed):
                     model.get_submodule(name).weight.data.mul_(0.8)
@@ -352,15 +360,21 @@ def test_the_measured_kl_is_that_of_the_result(tmp_path: Path, tied: bool) -> No
     assert report.acts["kl_float"] == pytest.approx(expected, rel=0.01)
 
 
-def test_overflowing_activations_are_refused_by_name(tmp_path: Path) -> None:
-    """A model that overflows on the text: an error that names a tensor, no traceback out of a factorization."""
+def test_overflowing_activations(tmp_path: Path) -> None:
+    """A model that overflows on the text is quantized without data, said with the names; strict runs stop."""
     model = tiny_lm.model()
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.fill_(1e30)
         model.model.layers[0].mlp.gate_proj.weight.fill_(1e30)
     tiny_lm.folder(tmp_path / "source", model)
     (tmp_path / "text.txt").write_text(tiny_lm.TEXT, encoding="utf-8")
-    settings = Calibration(str(tmp_path / "text.txt"), nsamples=2, seqlen=48, fisher=False)
-    with pytest.raises(BitfoldError) as caught:
-        bitfold.quantize(tmp_path / "source", tmp_path / "out", format="int4", method="ldlq", calibration=settings)
-    assert "model.layers" in (caught.value.where or "")
+    text = Calibration(str(tmp_path / "text.txt"), nsamples=2, seqlen=48, fisher=False)
+    options: dict[str, Any] = {"format": "int4", "method": "ldlq", "calibration": text}
+    report = bitfold.quantize(tmp_path / "source", tmp_path / "out", **options)
+    assert any("layers.0.mlp.down_proj" in fallback["where"] for fallback in report.fallbacks)
+    assert all("Traceback" in fallback["exception"] for fallback in report.fallbacks)
+    flagged = {t.tensor for t in report.flagged if any("without data" in flag for flag in t.flags)}
+    assert "model.layers.0.mlp.down_proj.weight" in flagged
+    assert "model.layers.0.self_attn.q_proj.weight" not in flagged
+    with pytest.raises(BitfoldError, match="not finite"):
+        bitfold.quantize(tmp_path / "source", tmp_path / "strict", **options, strict=True)

@@ -20,7 +20,7 @@ import typer
 
 import tiny_lm
 from bitfold import errors
-from bitfold.calibration.session import Calibration
+from bitfold.calibration.options import Calibration
 from bitfold.cli import app
 from bitfold.methods.fits import FITS
 from bitfold.methods.solvers import SOLVERS

@@ -21,10 +21,10 @@ import bitfold
 import bitfold.calibration.shared_input
 import tiny_lm
 from bitfold import Calibration
-from bitfold.calibration import BlockWalk, Statistics, Wanted, calibration_tokens
+from bitfold.calibration import Statistics, Wanted, calibration_tokens
 from bitfold.calibration.one_layer import solve
+from bitfold.calibration.runner import HESSIANS, Runner
 from bitfold.calibration.statistics import Sums
-from bitfold.calibration.walk import HESSIANS
 from bitfold.checkpoints import convert
 from bitfold.errors import CheckpointError, ResourceError, UsageError
 from bitfold.forecast.ceiling import NARROWEST
@@ -246,13 +246,13 @@ def test_experts_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (source / "text.txt").write_text(tiny_lm.TEXT, encoding="utf-8")
     settings = Calibration(str(source / "text.txt"), nsamples=4, seqlen=64, fisher=False)
     passes: list[int] = []
-    measure = BlockWalk._measure_experts
+    measure = Runner.measure_experts
 
-    def counted(walk: BlockWalk, *args: Any) -> Any:
+    def counted(walk: Runner, *args: Any) -> Any:
         passes.append(walk._hessian_bytes)
         return measure(walk, *args)
 
-    monkeypatch.setattr(BlockWalk, "_measure_experts", counted)
+    monkeypatch.setattr(Runner, "measure_experts", counted)
     options: dict[str, Any] = {"format": "int4-g32", "method": "ldlq", "calibration": settings}
     bitfold.quantize(source, tmp_path / "all", **options)
     monkeypatch.setattr(memory, "default_ceiling", lambda: 1)

@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 
 import tiny_lm
-from bitfold.calibration.session import Calibration
+from bitfold.calibration.options import Calibration
 from bitfold.checkpoints import open_source
 from bitfold.checkpoints.gguf.source import GgufSource
 from bitfold.engine import Sampling, Writer

@@ -9,7 +9,7 @@ import pytest
 
 import bitfold
 import tiny_lm
-from bitfold.calibration.session import Calibration, settings
+from bitfold.calibration.options import Calibration, settings
 from bitfold.errors import BitfoldError, UsageError
 from bitfold.recipes.catalog import METHODS, Method, find_method, to_rows
 from bitfold.recipes.options import MethodOptions, choose_recipe

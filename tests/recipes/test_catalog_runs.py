@@ -9,7 +9,7 @@ import torch
 
 import bitfold
 import tiny_lm
-from bitfold.calibration.session import Calibration
+from bitfold.calibration.options import Calibration
 from bitfold.nn import QWeight
 
 # Name, bits (None: the method's own), format, whether inputs are rotated, largest relative square error of a weight.

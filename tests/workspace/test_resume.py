@@ -292,9 +292,9 @@ def test_finished_blocks_are_not_done_again(with_text: Path, tmp_path: Path, dri
     calibrated_once(with_text, tmp_path / "whole", drift)
     with pytest.raises(Stopped), pytest.warns(UserWarning, match="goes on"):
         calibrated_once(with_text, tmp_path / "out", drift, on_tensor=stop_after(10))
-    kept = {file.name for file in (partial_of(tmp_path / "out") / "state").glob("*-1.bin")}
+    kept = {file.name for file in (partial_of(tmp_path / "out") / "state").glob("*/*-1.bin")}
     assert kept == ({"original-1.bin", "quantized-1.bin"} if drift else {"quantized-1.bin"})
-    assert not list((partial_of(tmp_path / "out") / "state").glob("*-0.bin"))
+    assert not list((partial_of(tmp_path / "out") / "state").glob("*/*-0.bin"))
     again: list[str] = []
     calibrated_once(with_text, tmp_path / "out", drift, on_tensor=lambda t: again.append(t.tensor))
     assert not any("layers.0.mlp" in name for name in again)
@@ -308,7 +308,7 @@ def test_what_calibration_left_is_checked(with_text: Path, tmp_path: Path, damag
     with pytest.raises(Stopped), pytest.warns(UserWarning, match="goes on"):
         calibrated_once(with_text, tmp_path / "out", on_tensor=stop_after(10))
     work = partial_of(tmp_path / "out")
-    name = {"activations": "state/quantized-1.bin", "tensor": "result/model.safetensors"}.get(damage)
+    name = {"activations": "state/model.layers/quantized-1.bin", "tensor": "result/model.safetensors"}.get(damage)
     file = work / (name or "state/inputs.safetensors")
     data = file.read_bytes()
     at = len(data) - 5 if damage != "tensor" else 9000 + int.from_bytes(data[:8], "little")

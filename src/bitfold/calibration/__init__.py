@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from bitfold.calibration.fisher import token_weights
+from bitfold.calibration.shape import walk_shape
 from bitfold.calibration.statistics import Statistics, TuningBlock, Wanted
-from bitfold.calibration.walk import BlockWalk
+from bitfold.calibration.walk import BlockWalk, Text
 from bitfold.text.tokens import calibration_tokens
 
-__all__ = ["BlockWalk", "Statistics", "TuningBlock", "Wanted", "calibration_tokens", "token_weights"]
+__all__ = [
+    "BlockWalk",
+    "Statistics",
+    "Text",
+    "TuningBlock",
+    "Wanted",
+    "calibration_tokens",
+    "token_weights",
+    "walk_shape",
+]

@@ -1,21 +1,38 @@
-"""What the blocks of a model are called with: activations, masks, rotary tables."""
+"""What the blocks of a model are called with besides their activations: masks, rotary tables, inputs of their own."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+Place = int | str  # of the activations among the arguments: a position, or a name
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # the activations themselves are None
 
 
-def shared(args: tuple[Any, ...], kwargs: dict[str, Any], calls: list[Call]) -> Call:
+def without(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: Place) -> tuple[torch.Tensor, Call]:
+    """The activations of a call, and the rest of it."""
+    if isinstance(place, int):
+        return args[place], ((*args[:place], None, *args[place + 1 :]), dict(kwargs))
+    return kwargs[place], (args, {**kwargs, place: None})
+
+
+def with_activations(call: Call, place: Place, x: torch.Tensor) -> Call:
+    """A call, whole again."""
+    args, kwargs = call
+    if isinstance(place, int):
+        return (*args[:place], x, *args[place + 1 :]), kwargs
+    return args, {**kwargs, place: x}
+
+
+def shared(call: Call, calls: list[Call]) -> Call:
     """A call, whose arguments are those of the call before where they are equal: masks and rotary tables mostly are."""
     if not calls:
-        return args, kwargs
-    before = calls[-1]
-    same = tuple(_same(new, old) for new, old in zip(args[1:], before[0][1:], strict=False))
-    return (*args[:1], *same, *args[1 + len(same) :]), {k: _same(v, before[1].get(k)) for k, v in kwargs.items()}
+        return call
+    (args, kwargs), before = call, calls[-1]
+    same = tuple(_same(new, old) for new, old in zip(args, before[0], strict=False))
+    return (*same, *args[len(same) :]), {k: _same(v, before[1].get(k)) for k, v in kwargs.items()}
 
 
 def _same(new: Any, old: Any) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from bitfold.calibration import Statistics
+from bitfold.calibration.statistics import Statistics
 from bitfold.formats import AnyFormat
 from bitfold.methods.fits import minmax
 from bitfold.methods.rtn import rtn

@@ -5,39 +5,64 @@ information; its square, averaged over the outputs of a layer, weights the token
 Kim et al. 2025, with one group of rows). One label a token is a noisy look at it, and a few heavy tokens make a noisy
 Hessian: the weights here are the square roots of those, which loses less (docs/log.md). One forward and one backward
 pass over the calibration text; a block's activations exist only while the backward pass is in it (they are computed
-again), so that memory holds those of one.
+again), and the logits of a few tokens at a time, so that memory holds those of one block and of a few tokens.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bitfold.calibration.walk import find_blocks
+from bitfold.calibration.rehearsal import text_inputs
+from bitfold.errors import ModelError
 from bitfold.system import progress
 
 _POWER = 0.5  # of the squared gradients
 _LARGEST = 50.0  # times the mean: a single token must not be the whole Hessian
 _CHUNK = 128  # tokens whose logits exist at a time
+_LOGITS = 1 << 24  # that exist at a time at most, however many words there are
+_WHOLE = 1 << 29  # bytes of the logits of a window that may exist at once, where they cannot be had piece by piece
 _FEW = 8  # tokens on which the output layer is looked at
 
 
+class Marks(Protocol):
+    """Where finished windows are kept, for a process that goes on."""
+
+    def window(self, number: int) -> tuple[dict[str, torch.Tensor], torch.Tensor] | None:
+        """What was kept of a window: squares by layer (tokens,), and the state of the generator after it."""
+
+    def keep_window(self, number: int, squares: dict[str, torch.Tensor], state: torch.Tensor) -> None:
+        """Keep them."""
+
+
 def token_weights(
-    model: nn.Module, names: Iterable[str], ids: torch.Tensor, *, seed: int = 0
+    model: nn.Module,
+    names: Iterable[str],
+    ids: torch.Tensor,
+    *,
+    seed: int = 0,
+    blocks: Sequence[str] = (),
+    marks: Marks | None = None,
 ) -> dict[str, torch.Tensor]:
     """Weights (samples, seqlen), float32 with mean 1, for each named layer.
 
     Args:
-        model: a causal language model, whole, in float32.
+        model: a language model, whole, in float32.
         names: paths of its layers.
         ids: token ids (samples, seqlen).
         seed: of the labels.
+        blocks: paths of modules whose activations are not kept for the backward pass but computed again.
+        marks: where finished windows are kept.
+
+    Raises:
+        ModelError: no gradient reaches the layers, or it takes more memory than there should be need for.
+        Exception: whatever the model raises when it is differentiated.
     """
     generator = torch.Generator().manual_seed(seed)
     # Made before the work: small results between the large temporaries of a pass would pin the memory of every window.
@@ -46,8 +71,35 @@ def token_weights(
     at = 0
 
     def note(name: str, gradient: torch.Tensor) -> None:
-        heard.add(name)
+        now.add(name)
         found[name][at] = gradient.float().square().mean(-1).reshape(-1)
+
+    now: set[str] = set()
+    with _listening(model, found, note), _recomputed(model, blocks), progress.bar("weigh tokens", len(ids)) as bar:
+        tail = _Tail.of(model, ids[:1, :_FEW])
+        for number, sample in enumerate(ids):
+            at, known = number, None if marks is None else marks.window(number)
+            if known is not None:
+                squares, state = known
+                for name, row in squares.items():
+                    found[name][at] = row
+                generator.set_state(state)
+                heard |= squares.keys()
+            else:
+                now.clear()
+                _backward(model, tail, sample[None], generator)
+                heard |= now
+                if marks is not None:
+                    marks.keep_window(number, {name: found[name][at] for name in sorted(now)}, generator.get_state())
+            if not heard:
+                raise ModelError("no gradient reaches its layers", where=type(model).__name__)
+            bar.advance(1)
+    return {name: _normalised(found[name]) for name in found if name in heard}
+
+
+@contextlib.contextmanager
+def _listening(model: Any, names: Iterable[str], note: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+    """Gradients of the outputs of layers are noted; they begin where token ids have become numbers."""
 
     def listen(name: str) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -57,62 +109,109 @@ def token_weights(
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(listen(name)) for name in found]
+    def begin(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.detach().requires_grad_(torch.is_grad_enabled())
+
+    handles = [model.get_submodule(name).register_forward_hook(listen(name)) for name in names]
+    handles.append(model.get_input_embeddings().register_forward_hook(begin))
     try:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        with torch.enable_grad(), _recomputed(model), progress.bar("weigh tokens", len(ids)) as bar:
-            head = _head(model, ids[0])
-            for number, sample in enumerate(ids):
-                at = number
-                _backward(model, head, sample, generator)
-                bar.advance(1)
+        with torch.enable_grad():
+            yield
     finally:
         for handle in handles:
             handle.remove()
-    return {name: _normalised(found[name]) for name in found if name in heard}
 
 
 @contextlib.contextmanager
-def _recomputed(model: nn.Module) -> Iterator[None]:
+def _recomputed(model: nn.Module, blocks: Iterable[str]) -> Iterator[None]:
     """The backward pass runs each block forward once more instead of finding its activations in memory."""
-    _, blocks = find_blocks(model)
+    modules = [model.get_submodule(path) for path in blocks]
 
     def again(forward: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
     try:
-        for block in blocks:
+        for block in modules:
             block.__dict__["forward"] = again(block.forward)
         yield
     finally:
-        for block in blocks:
+        for block in modules:
             block.__dict__.pop("forward", None)
 
 
-def _head(model: Any, sample: torch.Tensor) -> Any:
-    """The output layer, if the logits are just what it makes of the last hidden state (no scaling, no soft cap)."""
-    head, base = model.get_output_embeddings(), model.base_model
-    if head is None or base is model:
-        return None
-    few = sample[None, :_FEW]
-    with torch.no_grad():
-        logits = model(input_ids=few, use_cache=False).logits
-        hidden = base(input_ids=few, use_cache=False)[0]
-    return head if torch.equal(logits, head(hidden)) else None
+class _Tail:
+    """What a model makes of the last hidden states, token by token: scaling, soft caps and all.
+
+    Args:
+        model: with its base model and what follows it.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._base = model, model.base_model
+        self._answer: Any = None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: Any, ids: torch.Tensor) -> _Tail | None:
+        """Of a model, tried on a few tokens; None if its logits are not made so."""
+        if model.base_model is model:
+            return None
+        tail = cls(model)
+        hidden, few = tail.hidden(ids), ids.shape[1] // 2
+        if not isinstance(hidden, torch.Tensor) or hidden.shape[:2] != ids.shape:
+            return None
+        whole = model(**text_inputs(model, ids)).logits
+        part = tail.logits(hidden[:, :few], ids[:, :few])
+        close = part.shape == whole[:, :few].shape and torch.allclose(part, whole[:, :few], rtol=1e-3, atol=1e-3)
+        return tail if close else None
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        """The last hidden states (1, tokens, width)."""
+        self._answer = self._base(**text_inputs(self._model, ids))
+        found: torch.Tensor = self._answer[0]
+        return found
+
+    def logits(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Of some of them (1, tokens, vocabulary)."""
+        answer = self._answer
+        if isinstance(answer, tuple):
+            replaced: Any = (hidden, *answer[1:])
+        else:
+            replaced = type(answer)(**{**answer, next(iter(answer)): hidden})
+        try:
+            self._base.__dict__["forward"] = lambda *_args, **_kwargs: replaced
+            logits: torch.Tensor = self._model(**text_inputs(self._model, ids)).logits
+            return logits
+        finally:
+            self._base.__dict__.pop("forward", None)
+
+    def forget(self) -> None:
+        """What the base model answered is not needed any more."""
+        self._answer = None
 
 
-def _backward(model: Any, head: Any, sample: torch.Tensor, generator: torch.Generator) -> None:
-    inputs = model.get_input_embeddings()(sample[None]).detach().requires_grad_(True)
-    if head is None:
-        logits = model(inputs_embeds=inputs, use_cache=False).logits[0]
-        logits.backward(_surprise(logits.detach(), generator))
+def _backward(model: Any, tail: _Tail | None, ids: torch.Tensor, generator: torch.Generator) -> None:
+    """One window (1, tokens) there and back."""
+    words = int(model.get_input_embeddings().weight.shape[0])
+    if tail is None:
+        if 4 * ids.numel() * words > _WHOLE:
+            raise ModelError("the logits of a window at once take too much memory", where=type(model).__name__)
+        whole: Any = model(**text_inputs(model, ids)).logits[0]
+        whole.backward(_surprise(whole.detach(), generator))
         return
     # The logits of a window can be larger than the model; a few tokens at a time they stay in the cache.
-    hidden = model.base_model(inputs_embeds=inputs, use_cache=False)[0]
-    with torch.no_grad():
-        parts = [_surprise(head(part), generator) @ head.weight for part in hidden[0].split(_CHUNK)]
-    hidden.backward(torch.cat(parts)[None])
+    hidden: Any = tail.hidden(ids)
+    parts, size = list[torch.Tensor](), max(1, min(_CHUNK, _LOGITS // words))
+    for piece, tokens in zip(torch.split(hidden.detach(), size, 1), torch.split(ids, size, 1), strict=True):
+        part = piece.clone().requires_grad_(True)
+        logits: Any = tail.logits(part, tokens)[0]
+        logits.backward(_surprise(logits.detach(), generator))
+        assert part.grad is not None
+        parts.append(part.grad)
+    tail.forget()
+    hidden.backward(torch.cat(parts, 1))
 
 
 def _surprise(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

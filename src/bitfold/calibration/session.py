@@ -3,115 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from bitfold.calibration import BlockWalk, TuningBlock, Wanted, calibration_tokens, token_weights
+from bitfold.calibration.fallback import Fallback, recoverable
+from bitfold.calibration.inputs import Wish, prepare
+from bitfold.calibration.options import Calibration
 from bitfold.calibration.probe import ActivationCost, Rounding
 from bitfold.calibration.resume import Bookmarks
+from bitfold.calibration.runner import HESSIANS
+from bitfold.calibration.shape import WalkShape, walk_shape, window
 from bitfold.calibration.shared_input import Folded, SharedInput, Solved, solve_group
 from bitfold.calibration.signround import tune
-from bitfold.calibration.walk import HESSIANS
+from bitfold.calibration.spill import Spill
+from bitfold.calibration.statistics import TuningBlock, Wanted
+from bitfold.calibration.tensors import Reader, original
+from bitfold.calibration.walk import BlockWalk, Text
+from bitfold.calibration.whole import WHOLE, WholeWalk
 from bitfold.checkpoints import Source
-from bitfold.errors import ModelError, UsageError, WeightError
+from bitfold.errors import ModelError, UsageError
 from bitfold.kernels.activations import quantize_tokens
-from bitfold.methods.hessian import ALIGNED
 from bitfold.models import skeleton
-from bitfold.models.opening import open_skeleton
 from bitfold.models.sites import EMBEDDING, EXPERTS
 from bitfold.models.swap import transform_of
-from bitfold.models.vocabulary import refuse_unknown_tokens
-from bitfold.nn import set_tensor
 from bitfold.planning.decisions import Decision, Quantized
 from bitfold.planning.plan import Plan
-from bitfold.recipes.catalog import AUTO, find_method
 from bitfold.system import progress
-from bitfold.text.tokenizer import read_tokenizer
-from bitfold.text.tokens import BUNDLED, SELF, own_text
-from bitfold.text.windows import text_start
 
-LONGEST = 2048  # tokens of a window, where nobody says otherwise
 _GRADIENTS_UP_TO = 500_000_000  # parameters; gradients need the whole model and its activations in memory
 
 
+Outcome = Solved | Folded | ActivationCost | Fallback
+
+
 @dataclass(frozen=True)
-class Calibration:
-    """How to calibrate.
-
-    Args:
-        text: a file of text or data, "default" (the text that comes with bitfold), "self" (the model writes it), or the
-            name of a data set of the Hub; see `text.documents`.
-        nsamples: windows of text.
-        seqlen: tokens of a window; None = 2048, or what the model has positions for.
-        drift: how far the target moves towards making up for the loss of the layers before, 0 to 1.
-        fisher: weight tokens by the gradient of the loss; None = if the model is small enough to afford it.
-        columns: inputs whose Hessian is kept whole; layers with more are solved in ranges of at most so many, which
-            costs some accuracy and saves memory; None = whole, unless a ceiling of memory is named that needs this.
-        refit: error feedback ends with the row scales that cost least under the Hessian.
-        start_token: windows begin as the tokenizer begins a text.
-    """
-
-    text: str = BUNDLED
-    nsamples: int = 32
-    seqlen: int | None = None
-    drift: float = 0.5
-    fisher: bool | None = None
-    columns: int | None = None
-    refit: bool = True
-    start_token: bool = True
-
-    def __post_init__(self) -> None:
-        if self.nsamples < 1 or (self.seqlen is not None and self.seqlen < 2):
-            raise UsageError("calibration needs at least one sample of two tokens")
-        if not 0 <= self.drift <= 1:
-            raise UsageError(f"a drift correction of {self.drift} makes no sense", hint="0 to 1")
-        if self.columns is not None and self.columns < ALIGNED:
-            raise UsageError(
-                f"ranges of {self.columns} inputs are too narrow", where="--columns", hint=f"at least {ALIGNED}"
-            )
-
-
-def settings(
-    method: str | None,
-    text: str | None = None,
-    nsamples: int = 32,
-    seqlen: int | None = None,
-    drift: float | None = None,
-    fisher: bool | None = None,
-    columns: int | None = None,
-    refit: bool = True,
-    start_token: bool = True,
-) -> Calibration | None:
-    """The calibration that options mean: None where no text is named and the method is known to need none."""
-    found = None if method is None or method == AUTO else find_method(method)
-    if text is None and found is not None and not found.needs_text:
-        return None
-    corrects = found is None or found.corrects
-    strength = (0.5 if corrects else 0.0) if drift is None else drift
-    seqlen = seqlen or (found.seqlen if found is not None else None)
-    weighed = fisher if corrects or fisher is not None else False
-    return Calibration(text or BUNDLED, nsamples, seqlen, strength, weighed, columns, refit, start_token)
-
-
-def solve_blocks(
-    source: Source,
-    model: nn.Module | None,
-    plan: Plan,
-    calibration: Calibration,
-    seed: int,
-    tokenizer: Path,
-    bookmarks: Bookmarks | None = None,
-    hessian_bytes: int = HESSIANS,
-) -> Iterator[Solved | Folded | ActivationCost]:
-    """Quantize every layer and stack of experts whose scheme asks for calibration, block by block.
-
-    Layers outside the blocks and layers that never ran are not yielded: they are left to the data-free path. What 8-bit
-    activations cost comes last, if a scheme leaves the choice to measurement.
+class Session:
+    """A calibrated run.
 
     Args:
         source: the open checkpoint.
@@ -119,64 +50,160 @@ def solve_blocks(
         plan: what to do with each tensor.
         calibration: text and options.
         seed: of rotations, labels and text.
+    """
+
+    source: Source
+    model: nn.Module | None
+    plan: Plan
+    calibration: Calibration
+    seed: int
+
+    @property
+    def shape(self) -> WalkShape:
+        """How the model is walked."""
+        return walk_shape(self.model)
+
+
+def solve_blocks(
+    session: Session, tokenizer: Path, bookmarks: Bookmarks | None = None, hessian_bytes: int = HESSIANS
+) -> Iterator[Outcome]:
+    """Quantize every layer and stack of experts whose scheme asks for calibration: block by block where it can be.
+
+    What is not yielded (layers that never ran, and what a failure has left) is for the data-free path. What 8-bit
+    activations cost comes last, if a scheme leaves the choice to measurement.
+
+    Args:
+        session: what is to be done.
         tokenizer: folder of the tokenizer.
         bookmarks: where the run is noted, so that another process can go on with it.
         hessian_bytes: bytes of the Hessians of experts in memory at a time.
 
     Raises:
-        ModelError: no model class, so nothing can be run.
+        ModelError: the model cannot be run.
     """
-    model = _can_run(model, source)
-    calibration = _fitting(calibration, model)
-    wanted = {d.tensor: d for d in plan.quantized if _calibrated(d)}
-    reader = _Reader(source, model, plan)
-    found = None if bookmarks is None else bookmarks.inputs()
-    ids, weights = found or _inputs(source, reader, wanted, calibration, seed, tokenizer)
-    if bookmarks is not None and found is None:
-        bookmarks.keep_inputs(ids, weights)
-    walk = BlockWalk(model, reader, ids, weights, None if bookmarks is None else bookmarks.spill, hessian_bytes)
+    model = runnable(session.model, session.source)
+    wanted = {d.tensor: d for d in session.plan.quantized if _calibrated(d)}
+    reader = Reader(session.source, model, session.plan)
+    text, failed = _text(session, reader, wanted, tokenizer, bookmarks)
+    if failed is not None:
+        yield failed
+    for chain in session.shape.chains:
+        inside = {name: d for name, d in wanted.items() if name.startswith(f"{chain.path}.")}
+        if not inside:
+            continue
+        spill = None if bookmarks is None else Spill(bookmarks.folder_of(chain.path))
+        walk = BlockWalk(model, reader, chain, text, spill, hessian_bytes)
+        last = chain is session.shape.chains[-1]
+        yield from _or_say(walk.name, _walk_blocks(session, walk, inside, bookmarks, measure=last))
+    rest = _others(session.shape, wanted)
+    if rest:
+        yield from _or_say(WHOLE, _walk_whole(session, reader, rest, text, bookmarks, hessian_bytes))
+
+
+def runnable(model: nn.Module | None, source: Source) -> nn.Module:
+    """The skeleton, if the model runs on text; ModelError if not."""
+    obstacle = walk_shape(model).obstacle
+    if obstacle is not None or model is None:
+        raise ModelError(
+            f"cannot be calibrated: {obstacle}",
+            where=str(source.path),
+            hint="use a data-free method (--method rtn), or leave the choice to bitfold: --bits N alone",
+        )
+    return model
+
+
+def _or_say(name: str, outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
+    """The outcomes of a walk; where the walk itself fails, why it ends: its layers are left to the data-free path."""
+    try:
+        yield from outcomes
+    except Exception as error:  # whatever a model's own code comes up with
+        yield Fallback(name, "what is left of it is quantized without data", recoverable(error))
+
+
+def _walk_blocks(
+    session: Session, walk: BlockWalk, wanted: dict[str, Quantized], bookmarks: Bookmarks | None, *, measure: bool
+) -> Iterator[Outcome]:
+    """One list of blocks; `measure`: 8-bit activations too, where a scheme leaves them to measurement."""
+    if bookmarks is not None and bookmarks.over(walk):
+        return
     walk.start()
-    undecided = {d.site.module: d for d in wanted.values() if _undecided(d)}
+    undecided = {d.site.module: d for d in wanted.values() if measure and _undecided(d)}
     if undecided:
-        walk.watch(lambda layer: _rounding(undecided.get(layer), seed))
-    elif not compares(wanted.values(), calibration):
+        walk.watch(lambda layer: _rounding(undecided.get(layer), session.seed))
+    elif not compares(wanted.values(), session.calibration):
         walk.forget_original()
+    try:
+        yield from _blocks(session, walk, wanted, bookmarks)
+    finally:
+        walk.empty("")  # after a failure, the block at hand
+    if undecided:
+        yield walk.acts(skeleton.retie)
+    elif bookmarks is not None:
+        bookmarks.finish(walk)
+
+
+def _walk_whole(
+    session: Session,
+    reader: Reader,
+    wanted: dict[str, Quantized],
+    text: Text,
+    bookmarks: Bookmarks | None,
+    hessian_bytes: int,
+) -> Iterator[Outcome]:
+    """What no list of blocks holds, while the whole model runs."""
+    model = runnable(session.model, session.source)
+    walk = WholeWalk(model, reader, original(session.source, reader), text, hessian_bytes)
+    walk.start(*inside("", wanted))
+    yield from _blocks(session, walk, wanted, bookmarks)
+
+
+def _blocks(
+    session: Session, walk: BlockWalk | WholeWalk, wanted: dict[str, Quantized], bookmarks: Bookmarks | None
+) -> Iterator[Outcome]:
+    """Block after block, from where an earlier process has come to."""
     first = 0 if bookmarks is None else bookmarks.enter(walk)
     with progress.bar("calibrate", len(walk)) as bar:
         bar.advance(first)
         for index in range(first, len(walk)):
             solved = []
-            for one in _solve_block(walk, index, wanted, plan, calibration, seed):
-                solved.append(one.decision.tensor)
+            for one in _solve_block(session, walk, index, wanted):
+                if not isinstance(one, Fallback):
+                    solved.append(one.decision.tensor)
                 yield one
                 del one  # it holds the weight as it was, and the next group needs the room
             if bookmarks is not None:
                 bookmarks.turn(index, solved, walk)
-            bar.advance(1, f"{walk.path}.{index}")
-    if undecided:
-        yield walk.acts(skeleton.retie)
+            bar.advance(1, walk.inside(index).rstrip("."))
 
 
 def _solve_block(
-    walk: BlockWalk, index: int, wanted: dict[str, Quantized], plan: Plan, calibration: Calibration, seed: int
-) -> Iterator[Solved | Folded]:
+    session: Session, walk: BlockWalk | WholeWalk, index: int, wanted: dict[str, Quantized]
+) -> Iterator[Solved | Folded | Fallback]:
     """Group by group; a layer that may still take factors of a later one waits; what is tuned together comes last."""
-    prefix, learned = f"{walk.path}.{index}.", list[Solved]()
+    prefix, learned, calibration = walk.inside(index), list[Solved](), session.calibration
     takers, waiting = {f"{d.fold}.weight" for d in wanted.values()}, dict[str | None, Solved]()
-    layers, stacks = _inside(prefix, wanted)
+    layers, stacks = inside(prefix, wanted)
     tuned = {name: d for name, d in _tuned(prefix, wanted).items() if name in layers}
-    tuner = partial(_learn, tuned, learned, seed) if tuned else None
-    known = partial(_statistics_of, wanted, calibration, seed)
+    tuner = partial(_learn, tuned, learned, session.seed) if tuned else None
+    known = partial(_statistics_of, wanted, calibration, session.seed)
     for group, statistics in walk.block(index, [n for n in layers if n not in tuned], stacks, tuner, known):
         decisions = [wanted.get(f"{name}.weight") or wanted[name] for name in group]
-        together = SharedInput(walk.model, decisions, statistics, *_before(decisions, plan, waiting))
-        for one in solve_group(together, drift=calibration.drift, seed=seed, refit=calibration.refit):
+        together = SharedInput(walk.model, decisions, statistics, *_before(decisions, session.plan, waiting))
+        for one in solve_group(together, drift=calibration.drift, seed=session.seed, refit=calibration.refit):
             if isinstance(one, Solved) and one.decision.tensor in takers:
                 waiting[one.decision.tensor] = one
             else:
                 yield one
             del one
     yield from (*waiting.values(), *learned)
+
+
+def _others(shape: WalkShape, wanted: dict[str, Quantized]) -> dict[str, Quantized]:
+    """What is to be calibrated and is in no chain, if any of it runs at all."""
+    chains = tuple(f"{chain.path}." for chain in shape.chains)
+    left = {name: d for name, d in wanted.items() if not name.startswith(chains)}
+    running = tuple(f"{path}." for path, _ in shape.others)
+    return left if any(name.startswith(running) for name in left) else {}
 
 
 def _statistics_of(wanted: dict[str, Quantized], calibration: Calibration, seed: int, layer: str) -> Wanted:
@@ -219,23 +246,6 @@ def _learn(tuned: dict[str, Quantized], learned: list[Solved], seed: int, path: 
     learned += [Solved(decision, q, w, None) for decision, q, w in tune(whole, inside, seed=seed)]
 
 
-def _can_run(model: nn.Module | None, source: Source) -> nn.Module:
-    """The skeleton, if its forward pass can be run; ModelError if not."""
-    if model is None:
-        raise ModelError(
-            "transformers does not have this model's class, so it cannot be calibrated",
-            where=str(source.path),
-            hint="use a data-free method (--method rtn)",
-        )
-    if "CausalLM" not in type(model).__name__ and "LMHead" not in type(model).__name__:
-        raise ModelError(
-            f"{type(model).__name__} is no causal language model, and only those can be calibrated so far",
-            where=str(source.path),
-            hint="use a data-free method (--method rtn)",
-        )
-    return model
-
-
 def compares(decisions: Iterable[Quantized], calibration: Calibration) -> bool:
     """Whether the activations of the original model matter, and not those of the quantized one alone."""
     return calibration.drift > 0 or any(d.scheme.solver.tunes_blocks or _undecided(d) for d in decisions)
@@ -261,7 +271,7 @@ def _rounding(decision: Quantized | None, seed: int) -> Rounding:
     return rounded
 
 
-def _inside(prefix: str, wanted: dict[str, Quantized]) -> tuple[list[str], list[str]]:
+def inside(prefix: str, wanted: dict[str, Quantized]) -> tuple[list[str], list[str]]:
     """Linear layers by module and stacks of experts by tensor, of a block."""
     sites = [d.site for d in wanted.values() if d.tensor.startswith(prefix)]
     return [s.module for s in sites if s.kind != EXPERTS], [s.tensor for s in sites if s.kind == EXPERTS]
@@ -276,49 +286,11 @@ def _before(
     return before, next((waiting[f"{path}.weight"] for path in paths if f"{path}.weight" in waiting), None)
 
 
-def _fitting(calibration: Calibration, model: Any) -> Calibration:
-    """With windows that the model has positions for."""
-    config = model.config
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or LONGEST
-    if calibration.seqlen is None:
-        return replace(calibration, seqlen=min(LONGEST, int(limit)))
-    if calibration.seqlen > limit:
-        raise UsageError(f"the model has positions for {limit} tokens, not {calibration.seqlen}", where="--seqlen")
-    return calibration
-
-
 def _calibrated(decision: Quantized) -> bool:
     scheme, site = decision.scheme, decision.site
     if not scheme.needs_text or site.kind == EMBEDDING:
         return False
     return site.kind != EXPERTS or not scheme.solver.tunes_blocks  # experts are not tuned, only rounded
-
-
-class _Reader:
-    """Tensors of the model by name, whatever tensors of the source they are made from."""
-
-    def __init__(self, source: Source, model: nn.Module, plan: Plan) -> None:
-        self._source, self.model = source, model
-        self._items = {name: item.target for item in plan.items for name in item.target.names}
-
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor; WeightError when it is not finite."""
-        tensor = self._items[name].read(self._source.read, self.model)[name]
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise WeightError("NaN or infinity among the weights", where=name, hint="the checkpoint is damaged")
-        return tensor
-
-    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        """Some rows of a tensor, without the others where the source can do that."""
-        target = self._items[name]
-        some = getattr(self._source, "read_rows", None)
-        if target.converter is not None or some is None:
-            return self.read(name)[rows]
-        part: torch.Tensor = some(target.sources[0], rows)
-        return part
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._items
 
 
 def weighs_tokens(decisions: Iterable[Quantized], calibration: Calibration) -> bool:
@@ -328,37 +300,12 @@ def weighs_tokens(decisions: Iterable[Quantized], calibration: Calibration) -> b
     return sum(d.info.numel for d in decisions if _calibrated(d)) <= _GRADIENTS_UP_TO
 
 
-def _inputs(
-    source: Source, reader: _Reader, wanted: dict[str, Quantized], calibration: Calibration, seed: int, tokenizer: Path
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Token ids, and token weights where they can be afforded."""
+def _text(
+    session: Session, reader: Reader, wanted: dict[str, Quantized], tokenizer: Path, bookmarks: Bookmarks | None
+) -> tuple[Text, Fallback | None]:
+    """Windows of text, and token weights where they can be afforded."""
+    calibration, model = session.calibration, runnable(session.model, session.source)
+    weighed = tuple(d.site.module for d in wanted.values() if d.site.kind != EXPERTS)
     fisher = weighs_tokens(wanted.values(), calibration)
-    sizes = {"nsamples": calibration.nsamples, "seqlen": calibration.seqlen or LONGEST}
-    own, known = calibration.text == SELF, read_tokenizer(tokenizer)
-    start = text_start(known, calibration.start_token)
-    if own:
-        ids = torch.tensor(start, dtype=torch.int64)
-    else:
-        ids = calibration_tokens(tokenizer, calibration.text, **sizes, start_token=calibration.start_token)
-    refuse_unknown_tokens(reader.model, ids, known)  # before the whole model is read
-    whole = _whole(source, reader) if fisher or own else None
-    if own and whole is not None:
-        ids = own_text(whole, **sizes, seed=seed, start=start)
-    if not fisher or whole is None:
-        return ids, {}
-    layers = [d.site.module for d in wanted.values() if d.site.kind != EXPERTS]
-    return ids, token_weights(whole, layers, ids, seed=seed)
-
-
-def _whole(source: Source, reader: _Reader) -> nn.Module:
-    """The original model in float32."""
-    model = open_skeleton(source, dtype=torch.float32)
-    assert model is not None
-    for name, parameter in list(model.named_parameters()):
-        if parameter.is_meta:
-            set_tensor(model, name, reader.read(name).float())
-    for name, _ in list(model.named_buffers()):
-        if name in reader:
-            set_tensor(model, name, reader.read(name))
-    skeleton.retie(model)
-    return model
+    wanted_text = Wish(calibration, window(calibration.seqlen, model), session.seed, weighed if fisher else ())
+    return prepare(wanted_text, model, lambda: original(session.source, reader), tokenizer, bookmarks)

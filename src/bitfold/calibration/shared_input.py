@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitfold.calibration import Statistics
 from bitfold.calibration.channel_factors import find_factors
+from bitfold.calibration.fallback import Fallback, recoverable
 from bitfold.calibration.one_layer import solve
+from bitfold.calibration.statistics import Statistics
 from bitfold.methods.gptq import proxy_loss
 from bitfold.methods.hessian import Moments, widest
 from bitfold.models.folding import folded_norm
@@ -81,8 +82,10 @@ class SharedInput:
     feeding: Solved | None = None
 
 
-def solve_group(group: SharedInput, *, drift: float, seed: int, refit: bool = True) -> Iterator[Solved | Folded]:
-    """Quantize the layers of one input.
+def solve_group(
+    group: SharedInput, *, drift: float, seed: int, refit: bool = True
+) -> Iterator[Solved | Folded | Fallback]:
+    """Quantize the layers of one input; without data, and with a word about it, where calibration fails.
 
     Args:
         group: the layers. The layer before them that took their factors, if one did, is yielded again as it is then.
@@ -94,7 +97,7 @@ def solve_group(group: SharedInput, *, drift: float, seed: int, refit: bool = Tr
         BitfoldError: with the name of the tensor.
     """
     if len(group.decisions[0].site.shape) == 3:
-        yield _solve_stack(group, _SolveOptions(0.0, seed, last=True, refit=refit))
+        yield from _solve_stack(group, _SolveOptions(0.0, seed, last=True, refit=refit))
         return
     (statistics,) = group.statistics
     left = list(group.decisions)
@@ -116,26 +119,47 @@ class _SolveOptions:
 
 def _solve_alike(
     group: SharedInput, statistics: Statistics, decisions: list[Quantized], options: _SolveOptions
-) -> Iterator[Solved | Folded]:
-    """Layers of one input under one scheme."""
+) -> Iterator[Solved | Folded | Fallback]:
+    """Layers of one input under one scheme; without data where it cannot be done with them."""
     scheme, weights = decisions[0].scheme, [_weight(group.model, d) for d in decisions]
-    transform, folded = _basis(group, statistics, decisions, weights, options.seed)
+    failure: Exception | None = None
+    try:
+        transform, folded = _basis(group, statistics, decisions, weights, options.seed)
+    except Exception as error:
+        failure = recoverable(error)
+        transform, folded = transform_of(scheme, decisions[0].site, options.seed), []
     yield from folded
-    target = _target(weights, statistics, transform, options)
-    few = _too_few(statistics)
-    hessian = _in_basis(statistics, transform)
-    if options.last:  # a wide one is among the largest things there are
-        statistics.hessian = torch.zeros(0, 0)
-    qs, flags = _code(scheme, decisions, target, None if few else hessian, options)
-    sides = {} if folded or transform is None else transform.fields()
+    hessian: Moments | None = None
+    few, flags = _too_few(statistics), tuple[str, ...]()
+    if failure is None:
+        try:
+            target = _target(weights, statistics, transform, options)
+            hessian = _in_basis(statistics, transform)
+            if options.last:  # a wide one is among the largest things there are
+                statistics.hessian = torch.zeros(0, 0)
+            qs, flags = _code(scheme, decisions, target, None if few else hessian, options)
+        except Exception as error:
+            failure = recoverable(error)
+    if failure is not None:
+        fallback = Fallback(", ".join(d.tensor for d in decisions), "quantized without data", failure)
+        yield fallback
+        few, target = (f"{fallback.instead}: {fallback.why}",), _stacked(weights, transform)
+        qs, _ = _code(scheme, decisions, target, None, options)
+    sides = {} if decisions[0].fold is not None or transform is None else transform.fields()
     sides = {**sides, **_act_scale(scheme, statistics, transform)}
     parts = torch.split(target, [len(w) for w in weights])
     for decision, w, part, q in zip(decisions, weights, parts, qs, strict=True):
         decoded = q.dequantize()
-        error = None if few else proxy_loss(part, decoded, hessian)
+        lost = None if few or hessian is None else proxy_loss(part, decoded, hessian)
         was = w if transform is None else transform.weights(w)
         _put(group.model, decision, decoded if transform is None else transform.inverse(decoded))
-        yield Solved(decision, q, was, error, sides, (*few, *flags))
+        yield Solved(decision, q, was, lost, sides, (*few, *flags))
+
+
+def _stacked(weights: list[torch.Tensor], transform: Transform | None) -> torch.Tensor:
+    """All weights, rows upon rows, in the new basis."""
+    whole = torch.cat(weights) if len(weights) > 1 else weights[0]
+    return whole if transform is None else transform.weights(whole)
 
 
 def _target(
@@ -234,25 +258,40 @@ def _code(
     return [q for q, _ in found], tuple(dict.fromkeys(flag for _, flags in found for flag in flags))
 
 
-def _solve_stack(group: SharedInput, options: _SolveOptions) -> Solved:
-    """A stack of experts, each under the Hessian of the tokens that were sent to it."""
+def _solve_stack(group: SharedInput, options: _SolveOptions) -> Iterator[Solved | Fallback]:
+    """A stack of experts, each under the Hessian of the tokens that were sent to it; or without data, if that fails."""
     (decision,) = group.decisions
     scheme, whole = decision.scheme, _weight(group.model, decision)
     transform = transform_of(scheme, decision.site, options.seed)
     stacked = whole if transform is None else transform.weights(whole)
-    qs, losses, flags = [], [], []
+    try:
+        qs, losses, flags = _solve_experts(group, stacked, transform, options)
+    except Exception as error:
+        fallback = Fallback(decision.tensor, "quantized without data", recoverable(error))
+        yield fallback
+        found = [solve(scheme, w, None, options.seed, decision.tensor, refit=options.refit) for w in stacked]
+        qs, losses, flags = [q for q, _ in found], [], [f"{fallback.instead}: {fallback.why}"]
+    q = stack(qs)
+    decoded = q.dequantize()
+    _put(group.model, decision, decoded if transform is None else transform.inverse(decoded))
+    yield Solved(decision, q, stacked, sum(losses) / len(losses) if losses else None, flags=tuple(flags))
+
+
+def _solve_experts(
+    group: SharedInput, stacked: torch.Tensor, transform: Transform | None, options: _SolveOptions
+) -> tuple[list[QTensor], list[float], list[str]]:
+    """Each expert, what it lost where there are data, and what went otherwise than it should."""
+    (decision,) = group.decisions
+    qs, losses, flags = list[QTensor](), list[float](), list[str]()
     for expert, (w, statistics) in enumerate(zip(stacked, group.statistics, strict=True)):
         few = _too_few(statistics)
         hessian = _in_basis(statistics, transform)
         name = f"{decision.tensor}, expert {expert}"
-        q, odd = solve(scheme, w, None if few else hessian, options.seed, name, refit=options.refit)
+        q, odd = solve(decision.scheme, w, None if few else hessian, options.seed, name, refit=options.refit)
         qs.append(q)
         flags += [f"expert {expert}: {flag}" for flag in (*few, *odd)]
         losses += [] if few else [proxy_loss(w, q.dequantize(), hessian)]
-    q = stack(qs)
-    decoded = q.dequantize()
-    _put(group.model, decision, decoded if transform is None else transform.inverse(decoded))
-    return Solved(decision, q, stacked, sum(losses) / len(losses) if losses else None, flags=tuple(flags))
+    return qs, losses, flags
 
 
 def _weight(model: nn.Module, decision: Quantized) -> torch.Tensor:

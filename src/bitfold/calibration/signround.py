@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitfold.calibration import TuningBlock
+from bitfold.calibration.statistics import TuningBlock
 from bitfold.errors import FormatError
 from bitfold.formats import Format, Params
 from bitfold.methods.rtn import fit_by_rows

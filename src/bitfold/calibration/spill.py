@@ -77,13 +77,17 @@ class Stream:
             return self._held[index]
         start, dtype, shape = self._at[index]
         count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        raw = torch.empty(count, dtype=torch.uint8)  # aligned as all tensors are, on which the last bits of sums depend
+        into: Any = raw.numpy()
         try:
-            raw = np.fromfile(self.path, dtype=np.uint8, count=count, offset=start)
+            with self.path.open("rb") as file:
+                file.seek(start)
+                read = file.readinto(memoryview(into))
         except OSError as error:
             raise CheckpointError(f"activations cannot be read: {error}", where=str(self.path)) from error
-        if len(raw) != count:
+        if read != count:
             raise CheckpointError("activations were cut off", where=str(self.path))
-        return torch.from_numpy(raw).view(dtype).view(shape)
+        return raw.view(dtype).view(shape)
 
     def first(self, count: int) -> list[torch.Tensor]:
         """The first few."""

@@ -127,7 +127,7 @@ def quantize(
     if output_dir is None and not dry_run:
         raise UsageError("say where to write", where="--output-dir", hint="or try --dry-run first")
     shard_bytes = parse_size(max_shard_size, where="--max-shard-size")
-    from bitfold.calibration.session import settings
+    from bitfold.calibration.options import settings
     from bitfold.recipes.options import MethodOptions
     from bitfold.run.driver import run
     from bitfold.run.options import Request, RunOptions

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from bitfold.calibration.session import Calibration, check_ranges, in_ranges
-from bitfold.calibration.walk import HESSIANS
+from bitfold.calibration.options import Calibration
+from bitfold.calibration.runner import HESSIANS
+from bitfold.calibration.session import check_ranges, in_ranges
 from bitfold.checkpoints import Source
 from bitfold.errors import UsageError
 from bitfold.forecast.memory import Stage, peak, stages

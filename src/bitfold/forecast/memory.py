@@ -13,8 +13,10 @@ from typing import Any
 
 from torch import nn
 
-from bitfold.calibration.session import LONGEST, Calibration, weighs_tokens
-from bitfold.calibration.walk import HESSIANS
+from bitfold.calibration.options import Calibration
+from bitfold.calibration.runner import HESSIANS
+from bitfold.calibration.session import weighs_tokens
+from bitfold.calibration.shape import LONGEST
 from bitfold.checkpoints import Source
 from bitfold.methods.gptq import WEIGHTS as CODED
 from bitfold.methods.hessian import column_ranges

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from bitfold.calibration.one_layer import solve
-from bitfold.calibration.session import Calibration, compares, weighs_tokens
+from bitfold.calibration.options import Calibration
+from bitfold.calibration.session import compares, weighs_tokens
 from bitfold.errors import BitfoldError
 from bitfold.forecast.memory import blocks_of, groups_of, sequence_length
 from bitfold.methods.hessian import column_ranges

@@ -77,6 +77,7 @@ class QuantizeReport:
     preflight: dict[str, Any] = field(default_factory=dict)
     method: str = ""
     acts: dict[str, Any] | None = None
+    fallbacks: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, tensor: TensorReport) -> None:
         """Append a tensor that was written."""
@@ -142,6 +143,7 @@ class QuantizeReport:
             "peak_memory": self.peak_memory,
             "max_memory": self.ceiling,
             "acts": self.acts,
+            "fallbacks": self.fallbacks,
             "url": self.url,
             "method": self.method,
             "recipe": self.recipe,

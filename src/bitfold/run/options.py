@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bitfold.calibration.session import Calibration, settings
+from bitfold.calibration.options import Calibration, settings
 from bitfold.errors import UsageError
 from bitfold.recipes.options import MethodOptions
 from bitfold.recipes.recipe import Recipe

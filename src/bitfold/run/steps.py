@@ -7,12 +7,16 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from bitfold.calibration.session import LONGEST, Calibration
+from bitfold.calibration.obstacles import why_not_calibrated
+from bitfold.calibration.options import Calibration
+from bitfold.calibration.session import runnable
+from bitfold.calibration.shape import LONGEST
 from bitfold.checkpoints import Source, open_source
 from bitfold.checkpoints.bitfold_folder import QUANT_METHOD
 from bitfold.errors import CheckpointError
@@ -107,7 +111,8 @@ def plan(opened: Opened, request: Request, options: RunOptions) -> PlannedRun:
     if wanted.leaves_the_choice:
         given = request.calibration
         text = given if isinstance(given, Calibration) else Calibration(given or BUNDLED)
-        choice = choose(wanted.bits, source, opened.model, tokens=text.nsamples * (text.seqlen or LONGEST))
+        why_not = partial(why_not_calibrated, source, opened.model)
+        choice = choose(wanted.bits, why_not, tokens=text.nsamples * (text.seqlen or LONGEST))
         rules, why = choose_recipe(wanted.with_choice(choice.options)), f"{choice.method}: {choice.why}"
         calibration = text if any(rule.needs_text for rule in rules.rules) else None
     else:
@@ -115,6 +120,7 @@ def plan(opened: Opened, request: Request, options: RunOptions) -> PlannedRun:
         calibration = request.calibration_of(rules)
         if calibration is not None:  # a choice has read it
             source.tokenizer()
+            runnable(opened.model, source)
     job = Job(request.source, request.out, rules, options.seed, calibration, options.max_shard_bytes)
     decided = make_plan(source, opened.model, rules, shorten_groups=wanted.shortens_groups)
     return PlannedRun(source, opened.model, decided, job, account_for(source, decided), why)
@@ -151,7 +157,8 @@ def execute(expected: Forecast, options: RunOptions) -> QuantizeReport:
         facts = report_of(expected, options).to_dict()
         events.write("begin", totals=facts["account"], **{key: facts[key] for key in _FACTS})
         writing = Writing(run, work, events, options.on_tensor)
-        writing.ceiling, writing.times = Ceiling(options.max_memory), expected.preflight.times
+        writing.ceiling, writing.strict = Ceiling(options.max_memory), options.strict
+        writing.times = expected.preflight.times
         report = report_of(expected, options, writing.tensors())
         writing.folder(report, strict=options.strict)
         events.write("end", peak_memory=peak_memory(), **report.sums())
@@ -189,6 +196,7 @@ def report_of(expected: Forecast, options: RunOptions, written: Written | None =
         preflight=expected.preflight.to_dict(),
         method=run.why,
         acts=done.acts,
+        fallbacks=done.fallbacks,
     )
 
 

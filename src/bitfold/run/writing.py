@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from bitfold.calibration.fallback import Fallback
+from bitfold.calibration.options import Calibration
 from bitfold.calibration.probe import ActivationCost
 from bitfold.calibration.resume import Bookmarks
-from bitfold.calibration.session import Calibration, solve_blocks
+from bitfold.calibration.runner import HESSIANS
+from bitfold.calibration.session import Outcome, Session, solve_blocks
 from bitfold.calibration.shared_input import Folded, Solved
-from bitfold.calibration.walk import HESSIANS
 from bitfold.checkpoints import Source
 from bitfold.checkpoints.bitfold_folder import QUANT_METHOD, VERSION
 from bitfold.checkpoints.headers import read_header
@@ -78,11 +80,12 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Written:
-    """What was written: tensors in the order of the plan, files, and what was measured of activations."""
+    """What was written: tensors in the order of the plan, files, what was measured of activations, what failed."""
 
     tensors: list[TensorReport]
     files: list[str] = field(default_factory=list)
     acts: dict[str, Any] | None = None
+    fallbacks: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -107,9 +110,10 @@ class Writing:
         self.run, self.work, self._events, self._on_tensor = run, work, events, on_tensor
         self._writer = PlannedWriter(work.result, plan_shards(run.plan.stored(), run.job.max_shard_bytes))
         self.done = WrittenTensors()
-        self.ceiling = Ceiling(None)
+        self.ceiling, self.strict = Ceiling(None), False
         self.times: Mapping[str, float] = {}
         self.acts: ActivationCost | None = None
+        self.fallbacks: list[dict[str, Any]] = []
 
     def tensors(self) -> Written:
         """Write every tensor: first what needs calibration, block by block, then the rest in the source's order."""
@@ -126,7 +130,7 @@ class Writing:
                     self._on_tensor(report)
         reports = [self.done.reports[d.tensor] for d in self.run.plan.written if d.tensor in self.done.reports]
         acts = None if self.acts is None else {"choice": self.acts.choice, **asdict(self.acts)}
-        return Written(reports, self._writer.plan.files, acts)
+        return Written(reports, self._writer.plan.files, acts, self.fallbacks)
 
     def _recall(self) -> None:
         """Take over what an earlier run wrote, as far as the hashes agree."""
@@ -144,6 +148,8 @@ class Writing:
             for solved in self._calibrated(self.run.job.calibration):
                 if isinstance(solved, ActivationCost):
                     self._measured(solved)
+                elif isinstance(solved, Fallback):
+                    self._fell_back(solved)
                 elif isinstance(solved, Folded):
                     yield self._finish(solved.decision, {solved.decision.tensor: solved.value})
                 else:
@@ -153,7 +159,7 @@ class Writing:
             if any(not isinstance(d, Tied) and name not in self.done.reports for name, d in item.decisions.items()):
                 yield from self._write_item(item)
 
-    def _calibrated(self, calibration: Calibration) -> Iterator[Solved | Folded | ActivationCost]:
+    def _calibrated(self, calibration: Calibration) -> Iterator[Outcome]:
         run, tokenizer = self.run, self.run.source.path
         if not tokenizer.is_dir():  # a GGUF file carries its tokenizer inside
             tokenizer = self.work.state / "tokenizer"
@@ -161,9 +167,22 @@ class Writing:
             run.source.copy_side_files(tokenizer)
             write_json(tokenizer / "config.json", run.source.config)
         marks = Bookmarks(self.work, self.done.reports, self._writer.sync, self._events)
-        yield from solve_blocks(
-            run.source, run.model, run.plan, calibration, run.job.seed, tokenizer, marks, run.hessian_bytes
-        )
+        session = Session(run.source, run.model, run.plan, calibration, run.job.seed)
+        yield from solve_blocks(session, tokenizer, marks, run.hessian_bytes)
+
+    def _fell_back(self, fallback: Fallback) -> None:
+        """Something could not be calibrated: a line for each kind of failure, and the exception kept.
+
+        Raises:
+            Exception: the failure itself, if the run is strict.
+        """
+        if self.strict:
+            raise fallback.error
+        facts = fallback.to_dict()
+        if all(fallback.why != known["why"] for known in self.fallbacks):
+            progress.say(fallback.line())
+        self.fallbacks.append(facts)
+        self._events.write("fallback", **facts)
 
     def _measured(self, acts: ActivationCost) -> None:
         """Activations that were left to measurement are decided."""

@@ -1,0 +1,88 @@
+"""What a model is calibrated on: windows of token ids, and how much each token counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bitfold.calibration.fallback import Fallback, recoverable
+from bitfold.calibration.fisher import token_weights
+from bitfold.calibration.options import Calibration
+from bitfold.calibration.resume import Bookmarks
+from bitfold.calibration.shape import walk_shape
+from bitfold.calibration.walk import Text
+from bitfold.models.vocabulary import refuse_unknown_tokens
+from bitfold.text.tokenizer import read_tokenizer
+from bitfold.text.tokens import SELF, calibration_tokens, own_text
+from bitfold.text.windows import text_start
+
+
+@dataclass(frozen=True)
+class Wish:
+    """Which text.
+
+    Args:
+        calibration: of the run.
+        seqlen: tokens of a window.
+        seed: of text that the model writes, and of labels.
+        weighed: layers whose tokens are weighed; empty = none.
+    """
+
+    calibration: Calibration
+    seqlen: int
+    seed: int
+    weighed: tuple[str, ...]
+
+
+def prepare(
+    wish: Wish, model: nn.Module, read: Callable[[], nn.Module], tokenizer: Path, bookmarks: Bookmarks | None
+) -> tuple[Text, Fallback | None]:
+    """The text, from an earlier process where it left some; and why tokens are not weighed, if they should have been.
+
+    Args:
+        wish: which text.
+        model: the skeleton.
+        read: brings the original model into memory; called where it is needed for its own text or for gradients.
+        tokenizer: folder of the tokenizer.
+        bookmarks: of the run.
+
+    Raises:
+        ModelError: the text has tokens that the model does not have.
+    """
+    if bookmarks is not None and (found := bookmarks.inputs()) is not None:
+        return Text(*found), None
+    ids, whole = None if bookmarks is None else bookmarks.ids(), None
+    if ids is None:
+        ids, whole = _ids(wish, model, read, tokenizer)
+        if bookmarks is not None:
+            bookmarks.keep_ids(ids)
+    weights, failed = dict[str, torch.Tensor](), None
+    if wish.weighed:
+        blocks = [block.path for block in walk_shape(model).blocks]
+        try:
+            weights = token_weights(whole or read(), wish.weighed, ids, seed=wish.seed, blocks=blocks, marks=bookmarks)
+        except Exception as error:  # whatever differentiating a model's own code comes up with
+            failed = Fallback("token weights", "all tokens count alike", recoverable(error))
+    if bookmarks is not None:
+        bookmarks.keep_inputs(ids, weights)
+    return Text(ids, weights), failed
+
+
+def _ids(
+    wish: Wish, model: nn.Module, read: Callable[[], nn.Module], tokenizer: Path
+) -> tuple[torch.Tensor, nn.Module | None]:
+    """Token ids, and the whole model where it wrote them."""
+    asked, known = wish.calibration, read_tokenizer(tokenizer)
+    sizes = {"nsamples": asked.nsamples, "seqlen": wish.seqlen}
+    start = text_start(known, asked.start_token)
+    if asked.text != SELF:
+        ids = calibration_tokens(tokenizer, asked.text, **sizes, start_token=asked.start_token)
+        refuse_unknown_tokens(model, ids, known)
+        return ids, None
+    refuse_unknown_tokens(model, torch.tensor(start, dtype=torch.int64), known)  # before the whole model is read
+    whole = read()
+    return own_text(whole, **sizes, seed=wish.seed, start=start), whole

@@ -1,0 +1,139 @@
+"""Runs of a module over all samples, to hear what enters its layers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import nn
+
+from bitfold.calibration.catcher import Stop
+from bitfold.calibration.experts import Listener
+from bitfold.calibration.spill import Keyed
+from bitfold.calibration.statistics import Statistics, Sums, Wanted
+
+HESSIANS = 2 << 30  # bytes of the Hessians of experts in memory at a time, where there is room
+Passes = Callable[[], Iterator[None]]  # a pass over all samples, one at each step
+
+
+class Runner:
+    """Of a block, or of a whole model.
+
+    Args:
+        module: with its weights in memory.
+        passes: begins a pass over the samples; each step is one of them, and may be cut short by `Stop`.
+        hessian_bytes: bytes of the Hessians of experts in memory at a time.
+    """
+
+    def __init__(self, module: nn.Module, passes: Passes, hessian_bytes: int) -> None:
+        self._module, self._passes, self._hessian_bytes = module, passes, hessian_bytes
+
+    def groups(self, layers: Sequence[str], stacks: Sequence[str]) -> list[list[str]]:
+        """Layers in the order of their execution, those with the very same input together, idle ones left out.
+
+        One sample is enough unless tokens are sent to some layers only.
+        """
+        order: list[tuple[str, int]] = []
+        alive: list[torch.Tensor] = []  # keeps the inputs, so that no two of them get the same address
+
+        def note(name: str, x: torch.Tensor) -> None:
+            alive.append(x)
+            order.append((name, x.data_ptr() if name in layers else -len(order) - 1))
+
+        handles = [self._module.get_submodule(n).register_forward_pre_hook(_noter(note, n)) for n in layers]
+        with Listener(self._module, stacks, lambda name, _expert, x: note(name, x)):
+            for _ in self._passes():
+                if {name for name, _ in order}.issuperset([*layers, *stacks]):
+                    break
+        for handle in handles:
+            handle.remove()
+        groups: dict[int, list[str]] = {}
+        for name, address in order:
+            if not any(name in group for group in groups.values()):
+                groups.setdefault(address, []).append(name)
+        return list(groups.values())
+
+    def measure(
+        self, layer: str, sums: Sums, original: Keyed | None = None, weight: torch.Tensor | None = None
+    ) -> Statistics:
+        """Of the inputs of a layer.
+
+        Args:
+            layer: its name in the module.
+            sums: takes them.
+            original: the same inputs in the original model, by sample.
+            weight: of the tokens (samples, tokens).
+        """
+        found: list[torch.Tensor] = []
+
+        def stop(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            found.append(inputs[0].reshape(-1, inputs[0].shape[-1]))
+            raise Stop
+
+        handle = self._module.get_submodule(layer).register_forward_pre_hook(stop)
+        try:
+            for i, _ in enumerate(self._passes()):
+                if found:  # an expert may be idle
+                    before = None if original is None else original.get(i)
+                    sums.add(found.pop(), before, None if weight is None else weight[i].reshape(-1, 1))
+        finally:
+            handle.remove()
+        return sums.statistics()
+
+    def measure_together(self, sums: dict[str, Sums], weights: dict[str, torch.Tensor]) -> None:
+        """Of the inputs of several layers in one pass, which goes to its end."""
+        at = 0
+
+        def adder(layer: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+                weight = weights.get(layer)
+                x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
+                sums[layer].add(x, None, None if weight is None else weight[at].reshape(-1, 1))
+
+            return hook
+
+        handles = [self._module.get_submodule(n).register_forward_pre_hook(adder(n)) for n in sums]
+        try:
+            for _ in self._passes():
+                at += 1
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def measure_experts(self, stack: str) -> Iterator[Statistics]:
+        """One for each expert when it is asked for, a few experts at a time where their Hessians take much memory.
+
+        The module must not change in between.
+        """
+        shape = self._module.get_parameter(stack).shape
+        at_once = max(1, self._hessian_bytes // (4 * max(shape[1:]) ** 2))
+        for first in range(0, shape[0], at_once):
+            sums = {e: Sums(shape[1:], Wanted(cross=False)) for e in range(first, min(first + at_once, shape[0]))}
+
+            def heard(_name: str, expert: int, x: torch.Tensor, sums: dict[int, Sums] = sums) -> None:
+                if expert in sums:
+                    sums[expert].add(x, None, None)
+
+            with Listener(self._module, [stack], heard):
+                for _ in self._passes():
+                    pass
+            for expert in list(sums):
+                yield sums.pop(expert).statistics()
+
+
+def passes(step: Callable[[int], object], samples: int) -> Passes:
+    """Passes of which each step calls `step` with the number of the sample."""
+
+    def begin() -> Iterator[None]:
+        for i in range(samples):
+            with contextlib.suppress(Stop):
+                step(i)
+            yield
+
+    return begin
+
+
+def _noter(note: Callable[[str, torch.Tensor], None], name: str) -> Callable[..., None]:
+    return lambda _module, inputs: note(name, inputs[0])
