@@ -217,3 +217,52 @@ ZOO: dict[str, Case] = {
     ),
     "plain": Case(_plain, lambda: {"x": _noise(2, 3, 16, 16)}, 9, saved=False),
 }
+
+
+_SMALL: dict[str, Any] = {**_LLAMA, "vocab_size": 257, "bos_token_id": 0, "eos_token_id": 256, "pad_token_id": 256}
+_LAYERED = {**_SMALL, "num_hidden_layers": 4}
+_MAMBA_HEADS = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 16}
+# Families whose blocks are not all alike, pass more than their output on, or are in several lists.
+HYBRIDS: dict[str, Callable[[], nn.Module]] = {
+    "mamba": _hf(
+        "MambaForCausalLM", "MambaConfig", vocab_size=257, hidden_size=64, num_hidden_layers=2, state_size=8,
+        time_step_rank=4, bos_token_id=0, eos_token_id=256, pad_token_id=256,
+    ),
+    "jamba": _hf(
+        "JambaForCausalLM", "JambaConfig", **_LAYERED, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2,
+        expert_layer_offset=1, num_experts=4, num_experts_per_tok=2, mamba_d_state=4, mamba_dt_rank=4,
+    ),
+    "bamba": _hf("BambaForCausalLM", "BambaConfig", **_LAYERED, **_MAMBA_HEADS, attn_layer_indices=[1, 3]),
+    "lfm2": _hf("Lfm2ForCausalLM", "Lfm2Config", **_LAYERED, full_attn_idxs=[1, 3]),
+    "rwkv": _hf(
+        "RwkvForCausalLM", "RwkvConfig", vocab_size=257, hidden_size=64, num_hidden_layers=4, context_length=128,
+        rescale_every=2, bos_token_id=0, eos_token_id=256,
+    ),
+    "glm5": _hf(
+        "GlmMoeDsaForCausalLM", "GlmMoeDsaConfig", **{**_SMALL, "num_key_value_heads": 4}, n_routed_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=32, kv_lora_rank=16, q_lora_rank=24, qk_rope_head_dim=16,
+        qk_nope_head_dim=16, v_head_dim=16, index_n_heads=2, index_head_dim=32, index_topk=16, n_group=1, topk_group=1,
+        n_shared_experts=1,
+    ),
+    "gemma3n": _hf(
+        "Gemma3nForCausalLM", "Gemma3nTextConfig", **_LAYERED, head_dim=16, vocab_size_per_layer_input=257,
+        hidden_size_per_layer_input=16, laurel_rank=8, num_kv_shared_layers=2, activation_sparsity_pattern=[0.0] * 4,
+        layer_types=["full_attention", "sliding_attention"] * 2, sliding_window=16,
+    ),
+    "t5": _hf("T5ForConditionalGeneration", "T5Config", **{**_T5, "vocab_size": 257}),
+    "bart": _hf(
+        "BartForConditionalGeneration", "BartConfig", vocab_size=257, d_model=64, encoder_layers=2, decoder_layers=2,
+        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=96, decoder_ffn_dim=96,
+        max_position_embeddings=64, pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2,
+    ),
+    "whisper": _hf("WhisperForConditionalGeneration", "WhisperConfig", **{**_WHISPER, "vocab_size": 257}),
+    "llava": _hf(
+        "LlavaForConditionalGeneration", "LlavaConfig", text_config={"model_type": "llama", **_SMALL},
+        vision_config={"model_type": "clip_vision_model", **_VIT, "num_hidden_layers": 3, "projection_dim": 32},
+        image_token_index=250,
+    ),
+    "xlnet": _hf("XLNetLMHeadModel", "XLNetConfig", vocab_size=257, d_model=64, n_layer=2, n_head=4, d_inner=96),
+    "albert": _hf(
+        "AlbertForMaskedLM", "AlbertConfig", **{**_BERT, "vocab_size": 257, "num_hidden_layers": 3}, embedding_size=32
+    ),
+}  # fmt: skip

@@ -112,8 +112,10 @@ def _listening(model: Any, names: Iterable[str], note: Callable[[str, torch.Tens
     def begin(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
         return output.detach().requires_grad_(torch.is_grad_enabled())
 
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+
     handles = [model.get_submodule(name).register_forward_hook(listen(name)) for name in names]
-    handles.append(model.get_input_embeddings().register_forward_hook(begin))
+    handles += [module.register_forward_hook(begin) for module in embeddings]
     try:
         for parameter in model.parameters():
             parameter.requires_grad_(False)

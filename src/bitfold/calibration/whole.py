@@ -71,7 +71,8 @@ class WholeWalk:
         """Find out which of the layers and stacks of experts run, and which share their input."""
         groups: dict[str, list[list[str]]] = {}
         for group in self._runner.groups(layers, stacks):
-            groups.setdefault(block_of(group[0]), []).append(group)
+            for block in dict.fromkeys(block_of(name) for name in group):  # all cross attentions hear the same encoder
+                groups.setdefault(block, []).append([name for name in group if block_of(name) == block])
         self._blocks = list(groups.items())
 
     @torch.no_grad()
