@@ -27,8 +27,9 @@ import bitfold
 import bitfold.run.driver
 import tiny_lm
 from bitfold import Calibration
+from bitfold.checkpoints.staging import partial_of
 from bitfold.records.record import FILE as RECORD
-from bitfold.workspace.folder import partial_of, software
+from bitfold.workspace.folder import software
 from bitfold.workspace.journal import NAME
 
 

@@ -17,8 +17,9 @@ from bitfold.checkpoints.gguf.source import GgufSource
 from bitfold.checkpoints.headers import read_header
 from bitfold.checkpoints.manifest import FILE as MANIFEST
 from bitfold.checkpoints.manifest import verify
-from bitfold.checkpoints.safetensors import INDEX, SINGLE, SafetensorsSource
+from bitfold.checkpoints.safetensors import SafetensorsSource
 from bitfold.checkpoints.schema import read_entries
+from bitfold.checkpoints.weight_files import INDEX, SINGLE
 from bitfold.errors import BitfoldError
 from bitfold.recipes.recipe import Recipe
 from bitfold.text.documents import documents

@@ -87,6 +87,48 @@ def test_only_what_is_read_is_fetched_and_only_once(server: HubServer) -> None:
     assert len(server.seen("GET", "/resolve/|/cdn/")) == before
 
 
+def test_files_of_the_model_are_fetched_with_their_folders(server: HubServer) -> None:
+    """Pooling, templates, vocabularies, weights of modules; no other packings, no adapters, code or films."""
+    wanted = {
+        **model(),
+        "modules.json": b'[{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]',
+        "1_Pooling/config.json": b"{}",
+        "2_Dense/config.json": b"{}",
+        "2_Dense/model.safetensors": shard("dense"),
+        "additional_chat_templates/tools.jinja": b"x",
+        "language_model/5gram.bin": b"mmap lm",
+        "vocab.bpe": b"x",
+        "tokenizer.model.v3": b"x",
+        "NOTICE": b"x",
+    }
+    other = {
+        "adapter_config.json": b"{}",
+        "adapter_model.safetensors": shard("a"),
+        "checkpoint-9/config.json": b"{}",
+        "checkpoint-9/model.safetensors": shard("b"),
+        "onnx/config.json": b"{}",
+        "onnx/model.onnx": b"x",
+        "2_Dense/pytorch_model.bin": b"x",
+        "training_args.bin": b"x",
+        "tokenization.py": b"x",
+        "assets/film.mp4": b"x",
+    }
+    server.add_repo("org/name", {**wanted, **other})
+    assert names(hub.resolve("org/name")) == set(wanted)
+
+
+def test_one_file_is_taken_before_an_index(server: HubServer) -> None:
+    """As transformers does; the shards are not fetched."""
+    server.add_repo("org/name", {**sharded(), **model()})
+    assert names(hub.resolve("org/name")) - {"model.safetensors.index.json"} == set(model())
+
+
+def test_an_adapter_is_no_model(server: HubServer) -> None:
+    server.add_repo("org/name", {"adapter_config.json": b"{}", "adapter_model.safetensors": shard("a")})
+    with pytest.raises(HubError, match="an adapter, not a model"):
+        hub.resolve("org/name")
+
+
 def test_revision(server: HubServer) -> None:
     old = server.add_repo("org/name", model())
     server.add_repo("org/name", model(size=8), branch="v2")

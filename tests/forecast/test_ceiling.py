@@ -26,6 +26,7 @@ from bitfold.calibration.one_layer import solve
 from bitfold.calibration.runner import HESSIANS, Runner
 from bitfold.calibration.statistics import Sums
 from bitfold.checkpoints import convert
+from bitfold.checkpoints.staging import partial_of
 from bitfold.errors import CheckpointError, ResourceError, UsageError
 from bitfold.forecast.ceiling import NARROWEST
 from bitfold.formats import get_format
@@ -34,7 +35,6 @@ from bitfold.methods.gptq import ldlq, proxy_loss
 from bitfold.methods.hessian import BlockDiagonal, column_ranges, diagonal_blocks, product
 from bitfold.methods.quantize import quantize_tensor
 from bitfold.system import memory
-from bitfold.workspace.folder import partial_of
 from numerics import check_same_codes
 
 if sys.platform != "win32":

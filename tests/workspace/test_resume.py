@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 import bitfold
 import tiny_lm
 from bitfold import Calibration
+from bitfold.checkpoints.staging import partial_of
 from bitfold.errors import BitfoldError, CheckpointError
-from bitfold.workspace.folder import partial_of
 from bitfold.workspace.journal import NAME, Journal
 from numerics import check_same_codes
 

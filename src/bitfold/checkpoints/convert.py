@@ -5,15 +5,13 @@ Streams tensor by tensor into a folder aside, which takes its final name only wh
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from bitfold.checkpoints.base import Source
 from bitfold.checkpoints.safetensors import ShardWriter, write_json
+from bitfold.checkpoints.staging import open_output, written_aside
 from bitfold.errors import CheckpointError, UsageError
 from bitfold.system import progress
 
@@ -44,9 +42,10 @@ def convert(
     """
     if dtype not in (*_DTYPES, "auto"):
         raise UsageError(f"unknown dtype {dtype!r}", hint=f"one of {', '.join([*_DTYPES, 'auto'])}")
-    source, out = _open(Path(src), dither_seed), Path(out_dir)
+    out = open_output(out_dir, Path(src))
+    source = _open(Path(src), dither_seed)
     try:
-        with _written_aside(out) as folder:
+        with written_aside(out) as folder:
             _write(source, folder, _DTYPES.get(dtype), max_shard_bytes)
             (folder / "README.md").write_text(_card(out.name, source, dtype, dither_seed), encoding="utf-8")
     finally:
@@ -89,28 +88,6 @@ def _cast(w: torch.Tensor, dtype: torch.dtype | None, name: str) -> torch.Tensor
     if dtype == torch.float16 and (torch.isinf(cast) & ~torch.isinf(w)).any():
         raise CheckpointError("a weight exceeds the range of float16", where=name, hint="use bfloat16")
     return cast
-
-
-@contextmanager
-def _written_aside(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write into; renamed to `out` if the block succeeds, removed if it does not."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise CheckpointError("exists already", where=str(out), hint="choose another output folder, or remove it")
-    aside = out.with_name(f".{out.name}.partial")
-    try:
-        if aside.exists():
-            shutil.rmtree(aside)
-        aside.mkdir(parents=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot be made: {error}", where=str(aside)) from error
-    try:
-        yield aside
-        if out.is_dir():
-            out.rmdir()
-        aside.rename(out)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
 
 
 def _card(title: str, source: Source, dtype: str, dither_seed: int | None) -> str:

@@ -6,6 +6,7 @@ became of the source's tensors. The model card and the record of measurements ar
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,15 +58,21 @@ def write_manifest(folder: Path, source: Mapping[str, Any]) -> None:
         folder: with everything in it.
         source: what became of the tensors of the source, see `Account.totals`.
     """
-    files = {file.name: {"bytes": file.stat().st_size, "sha256": digest_of(file)} for file in _files(folder)}
+    files = {name: {"bytes": f.stat().st_size, "sha256": digest_of(f)} for name, f in _files(folder).items()}
     try:
         write_json(folder / FILE, {"version": VERSION, "files": files, "source": source})
     except OSError as error:
         raise written_error(error, folder / FILE, "cannot be written") from error
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.iterdir() if f.is_file() and f.name not in _EDITED and not f.name.startswith("."))
+def _files(folder: Path) -> dict[str, Path]:
+    """Every file by its path within the folder, but for hidden ones and those that are meant to be edited."""
+    found: dict[str, Path] = {}
+    for at, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        here = {Path(at, name).relative_to(folder).as_posix(): Path(at, name) for name in sorted(files)}
+        found |= {name: f for name, f in here.items() if name not in _EDITED and not f.name.startswith(".")}
+    return found
 
 
 def verify(folder: str | Path) -> Verification:
@@ -98,7 +105,7 @@ def _listed(manifest: Mapping[str, Any], folder: Path) -> dict[str, tuple[int, s
 
 
 def _check_files(folder: Path, listed: Mapping[str, tuple[int, str]], found: Verification) -> None:
-    here = {file.name: file for file in _files(folder)}
+    here = _files(folder)
     found.problems += [f"{name}: is missing" for name in listed if name not in here]
     found.problems += [f"{name}: was not there when the folder was written" for name in here if name not in listed]
     common = [name for name in listed if name in here]

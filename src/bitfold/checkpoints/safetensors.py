@@ -9,24 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from bitfold.checkpoints.headers import ForeignInfo, data_size, data_start, make_header, read_header
+from bitfold.checkpoints.side_files import PICKLES, copy_side_files
 from bitfold.checkpoints.untrusted import read_json_object
+from bitfold.checkpoints.weight_files import INDEX, SINGLE, locate, say_what_is_left
 from bitfold.errors import CheckpointError
 from bitfold.system.tensorinfo import TensorInfo, require_rows
 from bitfold.text.tokenizer import read_tokenizer
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
-_NOT_SIDE = (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz", ".index.json", *_PICKLES)
 
 
 class SafetensorsSource:
@@ -39,7 +35,7 @@ class SafetensorsSource:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = read_config(self.path)
-        self._where = _locate(self.path)
+        self._where = locate(self.path, self.config)
         self._info: dict[str, TensorInfo] = {}
         self._open: dict[Path, Any] = {}
         for file in dict.fromkeys(self._where.values()):
@@ -48,6 +44,7 @@ class SafetensorsSource:
             raise CheckpointError(
                 f"{len(missing)} tensors of the index are in no file, the first is {missing[0]}", where=str(self.path)
             )
+        say_what_is_left(self.path, self.files, self.unread())
 
     def names(self) -> list[str]:
         """All tensor names, file by file, in the order of the data."""
@@ -105,7 +102,7 @@ class SafetensorsSource:
     def unread(self) -> list[str]:
         """Files of weights in the folder that are not part of this checkpoint: other shards, pickles."""
         mine = {file.name for file in self.files}
-        kinds = (".safetensors", ".gguf", *_PICKLES)
+        kinds = (".safetensors", ".gguf", *PICKLES)
         return sorted(f.name for f in self.path.iterdir() if f.name.endswith(kinds) and f.name not in mine)
 
     @property
@@ -158,74 +155,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not folder.is_dir():
         raise CheckpointError("there is no such folder", where=str(folder))
+    if not file.is_file() and (folder / "adapter_config.json").is_file():
+        hint = "merge it into its base model first (merge_and_unload of PEFT)"
+        raise CheckpointError("holds an adapter, not a model", where=str(folder), hint=hint)
     if not file.is_file():
         raise CheckpointError("has no config.json", where=str(folder), hint="a Hugging Face model folder has one")
     return read_json_object(file)
-
-
-def _locate(folder: Path) -> dict[str, Path]:
-    """Which file holds which tensor."""
-    index = folder / INDEX
-    if index.is_file():
-        return _read_index(index)
-    files = [folder / SINGLE] if (folder / SINGLE).is_file() else sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickles = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLES)
-        if pickles:
-            raise CheckpointError(
-                f"holds only pickled weights ({pickles[0]}), which can run code when read",
-                where=str(folder),
-                hint="save the model with safetensors (model.save_pretrained does) or take a revision that has them",
-            )
-        raise CheckpointError("holds no .safetensors files", where=str(folder))
-    where: dict[str, Path] = {}
-    for file in files:
-        for name in read_header(file):
-            if name in where:
-                raise CheckpointError(f"tensor {name} is in {where[name].name} as well", where=str(file))
-            where[name] = file
-    return where
-
-
-def _read_index(index: Path) -> dict[str, Path]:
-    """Which file of the folder holds which tensor, by the index; what the files hold beyond it counts as well."""
-    weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError("is not a safetensors index: it has no weight_map", where=str(index))
-    files = list(dict.fromkeys(weight_map.values()))
-    for file in files:
-        _check_file_name(file, index)
-    where = {name: index.parent / file for name, file in weight_map.items()}
-    for file in files:
-        for name in read_header(index.parent / file):
-            if where.setdefault(name, index.parent / file).name != file:
-                raise CheckpointError(f"tensor {name} is in {where[name].name} as well", where=str(index.parent / file))
-    return where
-
-
-def _check_file_name(file: str, index: Path) -> None:
-    inside = PurePosixPath(file).name == PureWindowsPath(file).name == file and "\0" not in file
-    if not inside or not file.endswith(".safetensors"):
-        raise CheckpointError(f"names the file {file!r}, which is not in this folder", where=str(index))
-    try:
-        found = (index.parent / file).is_file()
-    except (OSError, ValueError):  # a name that no file system takes
-        found = False
-    if not found:
-        raise CheckpointError(f"the shard {file!r} is missing", where=str(index.parent), hint="download it again")
-
-
-def copy_side_files(source: Path, out_dir: Path) -> list[str]:
-    """Copy the files beside the weights (not config.json, not the model card); names of what was copied."""
-    copied = []
-    for file in sorted(source.iterdir()):
-        if not file.is_file() or file.name in ("config.json", "README.md") or file.name.endswith(_NOT_SIDE):
-            continue
-        if file.name.startswith("."):
-            continue
-        shutil.copyfile(file, out_dir / file.name)
-        copied.append(file.name)
-    return copied
 
 
 class ShardWriter:

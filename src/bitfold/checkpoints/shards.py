@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from bitfold.checkpoints.headers import make_header
-from bitfold.checkpoints.safetensors import INDEX, SINGLE, write_json
+from bitfold.checkpoints.safetensors import write_json
+from bitfold.checkpoints.weight_files import INDEX, SINGLE
 from bitfold.errors import CheckpointError
 from bitfold.system.tensorinfo import TensorInfo
 

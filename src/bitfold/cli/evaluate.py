@@ -132,7 +132,10 @@ def _language(
     model: str, reference: str | None, text: str | None, options: dict[str, Any], after: _After, *, json: bool
 ) -> None:
     from bitfold.evaluation import evaluate as run
+    from bitfold.records.record import check_record
 
+    if after.save or after.update_card:
+        check_record(model)
     result = run(model, reference, text, **options)
     if json:
         print_json({"model": model, "reference": reference, **result.to_dict()})
@@ -191,7 +194,10 @@ def layers(
 ) -> None:
     """Measure what each quantized tensor lost: error of the weight, of its output, KL of swapping it alone."""
     from bitfold.evaluation.layers import layer_errors as run
+    from bitfold.records.record import check_record
 
+    if save:
+        check_record(model)
     result = run(
         model,
         reference,

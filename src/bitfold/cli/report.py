@@ -10,6 +10,7 @@ import typer
 from bitfold.cli.app import Json, app, print_json
 from bitfold.cli.evaluate import CacheDirOption, DtypeOption, StartTokenOption
 from bitfold.errors import UsageError
+from bitfold.system.outputs import real_path, try_folder
 
 RunsArgument = Annotated[
     list[str], typer.Argument(help="Quantized folders of one model.", show_default=False, metavar="RUN...")
@@ -41,6 +42,10 @@ def compare(
     """Put quantized folders of one model side by side: size, bits, KL, perplexity; which are beaten."""
     from bitfold.evaluation.comparison import compare as run
 
+    if plot is not None:
+        from bitfold.reporting.pictures import check_picture
+
+        check_picture(plot)
     options = {"context": context, "max_tokens": max_tokens or None, "dtype": dtype, "cache_dir": cache_dir}
     options["start_token"] = start_token
     result = run(runs, reference, text, save=save, **options)
@@ -87,6 +92,8 @@ def report(
     if reference is None and (text or prompt or swaps or context):
         raise UsageError("what is measured needs the original", where="--reference")
     check_output(output)
+    if plots is not None:
+        try_folder(real_path(plots))
     options = {"context": context, "max_tokens": max_tokens or None, "start_token": start_token}
     measuring = None if reference is None else Measuring(reference, text, options, swaps, tuple(prompt or PROMPTS))
     data = gather(folders, measuring)

@@ -39,6 +39,7 @@ from bitfold.evaluation.scoring import TOP, Beside, Scores, Setting, perplexity,
 from bitfold.evaluation.tasks import check_tasks, run_tasks
 from bitfold.models.model_ref import Model, ModelRef, read_dtype, weight_files
 from bitfold.records.run_report import peak_memory
+from bitfold.system.outputs import real_path, try_folder
 from bitfold.text import windows as texts
 
 CAUSAL, MASKED = "lm", "masked"
@@ -165,6 +166,8 @@ def evaluate(
     """
     start = time.monotonic()
     _check(metric, tasks)
+    if cache_dir is not None:
+        try_folder(real_path(cache_dir))
     judged, against = _subjects(model, revision, reference, metric)
     sizes = _Sizes(metric, context, stride, max_tokens, start_token)
     passages, tokenizer = _passages(judged, against, text, tokenizer, sizes)
@@ -249,7 +252,7 @@ def _context(asked: int | None, subjects: list[ModelRef], usual: int) -> int:
 @contextmanager
 def _workspace(cache_dir: str | Path | None) -> Iterator[Path]:
     if cache_dir is not None:
-        folder = Path(cache_dir).expanduser()
+        folder = real_path(cache_dir)
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import nn
 from bitfold.checkpoints.bitfold_folder import QUANT_METHOD, VERSION
 from bitfold.checkpoints.safetensors import ShardWriter, write_json
 from bitfold.checkpoints.schema import Entry
-from bitfold.errors import CheckpointError
+from bitfold.checkpoints.staging import open_output, written_aside
 from bitfold.models.skeleton import tied_names, with_dtype
 from bitfold.nn import QWeight
 from bitfold.version import __version__
@@ -28,24 +27,12 @@ def save(model: nn.Module, folder: str | Path, *, max_shard_bytes: int = 4 << 30
     Raises:
         CheckpointError: the folder exists, or cannot be written.
     """
-    out = Path(folder)
-    if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise CheckpointError("exists already", where=str(out), hint="choose another folder, or remove it")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        _write_tensors(model, partial, max_shard_bytes)
-        write_json(partial / "config.json", _config(model))
+    with written_aside(open_output(folder)) as aside:
+        _write_tensors(model, aside, max_shard_bytes)
+        write_json(aside / "config.json", _config(model))
         generation = getattr(model, "generation_config", None)
         if generation is not None:
-            generation.save_pretrained(str(partial))
-        if out.is_dir():
-            out.rmdir()
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+            generation.save_pretrained(str(aside))
 
 
 def _write_tensors(model: nn.Module, folder: Path, max_shard_bytes: int) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from bitfold.errors import CheckpointError
 from bitfold.records.run_report import QuantizeReport
+from bitfold.system.outputs import try_folder
 from bitfold.version import __version__
 
 FILE = "bitfold_report.json"
@@ -68,6 +69,17 @@ def write_record(folder: Path, report: QuantizeReport, facts: Mapping[str, Any])
     _write(folder, {"quantize": run, "environment": environment()})
 
 
+def check_record(folder: str | Path) -> None:
+    """To be asked before anything is measured that `add_to_record` shall keep.
+
+    Raises:
+        CheckpointError: no local folder of a model, or it cannot be written into.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise CheckpointError("no model folder on this machine to keep the numbers in", where=str(folder))
+    try_folder(Path(folder))
+
+
 def add_to_record(folder: str | Path, part: str, value: Mapping[str, Any]) -> None:
     """Put something measured into the record of a folder.
 
@@ -77,8 +89,7 @@ def add_to_record(folder: str | Path, part: str, value: Mapping[str, Any]) -> No
         value: JSON-able.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise CheckpointError("no model folder on this machine to keep the numbers in", where=str(folder))
+    check_record(folder)
     record = read_record(folder)
     if part == "evaluations":
         others = [e for e in record.get(part, []) if any(e.get(key) != value.get(key) for key in _SAME)]

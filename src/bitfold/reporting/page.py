@@ -10,12 +10,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from bitfold.errors import CheckpointError, UsageError
+from bitfold.errors import CheckpointError
 from bitfold.evaluation.comparison import Candidate
 from bitfold.recipes.recipe import Recipe, Rule
 from bitfold.reporting.charts import Plot, plots
 from bitfold.reporting.data import ReportData, RunData, TensorFacts
 from bitfold.reporting.interactive import figure, library
+from bitfold.system.outputs import real_path, try_file
 from bitfold.system.progress import duration
 from bitfold.system.units import size_text
 from bitfold.version import __version__
@@ -30,12 +31,10 @@ def check_output(output: str | Path) -> None:
 
     Raises:
         UsageError: plotly is not installed, or the file has no folder to be in.
+        CheckpointError: the file cannot be written.
     """
     library()
-    if not Path(output).parent.is_dir():
-        raise UsageError("there is no such folder", where=str(Path(output).parent), hint="make it first")
-    if Path(output).is_dir():
-        raise UsageError("is a folder", where=str(output), hint="name the file to write, such as report.html")
+    try_file(output)
 
 
 def write_report(data: ReportData, output: str | Path) -> Path:
@@ -45,7 +44,7 @@ def write_report(data: ReportData, output: str | Path) -> Path:
         UsageError: plotly is not installed.
         CheckpointError: the file cannot be written.
     """
-    path = Path(output)
+    path = real_path(output)
     text = page(data)
     try:
         path.write_text(text, encoding="utf-8")

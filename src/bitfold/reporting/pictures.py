@@ -10,6 +10,7 @@ from typing import Any
 
 from bitfold.errors import CheckpointError, UsageError
 from bitfold.reporting.charts import Chart, Heatmap, Lines, Plot, Scatter
+from bitfold.system.outputs import real_path, try_file
 
 SUFFIXES = (".svg", ".png", ".pdf")
 _COLOURS = ("#2f6fde", "#d9730d", "#1a9c6f", "#8a4fd0")
@@ -46,6 +47,18 @@ def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
+def check_picture(path: str | Path) -> None:
+    """To be asked before anything is measured.
+
+    Raises:
+        UsageError: another suffix than .svg, .png, .pdf, or no folder to be in.
+        CheckpointError: the file cannot be written.
+    """
+    if (suffix := Path(path).suffix) not in SUFFIXES:
+        raise UsageError(f"unknown kind of picture {suffix!r}", where=str(path), hint=" or ".join(SUFFIXES))
+    try_file(path)
+
+
 def save_chart(chart: Chart, path: str | Path) -> Path:
     """Draw one chart into a file; its suffix says how.
 
@@ -53,9 +66,8 @@ def save_chart(chart: Chart, path: str | Path) -> Path:
         UsageError: another suffix than .svg, .png, .pdf; or matplotlib is not installed.
         CheckpointError: the file cannot be written.
     """
-    path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise UsageError(f"unknown kind of picture {path.suffix!r}", where=str(path), hint=" or ".join(SUFFIXES))
+    check_picture(path)
+    path = real_path(path)
     try:
         import matplotlib
         from matplotlib.figure import Figure

@@ -11,6 +11,7 @@ from bitfold.errors import UsageError
 from bitfold.recipes.options import MethodOptions
 from bitfold.recipes.recipe import Recipe
 from bitfold.records.run_report import TensorReport
+from bitfold.system.outputs import real_path
 from bitfold.text.tokens import BUNDLED
 
 OnTensor = Callable[[TensorReport], None]
@@ -22,7 +23,7 @@ class Request:
 
     Args:
         source: a local Hugging Face folder, a GGUF file, or a Hub id.
-        out: the folder to make.
+        out: the folder to make; its real path is kept, whatever `.`, `~` and links it is written with.
         wanted: how weights are to be quantized.
         calibration: text and options for methods that are calibrated, or just the text; None = where it is needed, the
             text that comes with bitfold and what the method is used to.
@@ -32,6 +33,9 @@ class Request:
     out: Path
     wanted: MethodOptions
     calibration: Calibration | str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "out", real_path(self.out))
 
     def calibration_of(self, rules: Recipe) -> Calibration | None:
         """The calibration of a run by these rules; None where no rule needs one.

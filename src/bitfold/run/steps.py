@@ -19,6 +19,7 @@ from bitfold.calibration.session import runnable
 from bitfold.calibration.shape import LONGEST
 from bitfold.checkpoints import Source, open_source
 from bitfold.checkpoints.bitfold_folder import QUANT_METHOD
+from bitfold.checkpoints.staging import open_output, partial_of
 from bitfold.errors import CheckpointError
 from bitfold.forecast.ceiling import MemoryChooser
 from bitfold.forecast.preflight import Asked, Preflight, preflight, refuse_impossible
@@ -33,10 +34,11 @@ from bitfold.run.options import Request, RunOptions
 from bitfold.run.writing import Job, PlannedRun, Writing, Written
 from bitfold.system import progress
 from bitfold.system.memory import Ceiling
+from bitfold.system.outputs import try_file
 from bitfold.text.tokens import BUNDLED
 from bitfold.text.windows import text_digest
 from bitfold.workspace.events import Events
-from bitfold.workspace.folder import Workspace, partial_of, refuse_existing, size_of, software
+from bitfold.workspace.folder import Workspace, size_of, software
 from bitfold.workspace.journal import recorded
 
 
@@ -57,7 +59,7 @@ class Forecast:
 
 
 def check(request: Request, options: RunOptions) -> None:
-    """Raise what can be known before anything is opened: options, the output folder, the login."""
+    """Raise what can be known before anything is opened: options, places to write to, the login."""
     from bitfold.checkpoints.hub.transfer import check_login
 
     rules = choose_recipe(request.wanted)
@@ -65,8 +67,9 @@ def check(request: Request, options: RunOptions) -> None:
         request.calibration_of(rules)
     if options.dry_run:
         return
-    if not partial_of(request.out).exists():
-        refuse_existing(request.out)
+    open_output(request.out, Path(request.source))
+    if options.events is not None:
+        try_file(options.events)
     if options.upload_repo is not None:
         check_login(options.token)  # before the work, not after it
 

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from bitfold.errors import BitfoldError, CheckpointError
+from bitfold.system.outputs import real_path
 
 
 class Events:
@@ -28,7 +29,7 @@ class Events:
         self._file: IO[str] | None = None
         if path is not None:
             try:
-                self._file = path.open("a", encoding="utf-8")
+                self._file = real_path(path).open("a", encoding="utf-8")
             except OSError as error:
                 raise CheckpointError(f"cannot be opened: {error}", where=str(path)) from error
 

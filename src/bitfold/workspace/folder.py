@@ -8,7 +8,6 @@ state/           what a calibrated run needs to go on: activations, token weight
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import shutil
 from collections.abc import Mapping
@@ -19,9 +18,9 @@ from typing import Any
 import torch
 
 from bitfold.checkpoints.shards import written_error
-from bitfold.errors import CheckpointError
+from bitfold.checkpoints.staging import partial_of, publish, refuse_existing, sync_folder
 from bitfold.version import __version__
-from bitfold.workspace.journal import NAME, Journal
+from bitfold.workspace.journal import NAME, Journal, finished
 
 
 class Workspace:
@@ -58,12 +57,9 @@ class Workspace:
             self.journal.append({"kind": "done"})
             self.journal.sync()
             sync_folder(self.result)
-            if self.out.is_dir():
-                self.out.rmdir()
-            self.result.rename(self.out)
-            sync_folder(self.out.parent)
         except OSError as error:
             raise written_error(error, self.out, "cannot be given its name") from error
+        publish(self.result, self.out)
         self.journal.discard()
 
     def leave(self) -> bool:
@@ -75,31 +71,12 @@ class Workspace:
         return False
 
 
-def partial_of(out: Path) -> Path:
-    """The workspace of an output folder."""
-    return out.with_name(f".{out.name}.partial")
-
-
 def _published(out: Path, folder: Path) -> bool:
-    """The result was moved to its name and the journal not yet removed."""
-    return (folder / NAME).is_file() and not (folder / "result").exists() and (out / "config.json").is_file()
-
-
-def refuse_existing(out: Path) -> None:
-    """CheckpointError when the output exists and is not an empty folder."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise CheckpointError("exists already", where=str(out), hint="choose another output folder, or remove it")
-
-
-def sync_folder(folder: Path) -> None:
-    """Make names durable; Windows has no such thing."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """The result has its place and the journal was not yet removed; a move of files that was cut short is ended."""
+    result = folder / "result"
+    if result.is_dir() and out.is_dir() and finished(folder):
+        publish(result, out)
+    return (folder / NAME).is_file() and not result.exists() and (out / "config.json").is_file()
 
 
 def size_of(folder: Path) -> int:
@@ -135,7 +112,7 @@ def _digest_of_package() -> str:
     from bitfold.system import native
 
     digest = hashlib.sha256()
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]
     for file in sorted(folder.rglob("*.py")):
         digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
     core = getattr(native.core(), "__file__", None)

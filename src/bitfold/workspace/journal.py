@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from bitfold.checkpoints.shards import written_error
+from bitfold.checkpoints.staging import JOURNAL
 from bitfold.errors import CheckpointError
 
-NAME = "journal.jsonl"
+NAME = JOURNAL
 
 
 class Journal:
@@ -105,6 +106,15 @@ def recorded(folder: Path) -> dict[str, Any]:
     except OSError:
         return {}
     return dict(records[0]["identity"]) if records else {}
+
+
+def finished(folder: Path) -> bool:
+    """Whether the work in a folder was done, and only lacked its place."""
+    try:
+        with (folder / NAME).open("rb") as file:
+            return any(record["kind"] == "done" for record in _read(file)[0])
+    except OSError:
+        return False
 
 
 def _read(file: IO[bytes]) -> tuple[list[dict[str, Any]], int]:

@@ -16,20 +16,24 @@ import os
 import re
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from bitfold.checkpoints.hub.errors import NotFound, Patience, Unreachable, patiently
+from bitfold.checkpoints.side_files import PICKLES, is_weights, module_folders, side_files
+from bitfold.checkpoints.weight_files import INDEX, SINGLE
 from bitfold.errors import CheckpointError, HubError, UsageError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-INDEX = "model.safetensors.index.json"
-SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md", "LICENSE*")
 NOT_UPLOADED = [".*", "*/.*", "*.tmp", "*.partial", "*.incomplete", "__pycache__/*"]
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
+# Never fetched: code, which nobody runs; pickles by any name; pictures and films of the card, which can be large.
+_NOT_FETCHED = (
+    *(".py", ".ipynb", ".sh", ".so", ".dll", ".zip", ".tar", ".gz", ".parquet"),
+    *(suffix for suffix in PICKLES if suffix != ".bin"),
+    *(".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".pdf", ".mp4", ".webm", ".mov", ".wav", ".mp3", ".flac"),
+)
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _REPO_ID = re.compile(rf"{_NAME}(/{_NAME})?")
 _GGUF_IN_REPO = re.compile(rf"(?P<repo>{_NAME}/{_NAME})[:/](?P<file>[^:\\]+\.gguf)")
@@ -159,17 +163,21 @@ class _Fetch:
             # The library falls back on an older download when the listing fails.
             what = "the Hub stopped answering, and the cache has only an older commit"
             raise HubError(what, where=self.where, hint="run the command again")
-        weights = _weights(folder, files)
-        folder = self._snapshot([*SIDE_FILES, *weights], info.sha)
+        modules = self._modules(files, info.sha)
+        wanted = [*_side_files(files, modules), "config.json", *_weights(folder, files)]
+        folder = self._snapshot(wanted, info.sha)
         require_complete(folder, where=self.where)
         return folder
 
-    def _snapshot(self, patterns: list[str], revision: str | None, *, local: bool = False) -> Path:
-        from huggingface_hub import snapshot_download
+    def _modules(self, files: list[str], revision: str | None) -> list[str]:
+        """The folders of a sentence-transformers model, whose weights belong to it."""
+        if "modules.json" not in files:
+            return []
+        file = self._snapshot(["modules.json"], revision) / "modules.json"
+        return module_folders(file.read_text(encoding="utf-8", errors="replace"))
 
-        # Weights in subfolders are other packings of the same model (onnx/, original/): never wanted.
-        exact = [p if p in SIDE_FILES else glob.escape(p) for p in patterns]
-        unwanted = [] if self.name.file is not None else ["*/*.safetensors"]
+    def _snapshot(self, names: list[str], revision: str | None, *, local: bool = False) -> Path:
+        from huggingface_hub import snapshot_download
 
         def fetch() -> Path:
             return Path(
@@ -179,8 +187,7 @@ class _Fetch:
                     token=self.token,
                     cache_dir=self.cache_dir,
                     endpoint=_endpoint(),
-                    allow_patterns=exact,
-                    ignore_patterns=unwanted,
+                    allow_patterns=[glob.escape(name) for name in names],
                     local_files_only=local,
                     library_name="bitfold",
                 )
@@ -228,17 +235,27 @@ def require_safetensors(files: list[str], where: str) -> None:
             hint="look for a converted revision (often refs/pr/N), or convert it where you trust it: "
             "AutoModel.from_pretrained(...).save_pretrained(OUT), which writes safetensors",
         )
+    if "adapter_config.json" in files:
+        hint = "merge it into its base model first (merge_and_unload of PEFT)"
+        raise HubError("the repository holds an adapter, not a model", where=where, hint=hint)
     missing = "safetensors weights" if "config.json" in files else "config.json"
     raise HubError(f"the repository has no {missing}", where=where, hint="is it a Transformers model?")
 
 
+def _side_files(files: list[str], modules: list[str]) -> list[str]:
+    """What is fetched beside weights and config: all that belongs to the model."""
+    model = [f for f in side_files(files, modules) if not f.lower().endswith(_NOT_FETCHED)]
+    model = [f for f in model if not f.endswith(".bin") or not is_weights(PurePosixPath(f).name)]
+    return [*model, *(f for f in files if f == "README.md")]
+
+
 def _weights(folder: Path, files: list[str]) -> list[str]:
-    """The weight files to fetch: those of the index if there is one, else model.safetensors, else all at the root."""
+    """The weight files to fetch, those that `locate` will take: one file, those of the index, or all at the root."""
+    if SINGLE in files:
+        return [SINGLE]
     if INDEX in files:
-        return sorted(set(_read_json(folder / INDEX)["weight_map"].values()))
-    if "model.safetensors" in files:
-        return ["model.safetensors"]
-    return [f for f in files if f.endswith(".safetensors") and "/" not in f]
+        return [INDEX, *sorted(set(_read_json(folder / INDEX)["weight_map"].values()))]
+    return [f for f in files if f.endswith(".safetensors") and "/" not in f and not f.startswith("adapter_")]
 
 
 def check_login(token: str | None = None) -> str:
@@ -322,7 +339,9 @@ def require_complete(folder: Path, *, where: str | None = None) -> None:
         raise CheckpointError("no config.json: not a model folder", where=where)
     _read_json(folder / "config.json")
     shards: dict[str, set[str]] = {f.name: set() for f in folder.glob("*.safetensors")}
-    if (folder / INDEX).is_file():
+    if (folder / SINGLE).is_file():
+        shards = {SINGLE: set()}
+    elif (folder / INDEX).is_file():
         shards = {}
         for tensor, shard in _read_json(folder / INDEX)["weight_map"].items():
             shards.setdefault(shard, set()).add(tensor)

@@ -1,0 +1,125 @@
+"""Folders are written aside, under a name that no loader looks at, and get their name when they are complete.
+
+A folder that is not there yet is written beside its place (`.NAME.partial`) and renamed in one step. A folder that is
+there and empty is kept, with its owner, its rights and whoever is standing in it: it may be a mount point, or what a
+link means. It is written inside (`NAME/.partial`), and the files are moved up at the end, config.json last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bitfold.checkpoints.shards import written_error
+from bitfold.errors import CheckpointError
+from bitfold.system.outputs import real_path, try_folder
+
+JOURNAL = "journal.jsonl"  # the name of the journal of an unfinished run, see workspace/
+_INSIDE = ".partial"
+_NOTHING = {_INSIDE, "lost+found"}  # what an empty folder may hold: our own work, and what file systems are born with
+_LAST = "config.json"  # loaders look for it first
+_LONGEST_NAME = 230  # bytes; with what is put around it, within the 255 of most file systems
+
+
+def open_output(out: str | Path, source: Path | None = None) -> Path:
+    """The real path of an output folder, found good to write into.
+
+    Args:
+        out: as the user wrote it.
+        source: what is read; nothing may be written into it.
+
+    Raises:
+        UsageError: not a path.
+        CheckpointError: something is there already, it lies within the source, or it cannot be written.
+    """
+    path = real_path(out)
+    if not (partial_of(path) / JOURNAL).exists():  # else a run goes on, which may have lacked no more than its end
+        refuse_existing(path)
+    try_folder(path)
+    within = None if source is None else real_path(source)
+    if within is not None and within.is_dir() and within in path.parents:
+        raise CheckpointError("lies in the folder that is read", where=str(path), hint="choose another output folder")
+    return path
+
+
+def refuse_existing(out: Path) -> None:
+    """CheckpointError when there is something else than an empty folder, or unfinished work."""
+    try:
+        there = os.path.lexists(out) and not (out.is_dir() and {p.name for p in out.iterdir()} <= _NOTHING)
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(out)) from error
+    if there:
+        raise CheckpointError("exists already", where=str(out), hint="choose another output folder, or remove it")
+
+
+def partial_of(out: Path) -> Path:
+    """Where an output folder is written until it is complete."""
+    name = out.name
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
+    beside = out.with_name(f".{name}.partial") if name else out / _INSIDE
+    return out / _INSIDE if out.is_dir() and not beside.exists() else beside
+
+
+def publish(folder: Path, out: Path) -> None:
+    """Give what was written in `folder` its place; durable. May be called again after it was cut short.
+
+    Raises:
+        CheckpointError: the names cannot be given.
+    """
+    try:
+        if not out.is_dir():
+            folder.rename(out)
+        else:
+            for path in sorted(folder.iterdir(), key=lambda p: (p.name == _LAST, p.name)):
+                path.rename(out / path.name)
+            folder.rmdir()
+            sync_folder(out)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise written_error(error, out, "cannot be given its name") from error
+
+
+@contextmanager
+def written_aside(out: Path) -> Iterator[Path]:
+    """A folder to write into, given its place if the block succeeds, removed if it does not.
+
+    Args:
+        out: from `open_output`.
+
+    Raises:
+        CheckpointError: the folder cannot be made, or holds the unfinished work of `bitfold quantize`.
+    """
+    aside = partial_of(out)
+    if (aside / JOURNAL).exists():
+        hint = "finish that run, or remove the folder"
+        raise CheckpointError("holds unfinished work of `bitfold quantize`", where=str(aside), hint=hint)
+    try:
+        if aside.exists():
+            shutil.rmtree(aside)
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise written_error(error, aside, "cannot be made") from error
+    try:
+        yield aside
+        publish(aside, out)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names durable; Windows has no such thing."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # file systems that cannot (some network ones)
+    finally:
+        os.close(descriptor)
