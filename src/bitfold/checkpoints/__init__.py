@@ -8,17 +8,17 @@ from bitfold.checkpoints.base import Source, TensorInfo
 from bitfold.checkpoints.convert import convert
 from bitfold.errors import CheckpointError
 
-__all__ = ["Source", "TensorInfo", "convert", "open_source"]
+__all__ = ["Source", "TensorInfo", "convert", "find_checkpoint", "open_source"]
 
 
 def open_source(path: str | Path) -> Source:
-    """Open a local checkpoint for reading, whatever it is: safetensors folder, bitfold folder, GGUF file.
+    """Open a local checkpoint for reading, whatever it is: safetensors folder, bitfold folder, GGUF file or folder.
 
     Raises:
         CheckpointError: nothing there, or nothing that can be read, as what another program quantized; the message
             says what to do.
     """
-    path = Path(path)
+    path = find_checkpoint(Path(path))
     if path.is_file():
         return _open_file(path)
     from bitfold.checkpoints.bitfold_folder import QuantizedSource, quantization_config
@@ -30,6 +30,19 @@ def open_source(path: str | Path) -> Source:
     source = SafetensorsSource(path)
     refuse_foreign(source.config, {name: source.info(name) for name in source.names()}, path)
     return source
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The GGUF file of a folder that has no other weights; else the path itself.
+
+    Raises:
+        CheckpointError: several GGUF models in the folder.
+    """
+    if not path.is_dir() or any(path.glob("*.safetensors")) or not any(path.glob("*.gguf")):
+        return path
+    from bitfold.checkpoints.gguf.parts import model_in
+
+    return model_in(path) or path
 
 
 def _open_file(path: Path) -> Source:

@@ -18,6 +18,11 @@ class Source(Protocol):
     path: Path
     config: dict[str, Any]
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        ...
+
     def names(self) -> list[str]:
         """Names of all tensors, in the order in which they are best read."""
         ...

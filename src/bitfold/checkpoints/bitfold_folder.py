@@ -112,6 +112,11 @@ class QuantizedSource:
             raise ValueError(f"shape {shape}, transform {transform}")
         return self._formats[entry["format"]].layout(shape)
 
+    @property
+    def files(self) -> list[Path]:
+        """See `Source`."""
+        return self._stored.files
+
     def names(self) -> list[str]:
         """Names of the model's tensors, quantized or not."""
         return [*self._tensors, *(n for n in self._stored.names() if n not in self._fields)]

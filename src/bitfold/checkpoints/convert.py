@@ -54,10 +54,11 @@ def convert(
 
 
 def _open(src: Path, dither_seed: int | None) -> Source:
-    from bitfold.checkpoints import open_source
+    from bitfold.checkpoints import find_checkpoint, open_source
 
     if dither_seed is None:
         return open_source(src)
+    src = find_checkpoint(src)
     if not src.is_file():
         raise UsageError("only the weights of a GGUF file can be dithered", where=str(src))
     from bitfold.checkpoints.gguf.source import GgufSource

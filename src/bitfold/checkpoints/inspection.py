@@ -140,7 +140,9 @@ def inspect(path: str | Path) -> Inspection:
     Raises:
         CheckpointError: nothing there, or damaged.
     """
-    path = Path(path)
+    from bitfold.checkpoints import find_checkpoint
+
+    path = find_checkpoint(Path(path))
     found = _inspect_gguf(path) if path.is_file() else _inspect_folder(path)
     return replace(found, tensors=tuple(sorted(found.tensors, key=_by_layer)))
 
@@ -190,12 +192,13 @@ def _bitfold_rows(source: QuantizedSource, quantization: dict[str, Any], kept: d
 
 def _inspect_gguf(path: Path) -> Inspection:
     from bitfold.checkpoints import open_source
-    from bitfold.checkpoints.gguf.file import GGML_TYPES, GgufFile
+    from bitfold.checkpoints.gguf.file import GGML_TYPES
+    from bitfold.checkpoints.gguf.parts import GgufParts
 
     with path.open("rb") as stream:
         if stream.read(4) != b"GGUF":
             open_source(path).close()  # says what is wrong with the file
-    file = GgufFile(path)
+    file = GgufParts(path)
     try:
         rows = tuple(
             TensorRow(t.name, t.type, t.shape, prod(t.shape), t.nbytes, GGML_TYPES[t.type_id][1] > 1)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,14 @@ class ModelRef:
     """A model, not loaded before it is needed.
 
     Args:
-        path: its folder, or None.
+        path: its folder or GGUF file, or None.
         module: the model itself, or None.
+        config: contents of its config.json, of a GGUF file what it amounts to; empty for a module.
     """
 
     path: Path | None
     module: nn.Module | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: Model, *, revision: str | None = None) -> ModelRef:
@@ -58,30 +60,14 @@ class ModelRef:
         from bitfold.checkpoints.hub.transfer import resolve
 
         path = resolve(model, revision=revision)
-        if path.is_file():
-            hint = f"convert it to a folder first: bitfold convert {path} --output-dir FOLDER"
-            raise UsageError("a single file cannot be run", where=str(path), hint=hint)
-        open_source(path).close()  # before texts are read or a tokenizer is asked for
-        return cls(path)
+        source = open_source(path)  # before texts are read or a tokenizer is asked for
+        source.close()
+        return cls(source.path, None, read_config(source.path) if source.path.is_dir() else source.config)
 
     @property
     def name(self) -> str:
         """How messages call it."""
         return str(self.path) if self.path is not None else type(self.module).__name__
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """config.json of the folder; empty for a module."""
-        if self.path is None:
-            return {}
-        file = self.path / "config.json"
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise CheckpointError("no config.json: not a model folder", where=str(self.path)) from error
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"not readable JSON: {error}", where=str(file)) from error
-        return dict(config)
 
     @property
     def longest(self) -> int | None:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from bitfold.checkpoints.gguf.arch import CONFIG_TENSORS, Facts, find_arch, hf_config
-from bitfold.checkpoints.gguf.file import GgufFile, GgufTensor
+from bitfold.checkpoints.gguf.file import GgufTensor
+from bitfold.checkpoints.gguf.parts import GgufParts
 from bitfold.checkpoints.gguf.tokenizer import generation_config, tokenizer_of
 from bitfold.checkpoints.safetensors import file_facts, write_json
 from bitfold.errors import CheckpointError
@@ -35,7 +36,7 @@ class GgufSource:
     """A GGUF file open for reading (implements `Source`); tensors are named as in Hugging Face checkpoints.
 
     Args:
-        path: the file.
+        path: the file; any part of a model in several.
         dither_seed: if given, block-quantized weights get uniform noise within half a step of their own block, from
             this seed: a plausible draw of the weights before they were quantized. The file's 4-bit lattice would
             otherwise flatter every 4-bit format that is measured on it.
@@ -46,7 +47,7 @@ class GgufSource:
 
     def __init__(self, path: str | Path, dither_seed: int | None = None) -> None:
         self.path = Path(path)
-        self._file = GgufFile(path)
+        self._file = GgufParts(path)
         try:
             self._read_facts(dither_seed)
         except BaseException:
@@ -76,7 +77,7 @@ class GgufSource:
         """All tensor names, in the order of the file, or of the noise if the weights are dithered."""
         if self._noise is not None:
             return sorted(self._names, key=lambda name: self._names[name].name)
-        return sorted(self._names, key=lambda name: self._names[name].start)
+        return sorted(self._names, key=lambda name: self._file.place(self._names[name]))
 
     def info(self, name: str) -> TensorInfo:
         """dtype (float32 for block types) and shape; CheckpointError for a ggml type that cannot be decoded."""
@@ -145,16 +146,21 @@ class GgufSource:
         return {name: "part of the config" for name in self._file.tensors if name not in offered}
 
     def data_bytes(self) -> int:
-        """The size of the file without what precedes the tensors and without the padding between them."""
+        """The sizes of the files without what precedes the tensors and without the padding between them."""
         return self._file.data_bytes()
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return self._file.paths
+
     def unread(self) -> list[str]:
-        """None: the file is the checkpoint."""
+        """None: the file, or its parts, are the checkpoint."""
         return []
 
     def fingerprint(self) -> dict[str, Any]:
-        """Of the file its size, time and first bytes."""
-        return {self.path.name: file_facts(self.path)}
+        """Of each file its size, time and first bytes."""
+        return {path.name: file_facts(path) for path in self._file.paths}
 
     def copy_side_files(self, out_dir: Path) -> list[str]:
         """Write the tokenizer with its chat template and special tokens, and generation_config.json."""
@@ -199,12 +205,16 @@ class GgufSource:
         count = self.config["num_hidden_layers"]
         if count > len(self._names):  # before a list is made for a damaged file's billion
             what = f"{count} layers are announced, and there are {len(self._names)} tensors"
-            raise CheckpointError(what, where=str(self.path), hint="one part of a split model, or a damaged file")
+            raise CheckpointError(
+                what, where=str(self.path), hint="a damaged file, or an unsupported variant"
+            )
         needed = [f"model.layers.{i}.{part}.weight" for i in range(count) for part in self._arch.layer.values()]
         missing = [n for n in ("model.embed_tokens.weight", "model.norm.weight", *needed) if n not in self._names]
         if missing:
             what = f"{len(missing)} tensors are missing, the first is {missing[0]}"
-            raise CheckpointError(what, where=str(self.path), hint="one part of a split model, or a damaged file")
+            raise CheckpointError(
+                what, where=str(self.path), hint="a damaged file, or an unsupported variant"
+            )
         for name, tensor in self._names.items():
             if name.startswith("model.layers.") and int(name.split(".")[2]) >= count:
                 raise CheckpointError(f"the model has only {count} layers", where=self._at(tensor))
@@ -263,7 +273,7 @@ def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
             start = i
 
 
-def _quantized(file: GgufFile) -> list[GgufTensor]:
+def _quantized(file: GgufParts) -> list[GgufTensor]:
     return [t for t in file.tensors.values() if t.type not in _PLAIN]
 
 
