@@ -71,7 +71,7 @@ def test_the_model_is_put_back_and_swaps_are_spread(original: Path, quantized: P
 
 
 def test_refusals(original: Path, quantized: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="was not written by bitfold"):
+    with pytest.raises(CheckpointError, match="nothing that is quantized"):
         layer_errors(original, original, tiny_lm.TEXT)
     with pytest.raises(ModelError, match="unquantized original"):
         layer_errors(quantized, quantized, tiny_lm.TEXT, **SIZES)

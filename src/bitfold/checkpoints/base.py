@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from bitfold.system.tensorinfo import TensorInfo
 
-__all__ = ["Source", "TensorInfo"]
+__all__ = ["Source", "StoredAs", "TensorInfo"]
+
+
+class StoredAs(NamedTuple):
+    """How a quantized tensor is stored: the name of its format, and bits per weight, scales included."""
+
+    format: str
+    bpw: float
 
 
 class Source(Protocol):
@@ -33,6 +40,10 @@ class Source(Protocol):
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor itself, in memory of its own."""
+        ...
+
+    def quantized(self) -> dict[str, StoredAs]:
+        """Tensors that are stored in fewer bits than `read` returns, by name."""
         ...
 
     def stored_bytes(self) -> dict[str, int]:

@@ -15,12 +15,14 @@ The tensor X is stored as X.codes, X.scale ... . docs/format.md is the specifica
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from bitfold.checkpoints.base import StoredAs
 from bitfold.checkpoints.safetensors import SafetensorsSource, read_config
 from bitfold.checkpoints.untrusted import shape_of
 from bitfold.errors import CheckpointError
@@ -157,6 +159,11 @@ class QuantizedSource:
         if transform is not None:
             w = transform.with_fields(self._read_fields(name, self._sides[name])).inverse(w)
         return w.transpose(-1, -2).contiguous() if self._tensors[name].get("transposed", False) else w
+
+    def quantized(self) -> dict[str, StoredAs]:
+        """See `Source`; bits of the codes and scales, without what a transform stores beside them."""
+        bits = {n: 8 * sum(field.nbytes for field in layout.values()) for n, layout in self._layouts.items()}
+        return {n: StoredAs(e["format"], bits[n] / prod(e["shape"])) for n, e in self._tensors.items()}
 
     def stored_bytes(self) -> dict[str, int]:
         """Bytes of every stored field and tensor."""

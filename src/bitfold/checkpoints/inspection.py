@@ -134,8 +134,12 @@ class Inspection:
         }
 
 
-def inspect(path: str | Path) -> Inspection:
+def inspect(path: str | Path, *, as_model: bool = False) -> Inspection:
     """Read the headers of a local folder or GGUF file.
+
+    Args:
+        path: the folder or file.
+        as_model: tensors of a GGUF file go by the names that they have in the model, not in the file.
 
     Raises:
         CheckpointError: nothing there, or damaged.
@@ -143,7 +147,7 @@ def inspect(path: str | Path) -> Inspection:
     from bitfold.checkpoints import find_checkpoint
 
     path = find_checkpoint(Path(path))
-    found = _inspect_gguf(path) if path.is_file() else _inspect_folder(path)
+    found = _inspect_gguf(path, as_model) if path.is_file() else _inspect_folder(path)
     return replace(found, tensors=tuple(sorted(found.tensors, key=_by_layer)))
 
 
@@ -190,7 +194,7 @@ def _bitfold_rows(source: QuantizedSource, quantization: dict[str, Any], kept: d
         yield TensorRow(name, entry.format.name, shape, prod(shape), nbytes, True, note)
 
 
-def _inspect_gguf(path: Path) -> Inspection:
+def _inspect_gguf(path: Path, as_model: bool) -> Inspection:
     from bitfold.checkpoints import open_source
     from bitfold.checkpoints.gguf.file import GGML_TYPES
     from bitfold.checkpoints.gguf.parts import GgufParts
@@ -198,12 +202,23 @@ def _inspect_gguf(path: Path) -> Inspection:
     with path.open("rb") as stream:
         if stream.read(4) != b"GGUF":
             open_source(path).close()  # says what is wrong with the file
-    file = GgufParts(path)
+    file, names = GgufParts(path), _model_names(path) if as_model else {}
     try:
         rows = tuple(
-            TensorRow(t.name, t.type, t.shape, prod(t.shape), t.nbytes, GGML_TYPES[t.type_id][1] > 1)
+            TensorRow(names.get(t.name, t.name), t.type, t.shape, prod(t.shape), t.nbytes, GGML_TYPES[t.type_id][1] > 1)
             for t in file.tensors.values()
         )
         return Inspection(str(path), "gguf", file.metadata.get("general.architecture"), rows)
     finally:
         file.close()
+
+
+def _model_names(path: Path) -> dict[str, str]:
+    """Name in the file -> name in the model."""
+    from bitfold.checkpoints.gguf.source import GgufSource
+
+    source = GgufSource(path)
+    try:
+        return {source.stored_name(name): name for name in source.names()}
+    finally:
+        source.close()

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
+from bitfold.checkpoints.base import StoredAs
 from bitfold.checkpoints.headers import ForeignInfo, data_size, data_start, make_header, read_header
 from bitfold.checkpoints.side_files import PICKLES, copy_side_files
 from bitfold.checkpoints.untrusted import read_json_object
@@ -86,6 +87,10 @@ class SafetensorsSource:
         except OSError as error:
             raise CheckpointError(f"cannot read tensor {name}: {error}", where=str(file)) from error
         return out
+
+    def quantized(self) -> dict[str, StoredAs]:
+        """None: what others quantized is refused."""
+        return {}
 
     def stored_bytes(self) -> dict[str, int]:
         """Bytes of every tensor."""

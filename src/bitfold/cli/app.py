@@ -123,7 +123,7 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")]
 ModelArgument = Annotated[
-    str, typer.Argument(help="A model folder, or a Hub repository (org/name).", show_default=False)
+    str, typer.Argument(help="A model folder, a GGUF file, or a Hub repository (org/name).", show_default=False)
 ]
 
 

@@ -132,10 +132,13 @@ def _language(
     model: str, reference: str | None, text: str | None, options: dict[str, Any], after: _After, *, json: bool
 ) -> None:
     from bitfold.evaluation import evaluate as run
+    from bitfold.records.card import require_card
     from bitfold.records.record import check_record
 
     if after.save or after.update_card:
         check_record(model)
+    if after.update_card:
+        require_card(Path(model))
     result = run(model, reference, text, **options)
     if json:
         print_json({"model": model, "reference": reference, **result.to_dict()})

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitfold.checkpoints.bitfold_folder import QuantizedSource
-from bitfold.errors import ModelError, UsageError
+from bitfold.checkpoints import Source, open_source
+from bitfold.errors import CheckpointError, ModelError, UsageError
 from bitfold.evaluation.reading import CausalPassages
 from bitfold.evaluation.scoring import divergence
 from bitfold.models.model_ref import Model, ModelRef, read_dtype
@@ -32,6 +32,7 @@ from bitfold.system import progress
 from bitfold.text import windows as texts
 
 ALL = -1
+_QUANTIZE = "`bitfold quantize` makes folders that are; GGUF files of block types are"
 
 
 @dataclass
@@ -96,7 +97,7 @@ def layer_errors(
     """Compare every quantized tensor of a folder with the original one.
 
     Args:
-        model: a folder that bitfold wrote, or its Hub repository.
+        model: a folder that bitfold wrote, its Hub repository, or a GGUF file.
         reference: the original, a causal language model: folder, repository or module.
         text: see `text.documents.text_pieces`; None: the text that quantizing calibrates on by default.
         context, max_tokens: tokens of a window, and in all, for output errors.
@@ -107,13 +108,15 @@ def layer_errors(
         start_token: windows begin as the tokenizer begins a text.
 
     Raises:
-        CheckpointError: not a folder of bitfold.
+        CheckpointError: nothing in it is quantized.
         ModelError: the reference does not have the tensors of the model.
         UsageError: too little text.
     """
     subject, against = ModelRef.of(model), ModelRef.of(reference)
     assert subject.path is not None
-    source = QuantizedSource(subject.path)
+    source = open_source(subject.path)
+    if not source.quantized():
+        raise CheckpointError("holds nothing that is quantized", where=subject.name, hint=_QUANTIZE)
     against.require_causal("layer errors are for causal language models")
     tokenizer = against.tokenizer() if tokenizer is None else tokenizer
     text = texts.CALIBRATION if text is None else text
@@ -134,10 +137,10 @@ def layer_errors(
     return result
 
 
-def _matching(original: nn.Module, source: QuantizedSource, name: str) -> dict[str, Site]:
+def _matching(original: nn.Module, source: Source, name: str) -> dict[str, Site]:
     """Sites of the original by tensor name; ModelError when it lacks a quantized tensor."""
     sites = {n: site for site in find_sites(original) for n in (site.tensor, *site.aliases)}
-    for tensor in source.quantization["tensors"]:
+    for tensor in source.quantized():
         if tensor not in sites or sites[tensor].shape != source.info(tensor).shape:
             raise ModelError(
                 f"the reference has no tensor {tensor} of shape {source.info(tensor).shape}",
@@ -151,14 +154,14 @@ def _parameter(model: nn.Module, site: Site) -> torch.Tensor:
     return model.get_parameter(site.tensor).detach()
 
 
-def _weight_errors(original: nn.Module, source: QuantizedSource, sites: dict[str, Site]) -> Iterator[LayerError]:
-    names = list(source.quantization["tensors"])
-    with progress.bar("weights", len(names)) as bar:
-        for name in names:
-            w, q = _parameter(original, sites[name]), source.qtensor(name)
+def _weight_errors(original: nn.Module, source: Source, sites: dict[str, Site]) -> Iterator[LayerError]:
+    stored = source.quantized()
+    with progress.bar("weights", len(stored)) as bar:
+        for name, how in stored.items():
+            w = _parameter(original, sites[name])
             square, norm = _square(w - source.read(name).to(w.dtype)), _square(w)
             error = square / norm if norm > 0 else 0.0
-            yield LayerError(name, q.format.name, tuple(w.shape), float(q.bpw), error)
+            yield LayerError(name, how.format, tuple(w.shape), how.bpw, error)
             bar.advance(1, name)
 
 
@@ -168,11 +171,9 @@ def _square(x: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def _output_errors(
-    original: nn.Module, source: QuantizedSource, sites: dict[str, Site], ids: torch.Tensor
-) -> dict[str, float]:
+def _output_errors(original: nn.Module, source: Source, sites: dict[str, Site], ids: torch.Tensor) -> dict[str, float]:
     sums: dict[str, list[float]] = {}
-    linear = [name for name in source.quantization["tensors"] if sites[name].kind == LINEAR]
+    linear = [name for name in source.quantized() if sites[name].kind == LINEAR]
     with progress.bar("outputs", len(linear)) as bar, ExitStack() as stack:
         for name in linear:
             hook = _measuring(original, source, sites[name], sums.setdefault(name, [0.0, 0.0]), bar)
@@ -183,7 +184,7 @@ def _output_errors(
 
 
 def _measuring(
-    original: nn.Module, source: QuantizedSource, site: Site, sums: list[float], bar: progress.Bar
+    original: nn.Module, source: Source, site: Site, sums: list[float], bar: progress.Bar
 ) -> Callable[..., None]:
     def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         x, w = inputs[0].reshape(-1, inputs[0].shape[-1]), _parameter(original, site)
@@ -203,9 +204,7 @@ def _hidden_states(model: nn.Module, ids: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def _swap(
-    original: nn.Module, source: QuantizedSource, layers: list[LayerError], how: tuple[int, texts.Windows]
-) -> int:
+def _swap(original: nn.Module, source: Source, layers: list[LayerError], how: tuple[int, texts.Windows]) -> int:
     count, windows = how
     passages = CausalPassages(windows)
     if count != ALL and count < 1:

@@ -14,7 +14,12 @@ import torch
 from torch import nn
 
 from bitfold.checkpoints import open_source
-from bitfold.errors import CheckpointError, ModelError, UsageError
+from bitfold.checkpoints.gguf.parts import part_paths
+from bitfold.checkpoints.safetensors import read_config
+from bitfold.errors import ModelError, UsageError
+from bitfold.models import skeleton
+from bitfold.models.mapping import map_names
+from bitfold.models.opening import open_skeleton
 from bitfold.nn import set_tensor
 
 Model = str | Path | nn.Module
@@ -26,7 +31,9 @@ DTYPES: dict[str, torch.dtype | None] = {
 }
 
 _STREAMED = ("AutoModelForCausalLM", "AutoModelForMaskedLM")
-_QUANTIZED = "quantization_config"
+_CAUSAL = _STREAMED[0]
+# Endings of classes that predict the next token; some of them look at pictures as well.
+_PREDICT = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForVisionText2Text", "ForImageTextToText")
 _NOT_CAUSAL = "masked language models: bitfold eval --metric masked; other encoders: --metric embedding"
 
 
@@ -87,8 +94,10 @@ class ModelRef:
         name = self._architecture()
         if name is None:
             return
-        causal = name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
-        if not causal or self.config.get("is_encoder_decoder"):
+        if self._encodes_first():
+            what = f"{name} is an encoder-decoder: it answers a text, and does not go on with it"
+            raise ModelError(what, where=self.name, hint=hint)
+        if not name.endswith(_PREDICT):
             raise ModelError(f"{name} does not predict the next token", where=self.name, hint=hint)
 
     def require_masked(self, hint: str) -> None:
@@ -106,7 +115,17 @@ class ModelRef:
 
     def _architecture(self) -> str | None:
         names = self.config.get("architectures")
-        return str(names[0]) if names else None
+        if names:
+            return str(names[0])
+        found = skeleton.model_class(self.config)
+        return None if found is None else str(found.__name__)
+
+    def _encodes_first(self) -> bool:
+        """Whether it has an encoder beside its decoder: its config says so, or its text model's, or their defaults."""
+        found = skeleton.config_object(self.config, self.name) if self.config.get("model_type") else None
+        parts = [found, getattr(found, "text_config", None)]
+        said = [self.config.get("is_encoder_decoder"), *(getattr(part, "is_encoder_decoder", None) for part in parts)]
+        return any(value is True for value in said)
 
     def tokenizer(self) -> Any:
         """The tokenizer of the folder; UsageError for a module."""
@@ -133,7 +152,10 @@ class ModelRef:
         assert self.path is not None
         if is_bitfold(self.config):
             return _load_bitfold(self.path, dtype)
-        return _load_plain(self.path, auto_class, dtype)
+        model = _load_plain(self.path, self.config, auto_class, dtype)
+        if auto_class == _CAUSAL:
+            _require_text_alone(model, self.name)
+        return model
 
     def fingerprint(self) -> str:
         """Hash that changes when the weights or the config do: names, sizes and times of the files."""
@@ -152,15 +174,17 @@ def read_dtype(name: str) -> torch.dtype | None:
     return DTYPES[name]
 
 
-def is_bitfold(config: dict[str, Any]) -> bool:
+def is_bitfold(config: Mapping[str, Any]) -> bool:
     """Whether config.json says that bitfold quantized the checkpoint."""
     return (config.get("quantization_config") or {}).get("quant_method") == "bitfold"
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Its safetensors files, or all files with weights when it has none."""
-    files = sorted(folder.glob("*.safetensors"))
-    return files or sorted(f for f in folder.iterdir() if f.suffix in (".bin", ".gguf", ".pt"))
+def weight_files(path: Path) -> list[Path]:
+    """Of a folder its safetensors files, or all files with weights when it has none; of a GGUF file all its parts."""
+    if path.is_file():
+        return part_paths(path)
+    files = sorted(path.glob("*.safetensors"))
+    return files or sorted(f for f in path.iterdir() if f.suffix in (".bin", ".gguf", ".pt"))
 
 
 def _load_bitfold(path: Path, dtype: torch.dtype | None) -> nn.Module:
@@ -169,16 +193,21 @@ def _load_bitfold(path: Path, dtype: torch.dtype | None) -> nn.Module:
     return load_folder(path, dtype=dtype)
 
 
-def _load_plain(path: Path, auto_class: str, dtype: torch.dtype | None) -> nn.Module:
+def _load_plain(path: Path, config: Mapping[str, Any], auto_class: str, dtype: torch.dtype | None) -> nn.Module:
     import transformers
 
-    if dtype is not None and auto_class in _STREAMED and (streamed := _stream(path, dtype)) is not None:
-        return streamed
+    # The class of the checkpoint itself, where one knows how it is to be judged: transformers' AutoModelForCausalLM has
+    # no place for models of text and images, and would make others of some.
+    own = skeleton.model_class(config) if auto_class in _STREAMED else None
+    if own is not None and not own.__name__.endswith((*_PREDICT, "ForMaskedLM")):
+        own = None  # BertForPreTraining, say, is judged as BertForMaskedLM
+    if path.is_file() or (dtype is not None and own is not None):
+        return _stream(path, dtype)
     wanted: torch.dtype | str = "auto" if dtype is None else dtype
-    auto = getattr(transformers, auto_class)
+    loader = own or getattr(transformers, auto_class)
     try:
         with _quiet_transformers():
-            model, report = auto.from_pretrained(path, dtype=wanted, output_loading_info=True)
+            model, report = loader.from_pretrained(path, dtype=wanted, output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelError(f"transformers cannot load it: {_line(error)}", where=str(path)) from error
     # The pooler of an encoder is drawn at random when the checkpoint comes from masked-language training; no metric
@@ -191,40 +220,51 @@ def _load_plain(path: Path, auto_class: str, dtype: torch.dtype | None) -> nn.Mo
     return module.eval()
 
 
-def _stream(path: Path, dtype: torch.dtype) -> nn.Module | None:
+def _stream(path: Path, dtype: torch.dtype | None) -> nn.Module:
     """The model, converted tensor by tensor: transformers would keep the whole file mapped beside the converted copy.
 
-    None where the class that the config names is not known, or not that of a plain language model.
+    Args:
+        path: folder or GGUF file, of a class that transformers has.
+        dtype: of the parameters; None: what the config says.
     """
-    from bitfold.models import skeleton
-    from bitfold.models.mapping import map_names
-    from bitfold.models.opening import open_skeleton
-
     source = open_source(path)
     try:
-        names = source.config.get("architectures") or [""]
-        model: Any = None
-        if names[0].endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM")) and not source.config.get(_QUANTIZED):
-            model = open_skeleton(source, dtype=dtype)
-        if model is None:
-            return None
+        model: Any = open_skeleton(source, dtype=dtype)
+        assert model is not None
         for target in map_names(source.names(), model):
             if target.used:
                 for name, w in target.read(source.read, model).items():
-                    set_tensor(model, name, w.to(dtype, copy=True) if w.is_floating_point() else w.clone())
+                    wanted = dtype or model.get_parameter(name).dtype
+                    set_tensor(model, name, w.to(wanted, copy=True) if w.is_floating_point() else w.clone())
         skeleton.retie(model)
+        generation = source.generation_config()
     finally:
         source.close()
     if left := [name for name, p in model.named_parameters() if p.is_meta]:
         raise ModelError(
             f"{len(left)} tensors of {type(model).__name__} are missing, among them {left[0]}", where=str(path)
         )
-    if (path / "generation_config.json").is_file() and hasattr(model, "generation_config"):
+    if generation and hasattr(model, "generation_config"):
         from transformers import GenerationConfig
 
-        model.generation_config = GenerationConfig.from_pretrained(str(path))
+        model.generation_config = GenerationConfig.from_dict(generation)
     module: nn.Module = model.eval()
     return module
+
+
+@torch.no_grad()
+def _require_text_alone(model: Any, name: str) -> None:
+    """ModelError for a model that does not run on tokens alone, as one that wants a picture with each text."""
+    try:
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
+        logits = getattr(model(input_ids=ids, use_cache=False), "logits", None)
+    except Exception as error:  # whatever its forward pass stumbles over
+        what = f"{type(model).__name__} does not run on text alone: {_line(error)}"
+        raise ModelError(
+            what, where=name, hint="only its language part can be judged, as a model of its own"
+        ) from error
+    if not isinstance(logits, torch.Tensor) or logits.shape[:2] != ids.shape:
+        raise ModelError(f"{type(model).__name__} gives no prediction for each token", where=name)
 
 
 @contextmanager

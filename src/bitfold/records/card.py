@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bitfold.errors import CheckpointError
 from bitfold.records.run_report import QuantizeReport
 
 _BEGIN, _END = "<!-- bitfold evaluation -->", "<!-- end of bitfold evaluation -->"
@@ -65,6 +66,12 @@ def _recipe(report: QuantizeReport) -> list[str]:
     from bitfold.recipes.recipe import Recipe, Rule
 
     return ["```toml", Recipe(tuple(Rule(**rule) for rule in report.recipe)).dumps().rstrip(), "```"]
+
+
+def require_card(folder: Path) -> None:
+    """CheckpointError where there is no folder whose card could take numbers: asked before they are measured."""
+    if not folder.is_dir():
+        raise CheckpointError("is no model folder with a card on this machine", where=str(folder))
 
 
 def add_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> None:

@@ -1,4 +1,5 @@
-"""What is known about a quantized folder, kept inside it: how it was made, and what was measured since.
+"""What is known about a quantized folder, kept inside it (of a GGUF file, beside it): how it was made, and what was
+measured since.
 
 `bitfold_report.json` has a part for each kind of knowledge; `bitfold compare` and `bitfold report` read it, so that
 they need neither the original nor any time. Nothing depends on it: a folder without it loads and runs the same.
@@ -43,7 +44,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is damaged.
     """
-    file = Path(folder) / FILE
+    file = _file_of(Path(folder))
     if not file.is_file():
         return {}
     try:
@@ -53,6 +54,11 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise CheckpointError("not a record of bitfold", where=str(file), hint="delete the file")
     return record
+
+
+def _file_of(model: Path) -> Path:
+    """In a folder; beside a GGUF file."""
+    return model.with_name(f"{model.name}.{FILE}") if model.is_file() else model / FILE
 
 
 def write_record(folder: Path, report: QuantizeReport, facts: Mapping[str, Any]) -> None:
@@ -75,9 +81,10 @@ def check_record(folder: str | Path) -> None:
     Raises:
         CheckpointError: no local folder of a model, or it cannot be written into.
     """
-    if not (Path(folder) / "config.json").is_file():
+    path = Path(folder)
+    if not path.is_file() and not (path / "config.json").is_file():
         raise CheckpointError("no model folder on this machine to keep the numbers in", where=str(folder))
-    try_folder(Path(folder))
+    try_folder(path.parent if path.is_file() else path)  # of a GGUF file, beside it
 
 
 def add_to_record(folder: str | Path, part: str, value: Mapping[str, Any]) -> None:
@@ -101,8 +108,8 @@ def add_to_record(folder: str | Path, part: str, value: Mapping[str, Any]) -> No
 
 
 def _write(folder: Path, record: Mapping[str, Any]) -> None:
-    file = folder / FILE
-    partial = file.with_name(FILE + ".partial")
+    file = _file_of(folder)
+    partial = file.with_name(file.name + ".partial")
     try:
         partial.write_text(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
         partial.replace(file)

@@ -39,11 +39,11 @@ class TensorFacts:
 
 @dataclass(frozen=True)
 class RunData:
-    """One quantized folder.
+    """One quantized folder or GGUF file.
 
     Args:
         name: short, unique among the runs.
-        path: the folder.
+        path: the folder or file.
         inspection: what is in it.
         record: what was written down about it.
     """
@@ -144,7 +144,9 @@ def gather(folders: Sequence[str | Path], measuring: Measuring | None = None) ->
     paths = [_folder(folder) for folder in folders]
     if measuring is not None:
         _complete(paths, measuring)
-    runs = [RunData(n, p, inspect(p), read_record(p)) for n, p in zip(short_names(paths), paths, strict=True)]
+    runs = [
+        RunData(n, p, inspect(p, as_model=True), read_record(p)) for n, p in zip(short_names(paths), paths, strict=True)
+    ]
     comparison, why_not = None, ""
     try:
         comparison = compare(paths)
@@ -156,8 +158,10 @@ def gather(folders: Sequence[str | Path], measuring: Measuring | None = None) ->
 
 def _folder(folder: str | Path) -> Path:
     subject = ModelRef.of(folder)
-    if subject.path is None or not is_bitfold(subject.config):
-        raise CheckpointError("was not written by bitfold", where=str(folder), hint="quantize it first")
+    if subject.path is None or not (is_bitfold(subject.config) or subject.path.is_file()):
+        raise CheckpointError(
+            "was not written by bitfold, and is no GGUF file", where=str(folder), hint="quantize it first"
+        )
     return subject.path
 
 

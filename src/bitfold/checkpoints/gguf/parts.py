@@ -125,6 +125,16 @@ def _siblings(named: GgufFile, count: int) -> list[Path]:
     raise CheckpointError(what, where=str(named.path), hint=hint)
 
 
+def part_paths(path: Path) -> list[Path]:
+    """The file and those that go by their names with it, without opening any."""
+    for link in _chain(path):
+        if (match := _PART.fullmatch(link.name)) is not None:
+            count = match["count"]
+            paths = [link.with_name(f"{match['stem']}-{i:05d}-of-{count}.gguf") for i in range(1, int(count) + 1)]
+            return [part for part in paths if part.is_file()] or [path]
+    return [path]
+
+
 def _chain(path: Path) -> list[Path]:
     """The path, and what it is a link to, link by link."""
     chain = [path]

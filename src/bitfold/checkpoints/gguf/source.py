@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitfold.checkpoints.base import StoredAs
 from bitfold.checkpoints.gguf.arch import CONFIG_TENSORS, Facts, find_arch, hf_config
 from bitfold.checkpoints.gguf.file import GgufTensor
 from bitfold.checkpoints.gguf.parts import GgufParts
@@ -122,6 +123,15 @@ class GgufSource:
         ggml = GGML[tensor.type]
         return ggml.decode({"blocks": blocks.view(ggml.layout(shape)["blocks"].shape)}, shape)
 
+    def quantized(self) -> dict[str, StoredAs]:
+        """See `Source`: the block types."""
+        blocks = {name: t for name, t in self._names.items() if t.type not in _PLAIN}
+        return {name: StoredAs(t.type, 8 * t.nbytes / prod(t.shape)) for name, t in blocks.items()}
+
+    def stored_name(self, name: str) -> str:
+        """What a tensor is called in the file."""
+        return self._names[name].name
+
     def ggml_type(self, name: str) -> str:
         """Name of the ggml type in which a tensor is stored (`q4_1`, `f32` ...)."""
         return self._names[name].type
@@ -205,16 +215,12 @@ class GgufSource:
         count = self.config["num_hidden_layers"]
         if count > len(self._names):  # before a list is made for a damaged file's billion
             what = f"{count} layers are announced, and there are {len(self._names)} tensors"
-            raise CheckpointError(
-                what, where=str(self.path), hint="a damaged file, or an unsupported variant"
-            )
+            raise CheckpointError(what, where=str(self.path), hint="a damaged file, or an unsupported variant")
         needed = [f"model.layers.{i}.{part}.weight" for i in range(count) for part in self._arch.layer.values()]
         missing = [n for n in ("model.embed_tokens.weight", "model.norm.weight", *needed) if n not in self._names]
         if missing:
             what = f"{len(missing)} tensors are missing, the first is {missing[0]}"
-            raise CheckpointError(
-                what, where=str(self.path), hint="a damaged file, or an unsupported variant"
-            )
+            raise CheckpointError(what, where=str(self.path), hint="a damaged file, or an unsupported variant")
         for name, tensor in self._names.items():
             if name.startswith("model.layers.") and int(name.split(".")[2]) >= count:
                 raise CheckpointError(f"the model has only {count} layers", where=self._at(tensor))
