@@ -33,7 +33,6 @@ from bitfold.records.run_report import QuantizeReport, TensorReport, peak_memory
 from bitfold.run.options import Request, RunOptions
 from bitfold.run.writing import Job, PlannedRun, Writing, Written
 from bitfold.system import progress
-from bitfold.system.memory import Ceiling
 from bitfold.system.outputs import try_file
 from bitfold.text.tokens import BUNDLED
 from bitfold.text.windows import text_digest
@@ -159,11 +158,9 @@ def execute(expected: Forecast, options: RunOptions) -> QuantizeReport:
     with _kept_after_failure(work), Events(options.events) as events:
         facts = report_of(expected, options).to_dict()
         events.write("begin", totals=facts["account"], **{key: facts[key] for key in _FACTS})
-        writing = Writing(run, work, events, options.on_tensor)
-        writing.ceiling, writing.strict = Ceiling(options.max_memory), options.strict
-        writing.times = expected.preflight.times
+        writing = Writing(run, work, events, options, expected.preflight.times)
         report = report_of(expected, options, writing.tensors())
-        writing.folder(report, strict=options.strict)
+        writing.folder(report)
         events.write("end", peak_memory=peak_memory(), **report.sums())
     return report
 

@@ -38,7 +38,7 @@ from bitfold.qtensor import QTensor
 from bitfold.recipes.recipe import Recipe
 from bitfold.records.card import write_card
 from bitfold.records.run_report import QuantizeReport, TensorReport, relative_error
-from bitfold.run.options import OnTensor
+from bitfold.run.options import RunOptions
 from bitfold.system import progress
 from bitfold.system.memory import Ceiling
 from bitfold.transforms.activations import ACT_SCALE
@@ -103,15 +103,17 @@ class Writing:
         run: what is to be done.
         work: where.
         events: who is told, as JSON lines.
-        on_tensor: who is told, in Python.
+        options: how.
+        times: seconds that each tensor will take, by the forecast; empty = nobody knows.
     """
 
-    def __init__(self, run: PlannedRun, work: Workspace, events: Events, on_tensor: OnTensor | None) -> None:
-        self.run, self.work, self._events, self._on_tensor = run, work, events, on_tensor
+    def __init__(
+        self, run: PlannedRun, work: Workspace, events: Events, options: RunOptions, times: Mapping[str, float]
+    ) -> None:
+        self.run, self.work, self._events, self._options, self._times = run, work, events, options, times
         self._writer = PlannedWriter(work.result, plan_shards(run.plan.stored(), run.job.max_shard_bytes))
         self.done = WrittenTensors()
-        self.ceiling, self.strict = Ceiling(None), False
-        self.times: Mapping[str, float] = {}
+        self._ceiling = Ceiling(options.max_memory)
         self.acts: ActivationCost | None = None
         self.fallbacks: list[dict[str, Any]] = []
 
@@ -119,15 +121,17 @@ class Writing:
         """Write every tensor: first what needs calibration, block by block, then the rest in the source's order."""
         self._recall()
         # In seconds, as far as they are known beforehand: a calibrated layer takes far longer than one that is kept.
-        units = {d.tensor: self.times.get(d.tensor, 0.0) if self.times else d.info.numel for d in self.run.plan.written}
+        units = {
+            d.tensor: self._times.get(d.tensor, 0.0) if self._times else d.info.numel for d in self.run.plan.written
+        }
         total = sum(units.values())
-        with progress.bar("quantize", total, total if self.times else None) as bar:
+        with progress.bar("quantize", total, total if self._times else None) as bar:
             bar.skip(sum(units[name] for name in self.done.reports))
             for report in self._remaining():
                 bar.advance(units[report.tensor], report.tensor)
-                self.ceiling.check()
-                if self._on_tensor is not None:
-                    self._on_tensor(report)
+                self._ceiling.check()
+                if self._options.on_tensor is not None:
+                    self._options.on_tensor(report)
         reports = [self.done.reports[d.tensor] for d in self.run.plan.written if d.tensor in self.done.reports]
         acts = None if self.acts is None else {"choice": self.acts.choice, **asdict(self.acts)}
         return Written(reports, self._writer.plan.files, acts, self.fallbacks)
@@ -176,7 +180,7 @@ class Writing:
         Raises:
             Exception: the failure itself, if the run is strict.
         """
-        if self.strict:
+        if self._options.strict:
             raise fallback.error
         facts = fallback.to_dict()
         if all(fallback.why != known["why"] for known in self.fallbacks):
@@ -269,11 +273,11 @@ class Writing:
         self._events.write("tensor", **report.to_dict())
         return report
 
-    def folder(self, report: QuantizeReport, *, strict: bool) -> None:
+    def folder(self, report: QuantizeReport) -> None:
         """Everything but the tensors: index, config, side files, card, manifest; then the folder gets its name.
 
         Raises:
-            AccountingError: what was written is not what was planned; or, if `strict`, something was flagged.
+            AccountingError: what was written is not what was planned; or, if the run is strict, something was flagged.
         """
         run = self.run
         try:
@@ -282,7 +286,7 @@ class Writing:
             raise written_error(error, self.work.result, "cannot be completed") from error
         check_written(run.plan, report.tensors, _stored_bytes(self.work.result, report.files))
         write_manifest(self.work.result, run.account.totals())
-        if strict and report.flagged:
+        if self._options.strict and report.flagged:
             refuse_flagged(report)
         self.work.publish()
 
