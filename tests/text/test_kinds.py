@@ -55,6 +55,7 @@ DATA = {
     "a list": json.dumps(ROWS),
     "a list, indented": json.dumps(ROWS, indent=2),
     "objects, indented, one after the other": "\n".join(json.dumps(row, indent=4) for row in ROWS),
+    "a list of texts a line": lines(WORDS[:1], WORDS[1:]),
     "a list of texts": json.dumps(WORDS, indent=1),
     "an object with a list": json.dumps({"version": "1.1", "data": ROWS}),
     "an object with a list for each split": json.dumps({"test": ROWS[:1], "train": ROWS}),

@@ -85,11 +85,12 @@ def _is_json(begin: str, lines: list[str], *, whole: bool) -> bool:
 
 
 def _is_object(line: str) -> bool:
-    """Whether a line is a JSON object, or a list that holds some."""
-    if line[0] not in "{[" or not _OBJECT.match(line):
+    """Whether a line is a JSON object, or a list of more than numbers: prose may begin with [1]."""
+    if line[0] not in "{[":
         return False
     try:
-        return isinstance(json.loads(line), dict | list)
+        value = json.loads(line)
+        return bool(value) and (isinstance(value, dict) or any(isinstance(v, str | list | dict) for v in value))
     except (ValueError, RecursionError):
         return False
 
