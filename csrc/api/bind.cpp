@@ -60,4 +60,5 @@ NB_MODULE(_native, m) {
   bind_dense(m);
   bind_trellis(m);
   bind_lattice(m);
+  bind_engine(m);
 }

@@ -4,6 +4,7 @@
 // linkage could be picked by the linker for code that runs on a smaller CPU, so those files include no C++ standard
 // headers with inline functions, and everything they define lives in a namespace of their own (BITFOLD_NS).
 #pragma once
+#include "engine/vector.h"
 #include "transforms/rotation.h"
 #include "weights/activations.h"
 #include "weights/dense/rounding.h"
@@ -44,6 +45,9 @@ struct Table {
   void (*arrange8)(const Scaled& w, const int8_t* x, size_t m, size_t padded, int8_t* out, int32_t* start, float* sums);
   void (*arrangef)(const Scaled& w, const float* x, size_t m, size_t padded, float* out, float* sums);
   size_t (*gemm_scratch)(const Scaled& w, size_t m, size_t padded);
+  // The same of arrangef and gemmf, which a set with tiles of bytes leaves as they are.
+  size_t (*block_rowsf)(size_t m);
+  size_t (*gemm_scratchf)(const Scaled& w, size_t m, size_t padded);
   Products<DenseWeight> dense;
   Products<TrellisWeight> trellis;
 
@@ -59,6 +63,14 @@ struct Table {
                size_t end);
   // spin_dots of bandwidth.h.
   size_t (*dots)(size_t rounds);
+
+  // loops/engine.h, in one thread.
+  float (*sum_squares)(const float* x, size_t n);
+  void (*weighted)(const float* x, float scale, const float* weight, size_t n, float* out);
+  void (*gated)(Activation kind, const float* gate, const float* up, size_t n, float* out);
+  void (*turn_pairs)(float* x, const float* cosine, const float* sine, size_t half);
+  void (*attend)(const Attend& a);
+  void (*plain_rows)(const PlainRows& w, const float* x, size_t m, size_t begin, size_t end, float* y);
 
   template <class W>
   const Products<W>& products() const;

@@ -132,4 +132,18 @@ void parallel_for(size_t count, size_t grain, int threads, const std::function<v
   });
 }
 
+void run_team(int threads, const std::function<void(int)>& work) {
+  if (threads <= 1) return work(0);
+  // The pool calls a worker that comes late perhaps twice, and one that never comes not at all: here that cannot be.
+  std::vector<std::atomic<int>> ran(static_cast<size_t>(threads));
+  for (auto& r : ran) r.store(0, std::memory_order_relaxed);
+  pool().run(threads - 1, [&](int part) {
+    std::atomic<int>& mine = ran[static_cast<size_t>(part)];
+    if (mine.exchange(1) == 0) work(part);
+    if (part == 0)
+      for (auto& r : ran)
+        while (r.load(std::memory_order_acquire) == 0) relax();
+  });
+}
+
 }  // namespace bitfold

@@ -13,4 +13,8 @@ namespace bitfold {
 // which thread gets which depends on who has time. work must not throw.
 void parallel_for(size_t count, size_t grain, int threads, const std::function<void(size_t, size_t)>& work);
 
+// Calls work(0) here and work(1) .. work(threads - 1) on threads of the pool, each once and all at the same time: they
+// may wait for each other. Returns when all are done.
+void run_team(int threads, const std::function<void(int)>& work);
+
 }  // namespace bitfold

@@ -16,9 +16,11 @@ inline int failures = 0;
   } while (0)
 
 void test_threads();
+void test_team();
 void test_packing(const char* isa);
 void test_linear(const char* isa);
 void test_viterbi(const char* isa);
 void test_trellis(const char* isa);
 void test_lattice(const char* isa);
 void test_rounding(const char* isa);
+void test_engine(const char* isa);

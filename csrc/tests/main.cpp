@@ -28,6 +28,7 @@ int main(int argc, char** argv) {
   std::vector<std::string> names(argv + 1, argv + argc);
   if (names.empty()) names = bitfold::isas();
   test_threads();
+  test_team();
   for (const std::string& name : names) {
     if (!bitfold::set_isa(name)) {
       std::fprintf(stderr, "instruction set %s is not available here\n", name.c_str());
@@ -39,6 +40,7 @@ int main(int argc, char** argv) {
     test_trellis(name.c_str());
     test_lattice(name.c_str());
     test_rounding(name.c_str());
+    test_engine(name.c_str());
 #if BITFOLD_WITH_AMX
     if (name == "avx512") test_amx();
 #endif

@@ -64,10 +64,7 @@ void gemvf(const Table& t, const W& w, const float* x, const float* scale, float
 }
 
 // Numbers kept for every row and chunk: chunks are at least as long as the shortest group.
-size_t sums_of(const Table& t, size_t m, size_t padded) {
-  const size_t rows = t.block_rows(m);
-  return round_up(m, rows) * (padded / 16 + 1);
-}
+size_t sums_of(size_t block_rows, size_t m, size_t padded) { return round_up(m, block_rows) * (padded / 16 + 1); }
 
 template <class W>
 void gemm8(const Table& t, const W& w, const float* x, size_t m, float* y, int threads) {
@@ -77,8 +74,8 @@ void gemm8(const Table& t, const W& w, const float* x, size_t m, float* y, int t
   float* scales = float_memory.get<float>(m);
   const int8_t* rows = quantize_rows(t, w, x, m, a.padded, scales);
   int8_t* out = rows_memory.get<int8_t>(round_up(m, t.block_rows(m)) * a.padded);
-  int32_t* start = start_memory.get<int32_t>(sums_of(t, m, a.padded));
-  float* sums = w.zero ? sums_memory.get<float>(sums_of(t, m, a.padded)) : nullptr;
+  int32_t* start = start_memory.get<int32_t>(sums_of(t.block_rows(m), m, a.padded));
+  float* sums = w.zero ? sums_memory.get<float>(sums_of(t.block_rows(m), m, a.padded)) : nullptr;
   t.arrange8(w, rows, m, a.padded, out, start, sums);
   a.x = out;
   a.start = start;
@@ -94,14 +91,14 @@ void gemmf(const Table& t, const W& w, const float* x, size_t m, const float* sc
   ActF a;
   a.m = m;
   a.padded = round_up(w.k, kPad);
-  float* out = rows_memory.get<float>(round_up(m, t.block_rows(m)) * a.padded);
-  float* sums = w.zero ? sums_memory.get<float>(sums_of(t, m, a.padded)) : nullptr;
+  float* out = rows_memory.get<float>(round_up(m, t.block_rowsf(m)) * a.padded);
+  float* sums = w.zero ? sums_memory.get<float>(sums_of(t.block_rowsf(m), m, a.padded)) : nullptr;
   t.arrangef(w, x, m, a.padded, out, sums);
   a.x = out;
   a.sums = sums;
   a.scale = scales;
   parallel_for(w.n, kRowGrain, threads, [&](size_t begin, size_t end) {
-    t.products<W>().gemmf(w, a, begin, end, y, panel_memory.get<uint8_t>(t.gemm_scratch(w, a.m, a.padded)));
+    t.products<W>().gemmf(w, a, begin, end, y, panel_memory.get<uint8_t>(t.gemm_scratchf(w, a.m, a.padded)));
   });
 }
 

@@ -1,4 +1,4 @@
-"""Generation with transformers' own decoding loop, for quantized and plain models alike."""
+"""Text out of a model: by the native engine where it has code for the model, else by transformers' own loop."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from bitfold.engine.decoder import Unsupported
+from bitfold.engine.loop import Loop
 from bitfold.errors import UsageError
 from bitfold.models.model_ref import Model, ModelRef, read_dtype
 from bitfold.models.vocabulary import refuse_unknown_tokens
+from bitfold.system import progress
 from bitfold.text.tokenizer import require_chat
 from bitfold.text.windows import text_start, tokenize
 
@@ -85,12 +88,15 @@ class Writer:
         tokenizer: of transformers.
         longest: tokens that the model can attend to, or None.
         messages: the conversation so far.
+        native: use the native engine, where it has code for the model; where it has not, one line says why.
     """
 
     model: nn.Module
     tokenizer: Any
     longest: int | None = None
     messages: list[Message] = field(default_factory=list)
+    native: bool = True
+    _loop: Loop | None = field(default=None, repr=False)
 
     @classmethod
     def open(
@@ -150,16 +156,25 @@ class Writer:
         start = time.monotonic()
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(sampling.seed)
-            out = self.model.generate(  # type: ignore[operator]
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                generation_config=self._config(sampling, min(room, sampling.max_new_tokens)),
-                streamer=streamer,
-            )
-        seconds, new = time.monotonic() - start, out[0, ids.shape[1] :]
+            new = self._generate(ids, self._config(sampling, min(room, sampling.max_new_tokens)), streamer)
+        seconds = time.monotonic() - start
         text = self.tokenizer.decode(new, skip_special_tokens=True)
         first = (streamer.first_at or time.monotonic()) - start
         return Generation(prompt, text, ids.shape[1], len(new), seconds, first)
+
+    def _generate(self, ids: torch.Tensor, config: Any, streamer: _Streamer) -> list[int]:
+        if self.native:
+            try:
+                self._loop = self._loop or Loop(self.model)
+                return self._loop.generate(ids[0].tolist(), config, streamer)
+            except Unsupported as reason:
+                self.native = False
+                progress.say(f"text comes from transformers' own loop, which is slower: {reason}")
+        out: torch.Tensor = self.model.generate(  # type: ignore[operator]
+            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=streamer
+        )
+        made: list[int] = out[0, ids.shape[1] :].tolist()
+        return made
 
     def _config(self, sampling: Sampling, max_new_tokens: int) -> Any:
         """The model's own generation config (its end tokens), with nothing but our choice of sampling."""

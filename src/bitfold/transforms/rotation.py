@@ -27,7 +27,7 @@ class RotationPlan:
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(size: int, seed: int) -> RotationPlan:
+def rotation_plan(size: int, seed: int) -> RotationPlan:
     """Blocks are matrices (order, width): a dense one of +1 and -1, and butterflies of a power of two."""
     from bitfold.transforms.hadamard import factors, signs
 
@@ -69,7 +69,7 @@ def rotate(x: Tensor, size: int, seed: int, *, inverse: bool) -> Tensor:
 
 
 def _run(x: Tensor, size: int, seed: int, inverse: bool) -> Tensor:
-    core, plan = native.core(), _plan(size, seed)
+    core, plan = native.core(), rotation_plan(size, seed)
     assert core is not None
     wide = x.detach().to(torch.float32).contiguous()
     y = torch.empty_like(wide)

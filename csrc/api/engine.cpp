@@ -1,0 +1,120 @@
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+
+#include "api/address.h"
+#include "api/bind.h"
+#include "engine/decoder.h"
+
+namespace {
+
+using bitfold::engine::Decoder;
+using bitfold::engine::Layer;
+using bitfold::engine::Norm;
+using bitfold::engine::Plan;
+using bitfold::engine::Product;
+
+template <class W>
+void packed(Product* p, const W& w, size_t first, bool int8) {
+  new (p) Product();
+  p->weight = &w;
+  p->n = w.n, p->k = w.k, p->first = first, p->int8 = int8;
+}
+
+void bind_product(nb::module_& m) {
+  nb::class_<Product>(m, "Product", "Rows of one weight among those that share an input.")
+      .def("__init__", packed<bitfold::DenseWeight>, "weight"_a, "first"_a, "int8"_a)
+      .def("__init__", packed<bitfold::TrellisWeight>, "weight"_a, "first"_a, "int8"_a)
+      .def(
+          "__init__",
+          [](Product* p, uintptr_t w, size_t n, size_t k, bool bf16, size_t first) {
+            new (p) Product();
+            p->weight = bitfold::PlainRows{at<const void>(w), n, k, bf16};
+            p->n = n, p->k = k, p->first = first;
+          },
+          "rows"_a, "n"_a, "k"_a, "bf16"_a, "first"_a)
+      .def(
+          "add_bias", [](Product& p, uintptr_t bias) { p.bias = at<const float>(bias); }, "bias"_a)
+      .def(
+          "multiply", [](Product& p, uintptr_t factors) { p.multiply = at<const float>(factors); }, "factors"_a)
+      .def_rw("rotation", &Product::rotation);
+}
+
+void bind_layer(nb::module_& m) {
+  nb::class_<Norm>(m, "Norm", "A root mean square norm; weight 0: none.")
+      .def(
+          "__init__", [](Norm* n, uintptr_t weight, float eps) { new (n) Norm{at<const float>(weight), eps}; },
+          "weight"_a, "eps"_a);
+  nb::class_<Layer>(m, "Layer", "Attention and MLP of one layer.")
+      .def(nb::init<>())
+      .def_rw("before_attention", &Layer::before_attention)
+      .def_rw("after_attention", &Layer::after_attention)
+      .def_rw("before_mlp", &Layer::before_mlp)
+      .def_rw("after_mlp", &Layer::after_mlp)
+      .def_rw("query", &Layer::query)
+      .def_rw("key", &Layer::key)
+      .def_rw("whole_norm", &Layer::whole_norm)
+      .def_rw("qkv", &Layer::qkv)
+      .def_rw("out", &Layer::out)
+      .def_rw("gate_up", &Layer::gate_up)
+      .def_rw("down", &Layer::down)
+      .def_rw("window", &Layer::window)
+      .def(
+          "turn",
+          [](Layer& l, uintptr_t cosine, uintptr_t sine) {
+            l.cosine = at<const float>(cosine), l.sine = at<const float>(sine);
+          },
+          "cosine"_a, "sine"_a);
+}
+
+void bind_plan(nb::module_& m) {
+  nb::enum_<bitfold::Activation>(m, "Activation")
+      .value("silu", bitfold::Activation::kSilu)
+      .value("gelu_tanh", bitfold::Activation::kGeluTanh);
+  nb::class_<Plan>(m, "Plan", "What a decoder multiplies by what.")
+      .def(nb::init<>())
+      .def_rw("hidden", &Plan::hidden)
+      .def_rw("heads", &Plan::heads)
+      .def_rw("kv_heads", &Plan::kv_heads)
+      .def_rw("dim", &Plan::dim)
+      .def_rw("ffn", &Plan::ffn)
+      .def_rw("vocabulary", &Plan::vocabulary)
+      .def_rw("positions", &Plan::positions)
+      .def_rw("half", &Plan::half)
+      .def_rw("activation", &Plan::activation)
+      .def_rw("score_scale", &Plan::score_scale)
+      .def_rw("score_cap", &Plan::score_cap)
+      .def_rw("logit_cap", &Plan::logit_cap)
+      .def_rw("logit_scale", &Plan::logit_scale)
+      .def_rw("embedding_scale", &Plan::embedding_scale)
+      .def_rw("residual", &Plan::residual)
+      .def_rw("embedding", &Plan::embedding)
+      .def_rw("layers", &Plan::layers)
+      .def_rw("last", &Plan::last)
+      .def_rw("head", &Plan::head);
+}
+
+}  // namespace
+
+void bind_engine(nb::module_& m) {
+  bind_product(m);
+  bind_layer(m);
+  bind_plan(m);
+  nb::class_<Decoder>(m, "Decoder", "A plan at work, with its cache; what the plan points to is the caller's to keep.")
+      .def(
+          "__init__", [](Decoder* d, const Plan& plan, int threads) { new (d) Decoder(plan, threads); }, "plan"_a,
+          "threads"_a)
+      .def_prop_ro("cache_bytes", &Decoder::cache_bytes)
+      .def(
+          "run",
+          [](Decoder& d, const std::vector<uint32_t>& ids, size_t position, uintptr_t logits, bool all) {
+            const Plan& plan = d.plan();
+            if (ids.empty() || position + ids.size() > plan.positions) throw std::out_of_range("outside the cache");
+            for (uint32_t id : ids)
+              if (id >= plan.embedding.n) throw std::out_of_range("a token outside the embedding");
+            nb::gil_scoped_release released;
+            d.run(ids.data(), ids.size(), position, at<float>(logits), all);
+          },
+          "ids"_a, "position"_a, "logits"_a, "all"_a,
+          "Tokens from a position on; logits float32 (vocabulary) of the last, or (tokens, vocabulary) if all, or 0.");
+}

@@ -1,0 +1,61 @@
+// The plan of a decoder: what is multiplied by what, in which order. Made once; a token walks it.
+//
+// Everything is an address of memory that the caller keeps, as elsewhere in the core. A layer is
+//
+//   h = norm(x); q, k, v = qkv(h) + bias; q, k normed and turned; attention; x += norm(out(attention))
+//   h = norm(x); x += norm(down(activation(gate(h)) * up(h)))
+//
+// where each norm may be missing, and the results of a block are multiplied by `residual` before they are added.
+#pragma once
+#include <cstdint>
+#include <variant>
+#include <vector>
+
+#include "engine/vector.h"
+#include "transforms/rotation.h"
+#include "weights/linear.h"
+
+namespace bitfold {
+namespace engine {
+
+// Rows of one weight among those of the products that share an input: y[first .. first + n) = W x' + bias, where x' is
+// x, divided by `divide`, rotated, and rounded to 8 bits if `int8`.
+struct Product {
+  std::variant<PlainRows, const DenseWeight*, const TrellisWeight*> weight;
+  size_t n = 0, k = 0, first = 0;
+  bool int8 = false;
+  const float* bias = nullptr;      // (n)
+  const float* multiply = nullptr;  // (k): factors of inputs
+  Rotation rotation;                // size 0: none
+};
+
+struct Norm {
+  const float* weight = nullptr;  // null: no norm
+  float eps = 1e-6f;
+};
+
+// Products of one input, their rows one after the other.
+using Products = std::vector<Product>;
+
+struct Layer {
+  Norm before_attention, after_attention, before_mlp, after_mlp;
+  Norm query, key;  // of each head, or of all heads together if `whole_norm`
+  bool whole_norm = false;
+  Products qkv, out, gate_up, down;
+  uint32_t window = 0;                             // positions that a token sees, itself included; 0: all
+  const float *cosine = nullptr, *sine = nullptr;  // (positions, half)
+};
+
+struct Plan {
+  size_t hidden = 0, heads = 0, kv_heads = 0, dim = 0, ffn = 0, vocabulary = 0, positions = 0;
+  size_t half = 0;  // pairs of a head that turn
+  Activation activation = Activation::kSilu;
+  float score_scale = 1, score_cap = 0, logit_cap = 0, logit_scale = 1, embedding_scale = 1, residual = 1;
+  Product embedding;  // its rows, as they are stored
+  std::vector<Layer> layers;
+  Norm last;
+  Products head;
+};
+
+}  // namespace engine
+}  // namespace bitfold

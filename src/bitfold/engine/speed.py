@@ -1,0 +1,107 @@
+"""How fast a model writes on this machine, beside what the machine could do at most."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitfold.engine.decoder import Decoder
+from bitfold.errors import UsageError
+from bitfold.system import native
+
+_READ = 1 << 29  # bytes, more than caches hold
+_TURNS = 5
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Figures of one number of threads; medians.
+
+    Args:
+        threads: how many.
+        prompt_tokens, tokens: read at once, and written one by one.
+        prefill, decode: tokens per second of both.
+        first_token: seconds from the prompt to the first token.
+        token_bytes: weights that a token reads.
+        bandwidth: bytes per second that as many threads read from memory in the same run.
+    """
+
+    threads: int
+    prompt_tokens: int
+    tokens: int
+    prefill: float
+    decode: float
+    first_token: float
+    token_bytes: int
+    bandwidth: float
+
+    @property
+    def share(self) -> float:
+        """Of the bandwidth, that decoding reads weights with."""
+        return self.token_bytes * self.decode / self.bandwidth
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {**asdict(self), "share": self.share}
+
+
+def measure(
+    model: nn.Module, *, threads: Sequence[int], prompt: int = 512, tokens: int = 64, turns: int = 3
+) -> list[Speed]:
+    """Read a prompt of random tokens, write some more; several turns, medians.
+
+    Args:
+        model: a loaded causal language model.
+        threads: numbers of threads to try.
+        prompt, tokens: lengths.
+        turns: of each.
+
+    Raises:
+        Unsupported: the engine has no code for the model.
+        UsageError: no prompt, or nothing to write.
+    """
+    if prompt < 1 or tokens < 1 or turns < 1:
+        raise UsageError("a prompt, tokens and turns are at least 1")
+    return [_measure(Decoder(model, prompt + tokens, count), count, prompt, tokens, turns) for count in threads]
+
+
+def _measure(decoder: Decoder, threads: int, prompt: int, tokens: int, turns: int) -> Speed:
+    ids = torch.randint(0, decoder.vocabulary, (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
+    decoder.extend(ids[:8])  # memory is touched, threads are there
+    bandwidth = _bandwidth(threads)
+    first, steps = [], []
+    for _ in range(turns):
+        decoder.ids.clear()
+        logits, seconds = _timed(lambda: decoder.extend(ids))
+        first.append(seconds)
+        token = int(logits.argmax())
+        for _ in range(tokens - 1):
+            logits, seconds = _timed(lambda new=[token]: decoder.extend(new))  # type: ignore[misc]
+            steps.append(seconds)
+            token = int(logits.argmax())
+    begin, step = statistics.median(first), statistics.median(steps or first)
+    return Speed(threads, prompt, tokens, prompt / begin, 1 / step, begin, decoder.token_bytes, bandwidth)
+
+
+def _timed(work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
+    start = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - start
+
+
+def _bandwidth(threads: int) -> float:
+    """Bytes per second, the best of some turns: what the machine can do when nobody disturbs."""
+    core, data = native.core(), torch.ones(_READ, dtype=torch.uint8)
+    assert core is not None
+    best = 0.0
+    for _ in range(_TURNS):
+        start = time.perf_counter()
+        core.read_memory(data.data_ptr(), _READ, threads)
+        best = max(best, _READ / (time.perf_counter() - start))
+    return best

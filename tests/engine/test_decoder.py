@@ -1,0 +1,216 @@
+"""The native engine against transformers: every family, every format, every instruction set of the machine."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+import bitfold
+from bitfold.engine.decoder import Decoder, Unsupported
+from bitfold.engine.families import FAMILIES
+from bitfold.errors import UsageError
+from bitfold.system import native
+
+pytestmark = pytest.mark.skipif(native.core() is None, reason="no native core")
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+WIDE = {**SMALL, "head_dim": 32}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "rope_theta": 10000.0,
+}
+GRANITE = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 2.0,
+}
+CONFIGS: dict[str, Any] = {
+    "llama": lambda: hf.LlamaConfig(**WIDE, attention_bias=True, mlp_bias=True),
+    "llama-scaled": lambda: hf.LlamaConfig(**SMALL, rope_parameters=LLAMA3, tie_word_embeddings=True),
+    "mistral": lambda: hf.MistralConfig(**SMALL, sliding_window=40),
+    "ministral": lambda: hf.MinistralConfig(**WIDE, sliding_window=40),
+    "qwen2": lambda: hf.Qwen2Config(**SMALL),
+    "qwen3": lambda: hf.Qwen3Config(**WIDE),
+    "gemma2": lambda: hf.Gemma2Config(**WIDE, sliding_window=32, query_pre_attn_scalar=32),
+    "gemma3": lambda: hf.Gemma3TextConfig(**WIDE, sliding_window=32, sliding_window_pattern=2),
+    "phi3": lambda: hf.Phi3Config(**SMALL, sliding_window=50),
+    "granite": lambda: hf.GraniteConfig(**SMALL, **GRANITE),
+    "olmo2": lambda: hf.Olmo2Config(**SMALL),
+}
+FORMATS = ("int8", "int4-asym-g32", "int3", "nf4", "trellis-2", "trellis-4", "fp4")
+TOKENS = 150
+
+
+class Rounded(hf.DynamicCache):
+    """Keys and values as the engine keeps them, in bfloat16."""
+
+    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return super().update(key.bfloat16().float(), value.bfloat16().float(), *args, **kwargs)
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+    for p in model.parameters():
+        if p.dim() == 1:  # norms and biases that tell whether they are used
+            nn.init.normal_(p, 0.0 if "gemma" in name else 1.0, 0.2)
+    return model
+
+
+def ids_of(count: int = TOKENS) -> list[int]:
+    return torch.randint(3, 300, (count,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def wanted(model: nn.Module, ids: list[int]) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids]), past_key_values=Rounded()).logits[0].float()
+
+
+def found(model: nn.Module, ids: list[int], threads: int, prompt: int = 100) -> Tensor:
+    """Logits behind each token: a prompt at once, the rest one by one."""
+    decoder = Decoder(model, 256, threads)
+    rows = [decoder.logits(ids[:prompt]), *(decoder.extend([i])[None] for i in ids[prompt:])]
+    return torch.cat(rows)
+
+
+def check(model: nn.Module, threads: int = 1) -> None:
+    """Both compute in float32, in another order, and round keys and values to 8 bits of mantissa: near ties differ.
+
+    A mistake (a norm, a position, a window by one) shows in the first digit.
+    """
+    ids = ids_of()
+    want, got = wanted(model, ids), found(model, ids, threads)
+    for part in (slice(0, 100), slice(100, None)):
+        assert float((got[part] - want[part]).norm() / want[part].norm()) < 1e-3
+
+
+def test_every_family_is_tried():
+    classes = {type(build(name)).__name__ for name in CONFIGS}
+    assert set(FAMILIES) <= classes
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_plain_weights(name):
+    check(build(name))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_quantized(name):
+    model = build(name)
+    bitfold.quantize_(model, "int8")
+    check(model, threads=2)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format(format):
+    model = build("llama")
+    bitfold.quantize_(model, format)
+    check(model)
+
+
+@pytest.fixture(params=native.core().isas() if native.core() else [])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    core = native.core()
+    before = core.isa()
+    core.set_isa(request.param)
+    yield request.param
+    core.set_isa(before)
+
+
+@pytest.mark.parametrize("format", ["int4-asym-g32", "trellis-3"])
+def test_every_instruction_set(isa, format):
+    model = build("gemma3")
+    bitfold.quantize_(model, format)
+    check(model, threads=2)
+
+
+def test_embedding_and_head_in_few_bits():
+    for name in ("llama-scaled", "qwen2"):
+        model = build(name)
+        recipe = bitfold.Recipe((bitfold.Rule("re:.*(embed_tokens|lm_head).*", "int8"), bitfold.Rule("*", "int4-g32")))
+        bitfold.quantize_(model, recipe)
+        check(model)
+
+
+def test_rotations_and_rounded_activations():
+    """Rounded to 8 bits, a difference in the last place of float32 may be one of a whole step: the logits are near."""
+    model = build("llama")
+    bitfold.quantize_(model, bitfold.Recipe.of("int4-g32", transform="hadamard"))
+    check(model)
+    model = build("llama")
+    bitfold.quantize_(model, bitfold.Recipe.of("int8", transform="hadamard", act="int8"))
+    want, got = wanted(model, ids_of()), found(model, ids_of(), 2)
+    assert float((got - want).norm() / want.norm()) < 0.03
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_threads_give_the_same_bits(threads):
+    """Rows are shared out, and nothing is added across threads but pieces of a long text's attention."""
+    model = build("qwen3")
+    bitfold.quantize_(model, "int4-g32")
+    ids = ids_of()
+    assert torch.equal(found(model, ids, threads), found(model, ids, 1))
+
+
+def test_a_long_text_is_seen_in_pieces():
+    model, ids = build("llama"), ids_of(1400)
+    model.config.max_position_embeddings = 2048
+    decoder = Decoder(model, 2048, 2)
+    decoder.extend(ids[:-1])
+    got, want = decoder.extend(ids[-1:]), wanted(model, ids)[-1]
+    assert float((got - want).norm() / want.norm()) < 1e-3
+
+
+def test_what_begins_alike_is_kept():
+    model, ids = build("llama"), ids_of()
+    decoder = Decoder(model, 256)
+    whole = decoder.extend(ids)
+    assert decoder.keep([*ids[:90], 7, 8]) == 90
+    other = decoder.extend([7, 8])
+    assert not torch.equal(other, whole)
+    assert decoder.keep(ids) == 90
+    again = decoder.extend(ids[90:])
+    assert float((again - whole).norm() / whole.norm()) < 1e-5
+
+
+def test_what_cannot_be_done_is_said():
+    model = build("llama")
+    decoder = Decoder(model, 64)
+    with pytest.raises(UsageError, match="no tokens"):
+        decoder.extend([])
+    with pytest.raises(UsageError, match="65 tokens are more than"):
+        decoder.extend(ids_of(65))
+    with pytest.raises((IndexError, ValueError)):
+        decoder.extend([300])
+    with pytest.raises(Unsupported, match="not among its families"):
+        Decoder(hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=32, n_layer=1, n_head=2)), 64)
+    other = copy.deepcopy(model)
+    bitfold.quantize_(other, "e8p")
+    with pytest.raises(Unsupported, match="no loops for e8p"):
+        Decoder(other, 64)
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: None)
+    with pytest.raises(Unsupported, match="hooks"):
+        Decoder(model, 64)
