@@ -150,6 +150,15 @@ def test_gguf_only_when_named(server: HubServer) -> None:
         hub.resolve("org/name:b.gguf")
 
 
+def test_a_gguf_model_in_parts_is_fetched_whole(server: HubServer) -> None:
+    parts = {f"sub/m-{i:05d}-of-00003.gguf": b"GGUF" * i for i in (1, 2, 3)}
+    server.add_repo("org/name", {**parts, "other-00001-of-00003.gguf": b"GGUF"})
+    path = hub.resolve("org/name:sub/m-00002-of-00003.gguf")
+    assert path.read_bytes() == b"GGUF" * 2
+    assert sorted(p.name for p in path.parent.iterdir()) == [name.removeprefix("sub/") for name in parts]
+    assert not list(path.parents[1].glob("other*"))
+
+
 def test_pickled_weights_are_refused_before_anything_is_fetched(server: HubServer) -> None:
     server.add_repo("org/name", {"config.json": b"{}", "pytorch_model.bin": b"x" * 1000})
     with pytest.raises(HubError, match=r"pickled PyTorch weights.*save_pretrained"):

@@ -119,19 +119,27 @@ def _siblings(named: GgufFile, count: int) -> list[Path]:
                 f"its name says part {int(match['number'])} of {int(match['count'])}, its metadata {number} of {count}"
             )
             raise CheckpointError(what, where=str(named.path), hint=_MIXED)
-        return [path.with_name(f"{match['stem']}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
+        return [path.with_name(name) for name in part_names(path.name)]
     what = f"{_self_description(named, count)}, and its name does not say so: the others cannot be found"
     hint = f"name the parts NAME-00001-of-{count:05d}.gguf and so on, in one folder"
     raise CheckpointError(what, where=str(named.path), hint=hint)
 
 
+def part_names(name: str) -> list[str]:
+    """The names of all parts of the model that a file name says to be a part; the name alone where it says no such."""
+    match = _PART.fullmatch(name)
+    if match is None:
+        return [name]
+    stem, count = match["stem"], match["count"]
+    return [f"{stem}-{i:05d}-of-{count}.gguf" for i in range(1, int(count) + 1)]
+
+
 def part_paths(path: Path) -> list[Path]:
     """The file and those that go by their names with it, without opening any."""
     for link in _chain(path):
-        if (match := _PART.fullmatch(link.name)) is not None:
-            count = match["count"]
-            paths = [link.with_name(f"{match['stem']}-{i:05d}-of-{count}.gguf") for i in range(1, int(count) + 1)]
-            return [part for part in paths if part.is_file()] or [path]
+        names = part_names(link.name)
+        if len(names) > 1:
+            return [part for name in names if (part := link.with_name(name)).is_file()]
     return [path]
 
 

@@ -65,6 +65,8 @@ class GgufSource:
         self.config["dtype"] = _dtype_name(tensors.values())
         self._names = self._hf_names()
         self._check_complete()
+        for name in self._names:
+            self.info(name)  # refuses types that cannot be decoded
         self._tokenizer = tokenizer_of(self._file.metadata, str(self.path))
         self._noise = None if dither_seed is None else _Noise(dither_seed, _quantized(self._file))
 

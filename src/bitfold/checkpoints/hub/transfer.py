@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from bitfold.checkpoints.gguf.parts import part_names
 from bitfold.checkpoints.hub.errors import NotFound, Patience, Unreachable, patiently
 from bitfold.checkpoints.side_files import PICKLES, is_weights, module_folders, side_files
 from bitfold.checkpoints.weight_files import INDEX, SINGLE
@@ -55,8 +56,8 @@ def resolve(
 
     An existing path wins over a repository of the same name. From a repository come config, tokenizer, model card and
     the safetensors weights, never Python code or pickled weights; a GGUF file comes when it is named, as
-    `org/name:file.gguf` or `org/name/file.gguf`. Files already in the cache are not fetched again, and a connection
-    that drops inside a file is resumed where it broke.
+    `org/name:file.gguf` or `org/name/file.gguf`, and with it all parts of its model. Files already in the cache are not
+    fetched again, and a connection that drops inside a file is resumed where it broke.
 
     Args:
         model: a folder, a file, or a repository (`org/name`, `name`).
@@ -155,7 +156,7 @@ class _Fetch:
         files = [sibling.rfilename for sibling in info.siblings or []]
         if self.name.file is not None:
             _require_gguf(files, self.name.file, self.where)
-            return self._snapshot([self.name.file], self.revision) / self.name.file
+            return self._snapshot(part_names(self.name.file), self.revision) / self.name.file
         require_safetensors(files, self.where)
         # By name, so that the cache remembers which commit the name meant; everything after it by commit.
         folder = self._snapshot(["config.json", INDEX], self.revision)
