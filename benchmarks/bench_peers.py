@@ -1,7 +1,7 @@
 """Our kernels and those of others on the same products, one after the other in one run.
 
 Each peer lives in a virtual environment of its own (.cache/peers/NAME, made when it is first asked for) and runs
-benchmarks/peers/peer_NAME.py, which takes weights of random values from DRAM in turn, as bench_kernels.py does.
+benchmarks/peers/speed_NAME.py, which takes weights of random values from DRAM in turn, as bench_kernels.py does.
 A peer that cannot be installed, or has no such kernel, is listed with the reason.
 
 All of them run in --rounds turns, and the table shows the best turn of each, itself a median: on a shared machine a
@@ -72,7 +72,7 @@ def peer_rows(peer: str, options: list[str]) -> Iterator[Row]:
     except (OSError, subprocess.CalledProcessError) as error:
         yield {"peer": peer, "kernel": peer, "missing": f"cannot be installed: {error}"}
         return
-    yield from measured(peer, [str(python), str(HERE / "peers" / f"peer_{peer}.py"), *options])
+    yield from measured(peer, [str(python), str(HERE / "peers" / f"speed_{peer}.py"), *options])
 
 
 def our_rows(formats: list[str], options: list[str]) -> Iterator[Row]:
