@@ -50,9 +50,9 @@ struct Tiles {
 // What differs from AVX-512.
 void use_amx(Table& t) {
   t.name = "amx";
-  t.block_rows = amx::amx_rows;
+  t.block_rows = amx::amx_rows<amx::Simd>;
   t.arrange8 = amx::amx_arrange<amx::Simd>;
-  t.gemm_scratch = amx::gemm_scratch<amx::Simd, amx::amx_rows>;
+  t.gemm_scratch = amx::amx_scratch<amx::Simd>;
   t.dense.gemm8 = amx::amx_gemm8<amx::Simd, amx::Tiles>;
   t.trellis.gemm8 = amx::amx_gemm8<amx::Simd, amx::Tiles>;
 }

@@ -205,8 +205,8 @@ struct RegisterBlock {
   template <class W>
   RegisterBlock(const W& w, const Plan&) : products(w) {}
 
-  void operator()(const Scaled& w, const Plan& g, size_t depth, const X* x, const int32_t* start, const float* sums,
-                  const uint8_t* tile, const float* scales, float* c, Fetch& fetch) const {
+  void operator()(const Scaled& w, const Plan& g, size_t, size_t depth, const X* x, const int32_t* start,
+                  const float* sums, const uint8_t* tile, const float* scales, float* c, Fetch& fetch) const {
     using F = typename S::F;
     for (size_t done = 0; done < depth; done += g.chunk) {
       typename P::Acc acc[R][2];
@@ -283,7 +283,7 @@ void gemm(const W& w, const Act& a, size_t begin, size_t end, float* y, uint8_t*
       for (size_t t = 0; t < tiles; ++t)
         for (size_t b = 0; b < g.blocks; ++b) {
           const size_t at = (b * g.chunks + first) * R;
-          block(w, g, depth, a.x + (b * a.padded + k) * R, a.start ? a.start + at : nullptr,
+          block(w, g, smaller(R, a.m - b * R), depth, a.x + (b * a.padded + k) * R, a.start ? a.start + at : nullptr,
                 w.zero ? a.sums + at : nullptr, panel + t * g.stride, scales + t * chunks * 2 * N,
                 c + (b * g.tiles + t) * R * N, fetch);
         }
