@@ -21,6 +21,7 @@ from bitfold.errors import ResourceError
 from bitfold.forecast.ceiling import MemoryUse
 from bitfold.forecast.memory import Stage, working_disk
 from bitfold.forecast.time import seconds
+from bitfold.models.rehearsal import rehearse
 from bitfold.planning.accounting import rules_of
 from bitfold.planning.decisions import Quantized
 from bitfold.planning.plan import Plan
@@ -50,6 +51,7 @@ class Preflight:
         allowed: the ceiling that was named, or a share of what is free; None where nobody tells what is free.
         columns: inputs that are taken together at most; None = all.
         ranges: tensors whose inputs are more, and taken in ranges.
+        rehearsal: what would go wrong when the quantized model is run; None where nothing is known to.
     """
 
     output_bytes: int
@@ -65,6 +67,7 @@ class Preflight:
     columns: int | None = None
     ranges: list[str] = field(default_factory=list)
     times: dict[str, float] = field(default_factory=dict)
+    rehearsal: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, with stable keys."""
@@ -82,6 +85,8 @@ class Preflight:
 
     def cautions(self) -> Iterator[str]:
         """What should be known before it begins, in words."""
+        if self.rehearsal is not None:
+            yield f"{self.rehearsal} (tried without values, before anything is made; --ignore keeps layers as they are)"
         if self.ranges:
             yield (
                 f"{len(self.ranges)} layers with more than {self.columns} inputs, such as {self.ranges[0]}, are solved"
@@ -131,6 +136,7 @@ def preflight(source: Source, model: nn.Module | None, plan: Plan, economy: Memo
         allowed=memory.default_ceiling() if asked.max_memory is None else asked.max_memory,
         columns=None if calibration is None else calibration.columns,
         ranges=[d.tensor for d in plan.quantized if calibration is not None and in_ranges(d, calibration)],
+        rehearsal=None if model is None else rehearse(model, plan.entries(asked.seed)),
     )
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
+from bitfold.models.stacks import inputs_second
 from bitfold.system.tensorinfo import TensorInfo
 
 LINEAR, EMBEDDING, EXPERTS = "linear", "embedding", "experts"
@@ -63,11 +64,13 @@ class Site:
 
 def find_sites(model: nn.Module) -> list[Site]:
     """All sites of a module, in the order of its modules; tied weights once, with their aliases."""
-    heads = _output_heads(model)
+    heads, flipped = _output_heads(model), inputs_second(model)
     owners: dict[int, int] = {}
     sites: list[Site] = []
     for path, module in model.named_modules(remove_duplicate=False):  # a module used twice has two names as well
         for site in _sites_of(path, module, heads):
+            if site.kind == EXPERTS:  # the attribute of one family speaks where the model cannot be run
+                site = replace(site, transposed=flipped.get(site.tensor, site.transposed))
             parameter = getattr(module, site.parameter)
             if id(parameter) in owners:
                 at = owners[id(parameter)]

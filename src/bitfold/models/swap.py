@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -87,8 +87,8 @@ def swap_entries(model: nn.Module, entries: Mapping[str, Entry]) -> None:
         site = sites.get(name)
         if site is None:
             raise ModelError("the checkpoint quantizes a tensor that this model does not have", where=name)
-        stored = entry.shape if entry.transposed == site.transposed else None
-        if stored != site.qshape:
+        site = replace(site, transposed=entry.transposed)
+        if entry.shape != site.qshape:
             raise ModelError(f"is {site.qshape} in the model and {entry.shape} in the checkpoint", where=name)
         swap(model, site, entry.meta(), act=entry.act, transform=entry.transform)
 

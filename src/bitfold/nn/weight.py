@@ -97,9 +97,15 @@ class QWeight(TensorLike):
         device: torch.device = getattr(self, self._field_names[0]).device
         return device
 
+    @property
+    def is_meta(self) -> bool:
+        """Whether there is nothing to decode."""
+        field: torch.Tensor = getattr(self, self._field_names[0])
+        return field.is_meta
+
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight as the model knew it, in its own or the given dtype."""
-        if self.device.type == "meta":
+        if self.is_meta:
             return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
         w = self.qtensor.dequantize()
         w = (w if self.transform is None else self.transform.inverse(w)) * self._gain
@@ -112,7 +118,7 @@ class QWeight(TensorLike):
         x = _autocast(x)
         if x.shape[-1] != k:
             raise UsageError(f"the activations have {x.shape[-1]} columns, the weight has {k}")
-        if self.device.type == "meta":
+        if self.is_meta:
             return F.linear(x, torch.empty(self.qshape, dtype=x.dtype, device="meta"))
         turned = x if self.transform is None else self.transform(x)
         y = self._product(turned.reshape(-1, k)).to(x.dtype).reshape(*x.shape[:-1], n)
@@ -132,7 +138,7 @@ class QWeight(TensorLike):
         Raises:
             UsageError: an id that the table has no row for.
         """
-        if self.device.type == "meta":
+        if self.is_meta:
             return F.embedding(ids, self.dequantize())
         require_rows(ids, self.qshape[0], "the embedding")
         unique, inverse = torch.unique(ids, return_inverse=True)
