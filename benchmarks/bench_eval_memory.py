@@ -15,12 +15,14 @@ import json
 import subprocess
 import sys
 import tempfile
+from math import prod
 from pathlib import Path
 
 import torch
 
 from bitfold import quantize
-from bitfold.checkpoints.safetensors import ShardWriter, write_json
+from bitfold.checkpoints.targets import SafetensorsFolder
+from bitfold.system.tensorinfo import TensorInfo
 
 HIDDEN, INTERMEDIATE, VOCABULARY, HEADS, KEYS = 2048, 8192, 128256, 32, 8
 
@@ -44,35 +46,25 @@ def make(folder: Path, layers: int, seed: int) -> int:
     """Write a checkpoint; returns the number of its weights."""
     generator = torch.Generator().manual_seed(seed)
     folder.mkdir(parents=True)
-    writer, count = ShardWriter(folder, 1 << 30), 0
-
-    def add(name: str, *shape: int) -> None:
-        nonlocal count
-        w = (torch.randn(*shape, generator=generator) * 0.02).bfloat16()
-        writer.add(name, w)
-        count += w.numel()
-
-    add("model.embed_tokens.weight", VOCABULARY, HIDDEN)
     narrow = HIDDEN // HEADS * KEYS
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
     for i in range(layers):
         at = f"model.layers.{i}"
-        for name, n in (("q", HIDDEN), ("k", narrow), ("v", narrow), ("o", HIDDEN)):
-            add(f"{at}.self_attn.{name}_proj.weight", n, HIDDEN)
-        for name, n, k in (
-            ("gate", INTERMEDIATE, HIDDEN),
-            ("up", INTERMEDIATE, HIDDEN),
-            ("down", HIDDEN, INTERMEDIATE),
-        ):
-            add(f"{at}.mlp.{name}_proj.weight", n, k)
-        add(f"{at}.input_layernorm.weight", HIDDEN)
-        add(f"{at}.post_attention_layernorm.weight", HIDDEN)
-    add("model.norm.weight", HIDDEN)
-    writer.close()
+        rows = (("q", HIDDEN), ("k", narrow), ("v", narrow), ("o", HIDDEN))
+        shapes |= {f"{at}.self_attn.{name}_proj.weight": (n, HIDDEN) for name, n in rows}
+        shapes |= {f"{at}.mlp.{name}_proj.weight": (INTERMEDIATE, HIDDEN) for name in ("gate", "up")}
+        shapes[f"{at}.mlp.down_proj.weight"] = (HIDDEN, INTERMEDIATE)
+        shapes |= {f"{at}.{name}_layernorm.weight": (HIDDEN,) for name in ("input", "post_attention")}
+    shapes["model.norm.weight"] = (HIDDEN,)
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": HIDDEN, "dtype": "bfloat16"}
     config |= {"intermediate_size": INTERMEDIATE, "num_hidden_layers": layers, "vocab_size": VOCABULARY}
     config |= {"num_attention_heads": HEADS, "num_key_value_heads": KEYS, "tie_word_embeddings": True}
-    write_json(folder / "config.json", config)
-    return count
+    target = SafetensorsFolder(folder, 1 << 30)
+    target.layout({name: TensorInfo(torch.bfloat16, shape) for name, shape in shapes.items()})
+    for name, shape in shapes.items():
+        target.write(name, [(torch.randn(*shape, generator=generator) * 0.02).bfloat16()])
+    target.finish(config)
+    return sum(prod(shape) for shape in shapes.values())
 
 
 def main() -> None:

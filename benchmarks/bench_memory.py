@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from bitfold.checkpoints.safetensors import ShardWriter, write_json
+from bitfold.checkpoints.targets import SafetensorsFolder
+from bitfold.system.tensorinfo import TensorInfo
 
 HIDDEN, INTERMEDIATE, VOCABULARY, HEADS = 2048, 8192, 32000, 32
 
@@ -50,23 +51,19 @@ def make(folder: Path, gigabytes: float) -> None:
     per_layer = 2 * sum(n * k for n, k in layer.values())
     layers = max(1, round((gigabytes * 1e9 - 2 * VOCABULARY * HIDDEN) / per_layer))
     folder.mkdir(parents=True)
-    writer, generator = ShardWriter(folder, 1 << 29), torch.Generator().manual_seed(0)
-
-    def add(name: str, *shape: int) -> None:
-        writer.add(name, (torch.randn(*shape, generator=generator) * 0.02).bfloat16())
-
-    add("model.embed_tokens.weight", VOCABULARY, HIDDEN)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
     for i in range(layers):
-        for name, shape in layer.items():
-            add(f"model.layers.{i}.{name}.weight", *shape)
-        add(f"model.layers.{i}.input_layernorm.weight", HIDDEN)
-        add(f"model.layers.{i}.post_attention_layernorm.weight", HIDDEN)
-    add("model.norm.weight", HIDDEN)
-    writer.close()
+        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+        shapes |= {f"model.layers.{i}.{name}_layernorm.weight": (HIDDEN,) for name in ("input", "post_attention")}
+    shapes["model.norm.weight"] = (HIDDEN,)
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": HIDDEN, "dtype": "bfloat16"}
     config |= {"intermediate_size": INTERMEDIATE, "num_hidden_layers": layers, "vocab_size": VOCABULARY}
     config |= {"num_attention_heads": HEADS, "tie_word_embeddings": True}
-    write_json(folder / "config.json", config)
+    target, generator = SafetensorsFolder(folder, 1 << 29), torch.Generator().manual_seed(0)
+    target.layout({name: TensorInfo(torch.bfloat16, shape) for name, shape in shapes.items()})
+    for name, shape in shapes.items():
+        target.write(name, [(torch.randn(*shape, generator=generator) * 0.02).bfloat16()])
+    target.finish(config)
 
 
 def measure(step: str, source: Path, out: Path, bits: int) -> tuple[int, int]:

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save, save_file
 
-from bitfold.checkpoints.bitfold_folder import QUANT_METHOD, VERSION
 from bitfold.checkpoints.manifest import FILE as MANIFEST
 from bitfold.checkpoints.manifest import write_manifest
+from bitfold.checkpoints.schema import QUANT_METHOD, VERSION
 from bitfold.formats import get_format
 from bitfold.methods.quantize import quantize_tensor
 from bitfold.transforms import Hadamard

@@ -98,7 +98,7 @@ def test_nobody_asks_which_format_it_is(path):
         assert not asks_for_the_format(node), f"{relative(path)}:{node.lineno}: {ast.unparse(node)}"
 
 
-DECLARED = ("format", "fmt", "form", "coder", "solver", "scheme", "rule", "kernel", "transform")
+DECLARED = ("format", "fmt", "form", "coder", "solver", "scheme", "rule", "kernel", "transform", "source")
 
 
 def feels_for_an_attribute(node: ast.AST) -> bool:
@@ -144,7 +144,7 @@ def test_the_rules_see_what_they_forbid():
         assert any(asks_for_the_format(node) for node in ast.walk(ast.parse(text))), text
     for text in ["isinstance(format, str)", "format.bits == 4", "isinstance(x, Tensor)"]:
         assert not any(asks_for_the_format(node) for node in ast.walk(ast.parse(text))), text
-    for text in ["hasattr(q.format, 'grid')", "getattr(coder, 'at_once', 0)", "getattr(self._coder, 'feed', None)"]:
+    for text in ["hasattr(q.format, 'grid')", "getattr(coder, 'at_once', 0)", "hasattr(self._source, 'read_rows')"]:
         assert any(feels_for_an_attribute(node) for node in ast.walk(ast.parse(text))), text
     for text in ["hasattr(config, 'grid')", "getattr(format, name)"]:
         assert not any(feels_for_an_attribute(node) for node in ast.walk(ast.parse(text))), text

@@ -6,6 +6,7 @@ occur are read. Other modules are filled when they are about to run, so that an 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -16,6 +17,8 @@ from torch import nn
 class Tensors(Protocol):
     """Tensors of a model by name."""
 
+    @property
+    def read_rows(self) -> Callable[[str, torch.Tensor], torch.Tensor] | None: ...
     def read(self, name: str) -> torch.Tensor: ...
     def __contains__(self, name: object) -> bool: ...
 
@@ -25,7 +28,7 @@ class Filled:
 
     Args:
         model: on the meta device.
-        source: its tensors; asked for `read_rows(name, rows)` where it has that.
+        source: its tensors; asked for some rows where it can read them.
         ids: the tokens that will come.
         skip: modules below this prefix are left alone.
     """
@@ -81,7 +84,7 @@ class Filled:
         return fill
 
     def _rows(self, name: str) -> torch.Tensor:
-        some = getattr(self._source, "read_rows", None)
+        some = self._source.read_rows
         rows: torch.Tensor = self._source.read(name)[self._tokens] if some is None else some(name, self._tokens)
         return rows
 

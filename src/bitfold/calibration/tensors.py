@@ -42,7 +42,7 @@ class Reader:
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Some rows of a tensor, without the others where the source can do that."""
         target = self._items[self._stored(name)]
-        some = getattr(self._source, "read_rows", None)
+        some = self._source.read_rows
         if target.converter is not None or some is None:
             return self.read(name)[rows]
         part: torch.Tensor = some(target.sources[0], rows)

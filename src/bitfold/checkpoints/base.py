@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -9,7 +10,7 @@ import torch
 
 from bitfold.system.tensorinfo import TensorInfo
 
-__all__ = ["Source", "StoredAs", "TensorInfo"]
+__all__ = ["Source", "StoredAs", "Target", "TensorInfo"]
 
 
 class StoredAs(NamedTuple):
@@ -20,7 +21,10 @@ class StoredAs(NamedTuple):
 
 
 class Source(Protocol):
-    """A checkpoint open for reading; nothing but headers is in memory until `read` is called."""
+    """A checkpoint open for reading; nothing but headers is in memory until `read` is called.
+
+    What not every checkpoint can do is None where it cannot.
+    """
 
     path: Path
     config: dict[str, Any]
@@ -28,6 +32,21 @@ class Source(Protocol):
     @property
     def files(self) -> list[Path]:
         """The files that hold the tensors."""
+        ...
+
+    @property
+    def read_rows(self) -> Callable[[str, torch.Tensor], torch.Tensor] | None:
+        """`read(name)[rows]` of ascending rows, reading only the bytes of these; None: tensors come whole."""
+        ...
+
+    @property
+    def model_dtype(self) -> torch.dtype | None:
+        """What the model computes in, where that is not what `info` says of its tensors; None: it is."""
+        ...
+
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """The `quantization_config` of a checkpoint that bitfold quantized; None: of others."""
         ...
 
     def names(self) -> list[str]:
@@ -83,4 +102,46 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Release files and maps."""
+        ...
+
+
+class Target(Protocol):
+    """A checkpoint being written: what it will hold first, then tensors in any order, then what makes it whole."""
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the files of weights, once `layout` was called."""
+        ...
+
+    def layout(self, tensors: Mapping[str, TensorInfo]) -> None:
+        """Give every stored tensor its place; files that are there already are written into, not replaced.
+
+        Raises:
+            CheckpointError: the files cannot be made, or are of another plan.
+        """
+        ...
+
+    def write(self, name: str, parts: Iterable[torch.Tensor]) -> str:
+        """Put a tensor, given as consecutive pieces of its rows, in its place; returns the SHA-256 of its bytes.
+
+        Raises:
+            CheckpointError: the pieces do not make the planned tensor, or the disk is full.
+        """
+        ...
+
+    def digest(self, name: str) -> str:
+        """The SHA-256 of what stands in a tensor's place now."""
+        ...
+
+    def sync(self) -> None:
+        """Wait until what was written is on the disk."""
+        ...
+
+    def finish(self, config: Mapping[str, Any], quantization: Mapping[str, Any] | None = None) -> None:
+        """Write all that a loader needs beside the tensors: index and config.
+
+        Args:
+            config: of the model, as its config.json has it.
+            quantization: from `schema.describe`; None for plain weights.
+        """
         ...

@@ -24,17 +24,10 @@ from safetensors import SafetensorError, safe_open
 
 from bitfold.checkpoints.base import StoredAs
 from bitfold.checkpoints.safetensors import SafetensorsSource, read_config
-from bitfold.checkpoints.untrusted import shape_of
+from bitfold.checkpoints.schema import QUANTIZATION, own_quantization, read_entries
 from bitfold.errors import CheckpointError
-from bitfold.formats import AnyFormat, read_description
 from bitfold.qtensor import QTensor
 from bitfold.system.tensorinfo import TensorInfo
-from bitfold.transforms import read_transform
-from bitfold.transforms.activations import read_act
-
-QUANT_METHOD = "bitfold"
-VERSION = 1
-_DAMAGE = (KeyError, TypeError, ValueError, AttributeError, AssertionError, RecursionError, ArithmeticError)
 
 
 def quantization_config(folder: Path) -> dict[str, Any] | None:
@@ -43,16 +36,7 @@ def quantization_config(folder: Path) -> dict[str, Any] | None:
     Raises:
         CheckpointError: written by a newer version of the format.
     """
-    config = read_config(folder).get("quantization_config")
-    if not isinstance(config, dict) or config.get("quant_method") != QUANT_METHOD:
-        return None
-    if config.get("version") != VERSION:
-        raise CheckpointError(
-            f"was written in version {config.get('version')} of the format, this is version {VERSION}",
-            where=str(folder),
-            hint="pip install -U bitfold",
-        )
-    return config
+    return own_quantization(read_config(folder), str(folder))
 
 
 def stored_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -72,19 +56,15 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 def stored_layouts(folder: Path) -> dict[str, TensorInfo]:
     """dtype and shape of every field of every quantized tensor, as the config of a folder says."""
-    source = QuantizedSource(folder)
-    both = [*source._layouts.items(), *source._sides.items()]
-    return {f"{name}.{field}": info for name, layout in both for field, info in layout.items()}
-
-
-def _sides(entry: Mapping[str, Any]) -> dict[str, TensorInfo]:
-    """Tensors beside the codes: factors of input channels, the scale of static activations."""
-    transform = read_transform(entry.get("transform"))
-    return {**({} if transform is None else transform.layout()), **read_act(str(entry.get("act", "float"))).layout()}
+    entries = QuantizedSource(folder).entries
+    return {f"{name}.{field}": info for name, entry in entries.items() for field, info in entry.layout().items()}
 
 
 class QuantizedSource:
     """A bitfold folder as a `Source` of ordinary tensors: quantized ones come out dequantized, in float32."""
+
+    read_rows: None = None  # rows of packed codes are not rows of bytes
+    model_dtype: None = None
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -93,26 +73,11 @@ class QuantizedSource:
             raise CheckpointError(
                 "was not written by bitfold", where=str(path), hint="`bitfold quantize` makes such folders"
             )
-        self.quantization = found
+        self.quantization: Mapping[str, Any] | None = found
+        self.entries = read_entries(found, str(path))
         self._stored = SafetensorsSource(self.path)
-        self.config = {k: v for k, v in self._stored.config.items() if k != "quantization_config"}
-        try:
-            self._formats: dict[str, AnyFormat] = {n: read_description(n, d) for n, d in found["formats"].items()}
-            self._tensors: Mapping[str, Any] = found["tensors"]
-            self._layouts = {name: self._layout(entry) for name, entry in self._tensors.items()}
-            self._sides = {name: _sides(entry) for name, entry in self._tensors.items()}
-            both = [*self._layouts.items(), *self._sides.items()]
-            self._fields = {f"{t}.{f}" for t, layout in both for f in layout}
-        except _DAMAGE as error:
-            raise CheckpointError(f"the quantization_config is damaged: {error!r}", where=str(path)) from error
-
-    def _layout(self, entry: Mapping[str, Any]) -> dict[str, TensorInfo]:
-        """The fields of a tensor; ValueError and the like where the entry makes no sense."""
-        shape = shape_of(entry["shape"])
-        transform = read_transform(entry.get("transform"))
-        if len(shape) not in (2, 3) or 0 in shape or (transform is not None and transform.size != shape[-1]):
-            raise ValueError(f"shape {shape}, transform {transform}")
-        return self._formats[entry["format"]].layout(shape)
+        self.config = {k: v for k, v in self._stored.config.items() if k != QUANTIZATION}
+        self._fields = {f"{name}.{field}" for name, entry in self.entries.items() for field in entry.layout()}
 
     @property
     def files(self) -> list[Path]:
@@ -121,15 +86,14 @@ class QuantizedSource:
 
     def names(self) -> list[str]:
         """Names of the model's tensors, quantized or not."""
-        return [*self._tensors, *(n for n in self._stored.names() if n not in self._fields)]
+        return [*self.entries, *(n for n in self._stored.names() if n not in self._fields)]
 
     def info(self, name: str) -> TensorInfo:
         """float32 for quantized tensors, what is stored for the others."""
-        if name not in self._tensors:
+        if (entry := self.entries.get(name)) is None:
             return self._stored.info(name)
-        *lead, n, k = self._tensors[name]["shape"]
-        flip = self._tensors[name].get("transposed", False)
-        return TensorInfo(torch.float32, (*lead, k, n) if flip else (*lead, n, k))
+        *lead, n, k = entry.shape
+        return TensorInfo(torch.float32, (*lead, k, n) if entry.transposed else (*lead, n, k))
 
     def qtensor(self, name: str) -> QTensor:
         """A quantized tensor as it is stored.
@@ -137,9 +101,8 @@ class QuantizedSource:
         Raises:
             CheckpointError: a field is missing or has another shape than the format says.
         """
-        entry = self._tensors[name]
-        fields = self._read_fields(name, self._layouts[name])
-        return QTensor(self._formats[entry["format"]], tuple(entry["shape"]), fields)
+        entry = self.entries[name]
+        return QTensor(entry.format, entry.shape, self._read_fields(name, entry.format.layout(entry.shape)))
 
     def _read_fields(self, name: str, layout: Mapping[str, TensorInfo]) -> dict[str, torch.Tensor]:
         fields: dict[str, torch.Tensor] = {}
@@ -152,18 +115,18 @@ class QuantizedSource:
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor, dequantized if it is quantized."""
-        if name not in self._tensors:
+        if (entry := self.entries.get(name)) is None:
             return self._stored.read(name)
         w = self.qtensor(name).dequantize()
-        transform = read_transform(self._tensors[name].get("transform"))
-        if transform is not None:
-            w = transform.with_fields(self._read_fields(name, self._sides[name])).inverse(w)
-        return w.transpose(-1, -2).contiguous() if self._tensors[name].get("transposed", False) else w
+        if entry.transform is not None:
+            w = entry.transform.with_fields(self._read_fields(name, entry.sides())).inverse(w)
+        return w.transpose(-1, -2).contiguous() if entry.transposed else w
 
     def quantized(self) -> dict[str, StoredAs]:
         """See `Source`; bits of the codes and scales, without what a transform stores beside them."""
-        bits = {n: 8 * sum(field.nbytes for field in layout.values()) for n, layout in self._layouts.items()}
-        return {n: StoredAs(e["format"], bits[n] / prod(e["shape"])) for n, e in self._tensors.items()}
+        layouts = {name: entry.format.layout(entry.shape) for name, entry in self.entries.items()}
+        bits = {name: 8 * sum(field.nbytes for field in layout.values()) for name, layout in layouts.items()}
+        return {name: StoredAs(e.format.name, bits[name] / prod(e.shape)) for name, e in self.entries.items()}
 
     def stored_bytes(self) -> dict[str, int]:
         """Bytes of every stored field and tensor."""

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from bitfold.checkpoints.base import Source
-from bitfold.checkpoints.safetensors import ShardWriter, write_json
+from bitfold.checkpoints.base import Source, TensorInfo
 from bitfold.checkpoints.staging import open_output, written_aside
+from bitfold.checkpoints.targets import open_target
 from bitfold.errors import CheckpointError, UsageError
 from bitfold.system import progress
 
@@ -67,19 +67,20 @@ def _open(src: Path, dither_seed: int | None) -> Source:
 
 
 def _write(source: Source, folder: Path, dtype: torch.dtype | None, max_shard_bytes: int) -> None:
-    names = source.names()
-    infos = {name: source.info(name) for name in names}  # raises before anything is written
-    writer = ShardWriter(folder, max_shard_bytes)
+    infos = {name: source.info(name) for name in source.names()}  # raises before anything is written
+    target = open_target("safetensors", folder, max_shard_bytes)
+    target.layout({name: _cast_info(info, dtype) for name, info in infos.items()})
     with progress.bar("convert", sum(info.numel for info in infos.values())) as bar:
-        for name in names:
-            writer.add(name, _cast(source.read(name), dtype, name))
-            bar.advance(infos[name].numel, name)
-    writer.close()
+        for name, info in infos.items():
+            target.write(name, [_cast(source.read(name), dtype, name)])
+            bar.advance(info.numel, name)
     source.copy_side_files(folder)
-    config = {k: v for k, v in source.config.items() if k not in ("torch_dtype", "quantization_config")}
-    if dtype is not None:
-        config["dtype"] = str(dtype).removeprefix("torch.")
-    write_json(folder / "config.json", config)
+    config = {k: v for k, v in source.config.items() if k != "torch_dtype"}
+    target.finish(config if dtype is None else {**config, "dtype": str(dtype).removeprefix("torch.")})
+
+
+def _cast_info(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
+    return info if dtype is None or not info.dtype.is_floating_point else TensorInfo(dtype, info.shape)
 
 
 def _cast(w: torch.Tensor, dtype: torch.dtype | None, name: str) -> torch.Tensor:

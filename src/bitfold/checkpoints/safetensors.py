@@ -11,16 +11,16 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from bitfold.checkpoints.base import StoredAs
-from bitfold.checkpoints.headers import ForeignInfo, data_size, data_start, make_header, read_header
+from bitfold.checkpoints.headers import ForeignInfo, data_size, data_start, read_header
 from bitfold.checkpoints.side_files import PICKLES, copy_side_files
 from bitfold.checkpoints.untrusted import read_json_object
-from bitfold.checkpoints.weight_files import INDEX, SINGLE, locate, say_what_is_left
+from bitfold.checkpoints.weight_files import locate, say_what_is_left
 from bitfold.errors import CheckpointError
 from bitfold.system.tensorinfo import TensorInfo, require_rows
 from bitfold.text.tokenizer import read_tokenizer
@@ -32,6 +32,9 @@ class SafetensorsSource:
     Raises:
         CheckpointError: no config.json, no safetensors, a truncated or inconsistent file, an index that points outside.
     """
+
+    model_dtype: None = None
+    quantization: None = None
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -166,94 +169,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError("has no config.json", where=str(folder), hint="a Hugging Face model folder has one")
     return read_json_object(file)
-
-
-class ShardWriter:
-    """Writes tensors into shards as they come; memory holds only the tensor being added.
-
-    The format wants its header first and its tensors aligned, so the bytes go into a data file and are put in order
-    when the shard is full. The final names (model-00001-of-00003.safetensors) are known only at the end: until then
-    shards have names that no loader looks for, and an interrupted write never looks whole.
-
-    Args:
-        out_dir: an existing folder.
-        max_shard_bytes: a shard is closed before it would grow past this.
-    """
-
-    def __init__(self, out_dir: Path, max_shard_bytes: int = 4 << 30) -> None:
-        self.out_dir = out_dir
-        self.max_shard_bytes = max_shard_bytes
-        self.total = 0
-        self._data: BinaryIO | None = None
-        self._pending: dict[str, tuple[TensorInfo, int]] = {}
-        self._pending_bytes = 0
-        self._shards: list[tuple[Path, list[str]]] = []
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Append one tensor; CheckpointError when the disk is full or the name was written before."""
-        info = TensorInfo(tensor.dtype, tuple(tensor.shape))
-        if self._pending and self._pending_bytes + info.nbytes > self.max_shard_bytes:
-            self._flush()
-        if name in self._pending or any(name in names for _, names in self._shards):
-            raise CheckpointError(f"tensor {name} is written twice", where=str(self.out_dir))
-        try:
-            if self._data is None:
-                self._data = self._path("data").open("w+b")
-            if info.nbytes:
-                tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tofile(self._data)
-        except OSError as error:
-            raise CheckpointError(f"tensor {name} cannot be written: {error}", where=str(self.out_dir)) from error
-        self._pending[name] = (info, self._pending_bytes)
-        self._pending_bytes += info.nbytes
-        self.total += info.nbytes
-
-    def _path(self, suffix: str) -> Path:
-        return self.out_dir / f"shard-{len(self._shards) + 1:05d}.{suffix}"
-
-    def _flush(self) -> None:
-        path = self._path("partial")
-        # Wide types first: every tensor then starts at a multiple of its item size, which zero-copy loaders need.
-        order = sorted(self._pending, key=lambda n: (-self._pending[n][0].dtype.itemsize, n))
-        try:
-            with path.open("wb") as out:
-                out.write(make_header(order, {name: info for name, (info, _) in self._pending.items()}))
-                for name in order if self._data else ():
-                    info, start = self._pending[name]
-                    _copy_range(self._data, out, start, info.nbytes)
-            if self._data is not None:
-                self._data.close()
-                self._path("data").unlink()
-        except OSError as error:
-            raise CheckpointError(f"cannot be written: {error}", where=str(path)) from error
-        self._shards.append((path, order))
-        self._data, self._pending, self._pending_bytes = None, {}, 0
-
-    def close(self) -> list[str]:
-        """Write the last shard, give all of them their names, write the index; returns the file names."""
-        if self._pending or not self._shards:
-            self._flush()
-        if len(self._shards) == 1:
-            self._shards[0][0].rename(self.out_dir / SINGLE)
-            return [SINGLE]
-        count, weight_map = len(self._shards), {}
-        for i, (path, names) in enumerate(self._shards, 1):
-            final = f"model-{i:05d}-of-{count:05d}.safetensors"
-            path.rename(self.out_dir / final)
-            weight_map.update(dict.fromkeys(names, final))
-        index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(self.out_dir / INDEX, index)
-        return sorted(set(weight_map.values()))
-
-
-def _copy_range(source: BinaryIO | None, out: BinaryIO, start: int, length: int) -> None:
-    assert source is not None
-    source.seek(start)
-    while length > 0:
-        chunk = source.read(min(length, 1 << 22))
-        if not chunk:
-            raise OSError("the data file ended early")
-        out.write(chunk)
-        length -= len(chunk)
 
 
 def write_json(path: Path, data: Mapping[str, Any] | Iterable[Any]) -> None:

@@ -5,18 +5,25 @@ docs/format.md is the specification.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from bitfold.errors import BitfoldError, ModelError
+from bitfold.checkpoints.untrusted import shape_of
+from bitfold.errors import BitfoldError, CheckpointError
 from bitfold.formats import AnyFormat, read_description
 from bitfold.qtensor import QTensor
 from bitfold.system.tensorinfo import TensorInfo
 from bitfold.transforms import Transform, read_transform
 from bitfold.transforms.activations import read_act
+from bitfold.version import __version__
+
+QUANTIZATION = "quantization_config"  # the entry of config.json
+QUANT_METHOD = "bitfold"
+VERSION = 1
+_DAMAGE = (KeyError, TypeError, ValueError, AttributeError, AssertionError, RecursionError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -40,10 +47,13 @@ class Entry:
             text["transform"] = self.transform.describe()
         return text
 
+    def sides(self) -> dict[str, TensorInfo]:
+        """Tensors beside the codes: factors of input channels, the scale of static activations."""
+        return {**({} if self.transform is None else self.transform.layout()), **read_act(self.act).layout()}
+
     def layout(self) -> dict[str, TensorInfo]:
         """dtype and shape of every stored field, those beside the weight included."""
-        sides = {} if self.transform is None else self.transform.layout()
-        return {**self.format.layout(self.shape), **sides, **read_act(self.act).layout()}
+        return {**self.format.layout(self.shape), **self.sides()}
 
     def meta(self) -> QTensor:
         """A QTensor of this kind on the meta device."""
@@ -52,21 +62,60 @@ class Entry:
         return QTensor(self.format, self.shape, fields)
 
 
-def read_entries(config: Mapping[str, Any]) -> dict[str, Entry]:
-    """Entries of a `quantization_config` by tensor name; ModelError when they make no sense."""
+def describe(
+    entries: Mapping[str, Entry], kept: Mapping[str, str], unused: Iterable[str] = (), **more: Any
+) -> dict[str, Any]:
+    """The `quantization_config` of a bitfold folder.
+
+    Args:
+        entries: of every quantized tensor.
+        kept: the other tensors, and why each was kept.
+        unused: tensors of the source that the model class has no place for.
+        more: what else is known of how it came about: `recipe`, `activations`.
+    """
+    return {
+        "quant_method": QUANT_METHOD,
+        "version": VERSION,
+        "bitfold": __version__,
+        "formats": {e.format.name: e.format.describe() for e in entries.values()},
+        "tensors": {name: entry.to_dict() for name, entry in entries.items()},
+        "kept": dict(kept),
+        "unused": list(unused),
+        **more,
+    }
+
+
+def own_quantization(config: Mapping[str, Any], where: str) -> dict[str, Any] | None:
+    """The `quantization_config` within a config.json that bitfold wrote; None in others.
+
+    Raises:
+        CheckpointError: written by a newer version of the format.
+    """
+    said = config.get(QUANTIZATION)
+    if not isinstance(said, dict) or said.get("quant_method") != QUANT_METHOD:
+        return None
+    if said.get("version") != VERSION:
+        what = f"was written in version {said.get('version')} of the format, this is version {VERSION}"
+        raise CheckpointError(what, where=where, hint="pip install -U bitfold")
+    return said
+
+
+def read_entries(quantization: Mapping[str, Any], where: str = "config.json") -> dict[str, Entry]:
+    """Entries of a `quantization_config` by tensor name; CheckpointError when they make no sense."""
     try:
-        formats = {name: read_description(name, text) for name, text in config["formats"].items()}
-        return {
-            name: Entry(
-                formats[e["format"]],
-                tuple(int(d) for d in e["shape"]),
-                e.get("act", "float"),
-                e.get("transposed", False),
-                read_transform(e.get("transform")),
-            )
-            for name, e in config["tensors"].items()
-        }
+        formats = {name: read_description(name, text) for name, text in quantization["formats"].items()}
+        return {name: _read_entry(entry, formats) for name, entry in quantization["tensors"].items()}
     except BitfoldError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, ArithmeticError) as error:
-        raise ModelError(f"the quantization_config is damaged: {error!r}", where="config.json") from error
+    except _DAMAGE as error:
+        raise CheckpointError(f"the quantization_config is damaged: {error!r}", where=where) from error
+
+
+def _read_entry(entry: Mapping[str, Any], formats: Mapping[str, AnyFormat]) -> Entry:
+    shape, transform = shape_of(entry["shape"]), read_transform(entry.get("transform"))
+    if len(shape) not in (2, 3) or 0 in shape or (transform is not None and transform.size != shape[-1]):
+        raise ValueError(f"shape {shape}, transform {transform}")
+    act = str(entry.get("act", "float"))
+    found = Entry(formats[entry["format"]], shape, act, bool(entry.get("transposed", False)), transform)
+    found.layout()  # raises where a format cannot have such a shape
+    return found

@@ -13,8 +13,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from bitfold.checkpoints.bitfold_folder import QUANT_METHOD
-from bitfold.checkpoints.schema import read_entries
+from bitfold.checkpoints.schema import QUANT_METHOD, read_entries
 from bitfold.models.opening import untie_stored
 from bitfold.models.skeleton import retie
 from bitfold.models.swap import swap_entries

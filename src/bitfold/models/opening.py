@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -62,11 +61,12 @@ def untrue_ties(source: Source, model: nn.Module) -> dict[str, str]:
     return {alias: main for alias, main in both.items() if not _equal(source, model, targets, main, alias)}
 
 
-def _equal(source: Any, model: nn.Module, targets: Mapping[str, Target], main: str, alias: str) -> bool:
+def _equal(source: Source, model: nn.Module, targets: Mapping[str, Target], main: str, alias: str) -> bool:
     """Whether two tensors are the same in the dtype of the model, compared some rows at a time where they can be."""
     dtype, pair = model.state_dict()[alias].dtype, (main, alias)
     infos = [source.info(targets[name].sources[0]) for name in pair]
-    if not hasattr(source, "read_rows") or any(targets[n].converter is not None for n in pair) or not infos[0].shape:
+    some = source.read_rows
+    if some is None or any(targets[n].converter is not None for n in pair) or not infos[0].shape:
         one, other = (targets[name].read(source.read, model)[name].to(dtype) for name in pair)
         return torch.equal(one, other)
     if infos[0].shape != infos[1].shape:
@@ -75,7 +75,7 @@ def _equal(source: Any, model: nn.Module, targets: Mapping[str, Target], main: s
     step = max(ALIGNED, _AT_ONCE * rows // max(1, infos[0].numel))
     for first in range(0, rows, step):
         piece = torch.arange(first, min(first + step, rows))
-        one, other = (source.read_rows(targets[name].sources[0], piece).to(dtype) for name in pair)
+        one, other = (some(targets[name].sources[0], piece).to(dtype) for name in pair)
         if not torch.equal(one, other):
             return False
     return True

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from bitfold.checkpoints.bitfold_folder import QUANT_METHOD, VERSION
-from bitfold.checkpoints.safetensors import ShardWriter, write_json
-from bitfold.checkpoints.schema import Entry
+from bitfold.checkpoints.schema import Entry, describe
 from bitfold.checkpoints.staging import open_output, written_aside
+from bitfold.checkpoints.targets import open_target
 from bitfold.models.skeleton import tied_names, with_dtype
 from bitfold.nn import QWeight
-from bitfold.version import __version__
+from bitfold.system.tensorinfo import TensorInfo
 
 
 def save(model: nn.Module, folder: str | Path, *, max_shard_bytes: int = 4 << 30) -> None:
@@ -27,17 +27,22 @@ def save(model: nn.Module, folder: str | Path, *, max_shard_bytes: int = 4 << 30
     Raises:
         CheckpointError: the folder exists, or cannot be written.
     """
+    tensors = _stored(model)
     with written_aside(open_output(folder)) as aside:
-        _write_tensors(model, aside, max_shard_bytes)
-        write_json(aside / "config.json", _config(model))
+        target = open_target("safetensors", aside, max_shard_bytes)
+        target.layout({name: TensorInfo(w.dtype, tuple(w.shape)) for name, w in tensors.items()})
+        for name, w in tensors.items():
+            target.write(name, [w])
+        target.finish(_config(model), quantization_of(model))
         generation = getattr(model, "generation_config", None)
         if generation is not None:
             generation.save_pretrained(str(aside))
 
 
-def _write_tensors(model: nn.Module, folder: Path, max_shard_bytes: int) -> None:
-    writer = ShardWriter(folder, max_shard_bytes)
+def _stored(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a model, tied ones once."""
     skip, written = tuple(tied_names(model)), set()
+    found: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict().items():
         if name in skip or name.startswith(tuple(f"{s}." for s in skip)):
             continue
@@ -45,8 +50,8 @@ def _write_tensors(model: nn.Module, folder: Path, max_shard_bytes: int) -> None
         if tensor.numel() and key in written:
             continue  # tied outside of transformers: stored once, under the first name
         written.add(key)
-        writer.add(name, tensor)
-    writer.close()
+        found[name] = tensor
+    return found
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
@@ -55,8 +60,7 @@ def _config(model: nn.Module) -> dict[str, Any]:
     text.setdefault("architectures", [type(model).__name__])
     if text["architectures"] is None:
         text["architectures"] = [type(model).__name__]
-    text = with_dtype(text, (p.dtype for p in model.parameters()))
-    return {**text, "quantization_config": quantization_of(model)}
+    return with_dtype(text, (p.dtype for p in model.parameters()))
 
 
 def quantization_of(model: nn.Module) -> dict[str, Any]:
@@ -72,12 +76,4 @@ def quantization_of(model: nn.Module) -> dict[str, Any]:
         for name, m in model.named_modules()
         if isinstance(m, QWeight) and name not in tied_names(model)
     }
-    return {
-        "quant_method": QUANT_METHOD,
-        "version": VERSION,
-        "bitfold": __version__,
-        "formats": {e.format.name: e.format.describe() for e in entries.values()},
-        "tensors": {name: entry.to_dict() for name, entry in entries.items()},
-        "kept": {name: "not quantized" for name, _ in model.named_parameters()},
-        "unused": [],
-    }
+    return describe(entries, {name: "not quantized" for name, _ in model.named_parameters()})

@@ -120,7 +120,7 @@ def _infos(source: Source, targets: list[Target], model: nn.Module | None) -> di
     """What each tensor of the model will be: the source's dtype, and the model's shape where tensors are combined."""
     stored = {} if model is None else model.state_dict()
     # A GGUF file yields float32 whatever it stores; what is kept of it goes into the dtype of the model.
-    instead = getattr(source, "model_dtype", None)
+    instead = source.model_dtype
     infos = {}
     for target in targets:
         first = source.info(target.sources[0])

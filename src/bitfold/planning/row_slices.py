@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
-from typing import Any
 
 import torch
 
@@ -36,7 +35,7 @@ def ranges(shape: tuple[int, ...]) -> list[tuple[int, int]]:
 def in_pieces(source: Source, item: Item, decision: Decision) -> bool:
     """Whether a tensor is taken in pieces."""
     shape = decision.info.shape
-    whole = not hasattr(source, "read_rows") or item.target.converter is not None or len(ranges(shape)) < 2
+    whole = source.read_rows is None or item.target.converter is not None or len(ranges(shape)) < 2
     if whole or not isinstance(decision, Quantized):
         return not whole
     if decision.scheme.needs_text or decision.site.transposed:
@@ -47,9 +46,9 @@ def in_pieces(source: Source, item: Item, decision: Decision) -> bool:
 
 def read_pieces(source: Source, item: Item, decision: Decision) -> Iterator[torch.Tensor]:
     """The tensor, piece by piece."""
-    reader: Any = source
+    assert source.read_rows is not None
     for first, stop in ranges(decision.info.shape):
-        yield reader.read_rows(item.target.sources[0], torch.arange(first, stop))
+        yield source.read_rows(item.target.sources[0], torch.arange(first, stop))
 
 
 def quantize_pieces(source: Source, item: Item, decision: Quantized, seed: int) -> tuple[QTensor, float, list[str]]:

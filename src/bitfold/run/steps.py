@@ -18,7 +18,7 @@ from bitfold.calibration.options import Calibration
 from bitfold.calibration.session import runnable
 from bitfold.calibration.shape import LONGEST
 from bitfold.checkpoints import Source, open_source
-from bitfold.checkpoints.bitfold_folder import QUANT_METHOD
+from bitfold.checkpoints.schema import QUANT_METHOD
 from bitfold.checkpoints.staging import open_output, partial_of
 from bitfold.errors import CheckpointError
 from bitfold.forecast.ceiling import MemoryChooser
@@ -90,13 +90,9 @@ def open_model(request: Request, options: RunOptions) -> Iterator[Opened]:
 
 
 def _skeleton(source: Source) -> nn.Module | None:
-    method = (source.config.get("quantization_config") or {}).get("quant_method")
-    if method is not None or hasattr(source, "quantization"):
-        raise CheckpointError(
-            f"is quantized already ({method or QUANT_METHOD})",
-            where=str(source.path),
-            hint="quantize the original; quantizing twice loses twice",
-        )
+    if source.quantization is not None:
+        hint = "quantize the original; quantizing twice loses twice"
+        raise CheckpointError(f"is quantized already ({QUANT_METHOD})", where=str(source.path), hint=hint)
     model = open_skeleton(source)
     if model is None:
         warnings.warn(

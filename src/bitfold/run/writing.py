@@ -21,11 +21,12 @@ from bitfold.calibration.runner import HESSIANS
 from bitfold.calibration.session import Outcome, Session, solve_blocks
 from bitfold.calibration.shared_input import Folded, Solved
 from bitfold.checkpoints import Source
-from bitfold.checkpoints.bitfold_folder import QUANT_METHOD, VERSION
 from bitfold.checkpoints.headers import read_header
 from bitfold.checkpoints.manifest import write_manifest
 from bitfold.checkpoints.safetensors import write_json
-from bitfold.checkpoints.shards import PlannedWriter, plan_shards, written_error
+from bitfold.checkpoints.schema import describe
+from bitfold.checkpoints.shards import written_error
+from bitfold.checkpoints.targets import open_target
 from bitfold.errors import AccountingError
 from bitfold.methods.anomalies import error_flags, kept_flags, weight_flags
 from bitfold.models import skeleton
@@ -42,7 +43,6 @@ from bitfold.run.options import RunOptions
 from bitfold.system import progress
 from bitfold.system.memory import Ceiling
 from bitfold.transforms.activations import ACT_SCALE
-from bitfold.version import __version__
 from bitfold.workspace.events import Events
 from bitfold.workspace.folder import Workspace
 
@@ -111,7 +111,8 @@ class Writing:
         self, run: PlannedRun, work: Workspace, events: Events, options: RunOptions, times: Mapping[str, float]
     ) -> None:
         self.run, self.work, self._events, self._options, self._times = run, work, events, options, times
-        self._writer = PlannedWriter(work.result, plan_shards(run.plan.stored(), run.job.max_shard_bytes))
+        self._target = open_target("safetensors", work.result, run.job.max_shard_bytes)
+        self._target.layout(run.plan.stored())
         self.done = WrittenTensors()
         self._ceiling = Ceiling(options.max_memory)
         self.acts: ActivationCost | None = None
@@ -134,13 +135,13 @@ class Writing:
                     self._options.on_tensor(report)
         reports = [self.done.reports[d.tensor] for d in self.run.plan.written if d.tensor in self.done.reports]
         acts = None if self.acts is None else {"choice": self.acts.choice, **asdict(self.acts)}
-        return Written(reports, self._writer.plan.files, acts, self.fallbacks)
+        return Written(reports, self._target.files, acts, self.fallbacks)
 
     def _recall(self) -> None:
         """Take over what an earlier run wrote, as far as the hashes agree."""
         records = {record["tensor"]: record for record in self.work.journal.of_kind("tensor")}
         for name, record in records.items():
-            if all(self._writer.digest(stored) == sha for stored, sha in record["hashes"].items()):
+            if all(self._target.digest(stored) == sha for stored, sha in record["hashes"].items()):
                 self.done.hashes |= record["hashes"]
                 self.done.reports[name] = TensorReport.from_dict(record["report"])
         if records:
@@ -170,7 +171,7 @@ class Writing:
             tokenizer.mkdir(exist_ok=True)
             run.source.copy_side_files(tokenizer)
             write_json(tokenizer / "config.json", run.source.config)
-        marks = Bookmarks(self.work, self.done.reports, self._writer.sync, self._events)
+        marks = Bookmarks(self.work, self.done.reports, self._target.sync, self._events)
         session = Session(run.source, run.model, run.plan, calibration, run.job.seed)
         yield from solve_blocks(session, tokenizer, marks, run.hessian_bytes)
 
@@ -230,7 +231,7 @@ class Writing:
                 found.extend(kept_flags(w))
                 yield w.to(decision.info.dtype)
 
-        hashes = {decision.tensor: self._writer.write(decision.tensor, rows())}
+        hashes = {decision.tensor: self._target.write(decision.tensor, rows())}
         return self._note(decision, hashes, decision.info.nbytes, {"flags": tuple(found[:1])})
 
     def _write_quantized(self, decision: Quantized, w: torch.Tensor) -> TensorReport:
@@ -258,7 +259,7 @@ class Writing:
         flags: tuple[str, ...] = (),
     ) -> TensorReport:
         """Write the fields, note it in the journal, tell of it."""
-        hashes = {name: self._writer.write(name, [value]) for name, value in fields.items()}
+        hashes = {name: self._target.write(name, [value]) for name, value in fields.items()}
         nbytes = sum(value.numel() * value.element_size() for value in fields.values())
         return self._note(decision, hashes, nbytes, {"error": error, "output_error": output_error, "flags": flags})
 
@@ -292,12 +293,9 @@ class Writing:
 
     def _complete(self, report: QuantizeReport) -> None:
         run, result = self.run, self.work.result
-        self._writer.sync()
-        self._writer.plan.write_index(result)
         run.source.copy_side_files(result)
         dtypes = (run.source.info(name).dtype for name in run.source.names())
-        config = skeleton.with_dtype(run.source.config, dtypes)
-        write_json(result / "config.json", {**config, "quantization_config": _config(run, report)})
+        self._target.finish(skeleton.with_dtype(run.source.config, dtypes), _quantization(run, report))
         write_card(result, report)
 
 
@@ -329,16 +327,8 @@ def _stored_bytes(folder: Path, files: list[str]) -> dict[str, int]:
     return {name: info.nbytes for file in files for name, info in read_header(folder / file).items()}
 
 
-def _config(run: PlannedRun, report: QuantizeReport) -> dict[str, Any]:
+def _quantization(run: PlannedRun, report: QuantizeReport) -> dict[str, Any]:
     entries = run.plan.entries(run.job.seed, auto="float" if report.acts is None else report.acts["choice"])
-    return {
-        "quant_method": QUANT_METHOD,
-        "version": VERSION,
-        "bitfold": __version__,
-        "formats": {e.format.name: e.format.describe() for e in entries.values()},
-        "tensors": {name: entry.to_dict() for name, entry in entries.items()},
-        "kept": {t.tensor: t.reason for t in report.tensors if t.format is None},
-        "unused": run.plan.unused(),
-        "recipe": report.recipe,
-        **({} if report.acts is None else {"activations": report.acts}),
-    }
+    kept = {t.tensor: t.reason for t in report.tensors if t.format is None}
+    more = {} if report.acts is None else {"activations": report.acts}
+    return describe(entries, kept, run.plan.unused(), recipe=report.recipe, **more)

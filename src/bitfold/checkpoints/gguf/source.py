@@ -46,6 +46,8 @@ class GgufSource:
         CheckpointError: a damaged file, an architecture that is not supported, tensors that are missing or unknown.
     """
 
+    quantization: None = None
+
     def __init__(self, path: str | Path, dither_seed: int | None = None) -> None:
         self.path = Path(path)
         self._file = GgufParts(path)
