@@ -9,15 +9,17 @@ ours along, so that `get_peft_model`, `PeftModel.from_pretrained` and `model.add
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 from peft.tuners import tuners_utils
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraConfig, LoraLayer
+from peft.utils import integrations
 from torch import nn
 
 from bitfold.errors import UsageError
-from bitfold.nn import QLinear
+from bitfold.nn import QLinear, QWeight
 
 _INITS = (True, False, "gaussian")  # the others read or rewrite the weight of the base
 
@@ -70,6 +72,21 @@ def register() -> None:
 
     config.__post_init__ = with_ours
     _include_in_all_linear()
+    _dequantize_where_it_is_read()
+
+
+def _dequantize_where_it_is_read() -> None:
+    """DoRA and others read the weight of the base by a helper that takes a tensor, and know it by that name."""
+    original = integrations.dequantize_module_weight
+
+    @functools.wraps(original)
+    def with_ours(module: Any) -> Any:
+        weight = module.weight
+        return weight.dequantize() if isinstance(weight, QWeight) else original(module)
+
+    for module in [m for name, m in sys.modules.items() if name.startswith("peft.")]:
+        if vars(module).get("dequantize_module_weight") is original:
+            vars(module)["dequantize_module_weight"] = with_ours
 
 
 def _include_in_all_linear() -> None:

@@ -22,6 +22,9 @@ _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|proj_out|decoder
 _EMBEDDING_NAME = re.compile(
     r"(^|\.)(\w*embed\w*|wte|wpe|word_embeddings|position_embeddings|token_type_embeddings|shared|\w*relative_attention_bias)$"
 )
+# What PEFT wraps: its layers, copies that are trained, whole models.
+_WRAPPED = ("base_layer", "original_module", "base_model", "model", "lora_model", "word_embeddings")
+_WRAPPER = re.compile(r"(\.(base_layer|original_module))+$")
 _CONV1D_NAME = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)$")
 
 
@@ -64,11 +67,11 @@ class Site:
 
 def find_sites(model: nn.Module) -> list[Site]:
     """All sites of a module, in the order of its modules; tied weights once, with their aliases."""
-    heads, flipped = _output_heads(model), inputs_second(model)
+    heads, flipped, adapters = _output_heads(model), inputs_second(model), _adapters(model)
     owners: dict[int, int] = {}
     sites: list[Site] = []
     for path, module in model.named_modules(remove_duplicate=False):  # a module used twice has two names as well
-        for site in _sites_of(path, module, heads):
+        for site in _sites_of(path, module, heads) if not f"{path}.".startswith(adapters) else ():
             if site.kind == EXPERTS:  # the attribute of one family speaks where the model cannot be run
                 site = replace(site, transposed=flipped.get(site.tensor, site.transposed))
             parameter = getattr(module, site.parameter)
@@ -81,6 +84,20 @@ def find_sites(model: nn.Module) -> list[Site]:
     return sites
 
 
+def _adapters(model: nn.Module) -> tuple[str, ...]:
+    """Paths, with a dot, of what PEFT put beside the layers of a model: it is trained, and stays in floating point.
+
+    In any of PEFT's modules, whatever the method, all children are its own but for what it wraps.
+    """
+    return tuple(
+        f"{path}.{name}." if path else f"{name}."
+        for path, module in model.named_modules(remove_duplicate=False)
+        if any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
+        for name, _ in module.named_children()
+        if name not in _WRAPPED
+    )
+
+
 def _tie(first: Site, other: Site) -> Site:
     keep = first.keep or other.keep
     return Site(first.tensor, first.kind, first.shape, keep, first.transposed, (*first.aliases, other.tensor))
@@ -88,7 +105,7 @@ def _tie(first: Site, other: Site) -> Site:
 
 def _sites_of(path: str, module: nn.Module, heads: set[int]) -> list[Site]:
     prefix = f"{path}." if path else ""
-    weight = module._parameters.get("weight")
+    weight, path = module._parameters.get("weight"), _WRAPPER.sub("", path)
     if isinstance(module, nn.Linear) and weight is not None:
         keep = "output head" if id(module) in heads or _HEAD.search(path) else _router(path)
         return [Site(prefix + "weight", LINEAR, tuple(weight.shape), keep)]
