@@ -157,6 +157,12 @@ def compared(folder: Path, ids: torch.Tensor, reference: torch.Tensor) -> Record
     return {"error": float((found - reference).norm() / reference.norm())}
 
 
+def converted(eight: Path, plain: Path, cls: str, ids: torch.Tensor) -> Record:
+    """How far the loaded folder is from what transformers makes of the same weights, converted to plain ones."""
+    reference = logits(getattr(hf, cls).from_pretrained(plain), ids)
+    return compared(eight, ids, reference)
+
+
 def survey(family: Family, seconds: float) -> Record:
     """Everything about one family."""
     record: Record = {"kind": family.kind, "class": family.cls, "task": family.task}
@@ -213,6 +219,11 @@ def _steps(original: Path, folder: Path, cls: str, seconds: float) -> Record:
         if Path(place).exists():
             judge = (compared, Path(place), ids, reference) if reference is not None else (_loaded, Path(place))
             steps[name] = isolated(*judge, seconds=seconds)
+    if Path(eight).exists() and reference is not None:
+        plain = str(folder / "plain")
+        steps["convert"] = run("convert", "convert", eight, "-o", plain, "--dtype", "float32")
+        if "failed" not in steps["convert"]:
+            steps["convert"] = isolated(converted, Path(eight), Path(plain), cls, ids, seconds=seconds)
     if Path(eight).exists():
         steps["generate"] = run("generate", "generate", eight, PROMPT, "--max-new-tokens", "3")
         steps["generate"].pop("out", None)
@@ -222,9 +233,14 @@ def _steps(original: Path, folder: Path, cls: str, seconds: float) -> Record:
 
 
 def _report(report: Record) -> Record:
-    quantized = [t["format"] for t in report["tensors"] if t["format"]]
-    formats = {name: quantized.count(name) for name in sorted(set(quantized))}
-    return {"method": report["method"], "formats": formats, "tensors": len(report["tensors"])}
+    quantized = [t for t in report["tensors"] if t["format"]]
+    return {
+        "method": report["method"],
+        "formats": sorted({t["format"] for t in quantized}),
+        "quantized": len(quantized),
+        "solved on text": sum(t["output_error"] is not None for t in quantized),
+        "fallbacks": [f"{f['where']}: {f['why']}: {f['instead']}" for f in report["fallbacks"]],
+    }
 
 
 def _loaded(folder: Path) -> Record:

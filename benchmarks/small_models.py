@@ -221,13 +221,16 @@ def small_model(config: Any, name: str, seed: int = 0) -> nn.Module:
     parts = [config, *(getattr(config, part) for part in config.sub_configs)]
     config = next((part for part in parts if isinstance(part, cls.config_class)), config)  # a part of a larger model
     torch.manual_seed(seed)
-    model: nn.Module = cls(config)
+    model: Any = cls(config)
+    if getattr(config, "is_encoder_decoder", False):
+        model.generation_config.decoder_start_token_id = 0
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1 or float(parameter.std()) == 0:
                 parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return model.eval()
+    made: nn.Module = model.eval()
+    return made
 
 
 def byte_tokenizer() -> hf.PreTrainedTokenizerFast:

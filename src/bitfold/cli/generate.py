@@ -51,7 +51,7 @@ def generate(
     if json:
         print_json(write(given[0], sampling).to_dict())
         return
-    if not chat:
+    if not chat and not writer.answers:
         _show(given[0])
     result = write(given[0], sampling, _show)
     print()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from bitfold.engine.decoder import Unsupported
 from bitfold.engine.loop import Loop
-from bitfold.errors import UsageError
+from bitfold.errors import BitfoldError, ModelError, UsageError
 from bitfold.models.model_ref import Model, ModelRef, read_dtype
 from bitfold.models.vocabulary import refuse_unknown_tokens
 from bitfold.system import progress
@@ -111,20 +112,30 @@ class Writer:
         """Load a folder or Hub repository, or take a module (then with its tokenizer).
 
         Raises:
-            ModelError: not a causal language model.
+            ModelError: it writes no text.
             CheckpointError, HubError, UsageError: it cannot be found, read or fetched; with `chat`, a chat
                 template that is missing or cannot be used.
         """
         subject = ModelRef.of(model, revision=revision)
-        subject.require_causal("only causal language models generate text")
+        subject.require_generation("generate takes causal language models and encoder-decoders")
         tokenizer = subject.tokenizer() if tokenizer is None else tokenizer
         if chat:  # before minutes of loading
             require_chat(tokenizer, subject.name)
-        return cls(subject.load("AutoModelForCausalLM", read_dtype(dtype)), tokenizer, subject.longest)
+        kind = "AutoModelForSeq2SeqLM" if subject.encodes_first() else "AutoModelForCausalLM"
+        return cls(subject.load(kind, read_dtype(dtype)), tokenizer, subject.longest)
+
+    @property
+    def answers(self) -> bool:
+        """Whether it is an encoder-decoder: what it writes answers the prompt, and begins with a token of its own."""
+        return bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
 
     def write(self, prompt: str, sampling: Sampling | None = None, on_text: OnText | None = None) -> Generation:
-        """Continue the prompt; `on_text` gets the new text piece by piece, word by word."""
-        ids = torch.cat([torch.tensor(text_start(self.tokenizer), dtype=torch.int64), tokenize(prompt, self.tokenizer)])
+        """Continue the prompt, or answer it; `on_text` gets the new text piece by piece, word by word."""
+        if self.answers:  # an encoder reads whole texts, with the token that ends them
+            ids = torch.tensor(self.tokenizer(prompt)["input_ids"], dtype=torch.int64)
+        else:
+            start = torch.tensor(text_start(self.tokenizer), dtype=torch.int64)
+            ids = torch.cat([start, tokenize(prompt, self.tokenizer)])
         return self._run(prompt, ids[None], sampling or Sampling(), on_text)
 
     def say(self, text: str, sampling: Sampling | None = None, on_text: OnText | None = None) -> Generation:
@@ -148,7 +159,7 @@ class Writer:
         if ids.shape[1] == 0:
             raise UsageError("the prompt is empty")
         refuse_unknown_tokens(self.model, ids, self.tokenizer)
-        room = sampling.max_new_tokens if self.longest is None else self.longest - ids.shape[1]
+        room = sampling.max_new_tokens if self.longest is None else self.longest - self._before(ids)
         if room < 1:
             hint = "shorten it, or begin a new conversation"
             raise UsageError(f"{ids.shape[1]} tokens are more than the model can take, {self.longest}", hint=hint)
@@ -162,6 +173,10 @@ class Writer:
         first = (streamer.first_at or time.monotonic()) - start
         return Generation(prompt, text, ids.shape[1], len(new), seconds, first)
 
+    def _before(self, ids: torch.Tensor) -> int:
+        """Tokens in front of the new ones: the prompt, or the one token that an answer begins with."""
+        return 1 if self.answers else int(ids.shape[1])
+
     def _generate(self, ids: torch.Tensor, config: Any, streamer: _Streamer) -> list[int]:
         if self.native:
             try:
@@ -170,10 +185,11 @@ class Writer:
             except Unsupported as reason:
                 self.native = False
                 progress.say(f"text comes from transformers' own loop, which is slower: {reason}")
-        out: torch.Tensor = self.model.generate(  # type: ignore[operator]
-            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=streamer
-        )
-        made: list[int] = out[0, ids.shape[1] :].tolist()
+        with _in_words(self.model):
+            out: torch.Tensor = self.model.generate(  # type: ignore[operator]
+                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=streamer
+            )
+        made: list[int] = out[0, self._before(ids) :].tolist()
         return made
 
     def _config(self, sampling: Sampling, max_new_tokens: int) -> Any:
@@ -192,6 +208,18 @@ class Writer:
             end = config.eos_token_id
             config.pad_token_id = end[0] if isinstance(end, list) and end else end
         return config
+
+
+@contextlib.contextmanager
+def _in_words(model: nn.Module) -> Iterator[None]:
+    """What a family raises that wants a picture or a sound beside the text, or has no token to begin with."""
+    try:
+        yield
+    except (BitfoldError, MemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or repr(error)
+        raise ModelError(f"does not write from this text alone: {reason}", where=type(model).__name__) from error
 
 
 class _Streamer:

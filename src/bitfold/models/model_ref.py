@@ -94,11 +94,17 @@ class ModelRef:
         name = self._architecture()
         if name is None:
             return
-        if self._encodes_first():
+        if self.encodes_first():
             what = f"{name} is an encoder-decoder: it answers a text, and does not go on with it"
             raise ModelError(what, where=self.name, hint=hint)
         if not name.endswith(_PREDICT):
             raise ModelError(f"{name} does not predict the next token", where=self.name, hint=hint)
+
+    def require_generation(self, hint: str) -> None:
+        """ModelError for a folder whose architecture writes no text, whether it goes on with one or answers it."""
+        found = None if self.path is None else skeleton.model_class(self.config)
+        if found is not None and not found.can_generate():
+            raise ModelError(f"{found.__name__} generates no text", where=self.name, hint=hint)
 
     def require_masked(self, hint: str) -> None:
         """ModelError for a folder whose architecture does not fill in hidden tokens."""
@@ -120,7 +126,7 @@ class ModelRef:
         found = skeleton.model_class(self.config)
         return None if found is None else str(found.__name__)
 
-    def _encodes_first(self) -> bool:
+    def encodes_first(self) -> bool:
         """Whether it has an encoder beside its decoder: its config says so, or its text model's, or their defaults."""
         found = skeleton.config_object(self.config, self.name) if self.config.get("model_type") else None
         parts = [found, getattr(found, "text_config", None)]
