@@ -110,7 +110,8 @@ def _listening(model: Any, names: Iterable[str], note: Callable[[str, torch.Tens
         return hook
 
     def begin(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        return output.detach().requires_grad_(torch.is_grad_enabled())
+        # A copy: some models scale it in place, which a leaf does not allow.
+        return output.detach().requires_grad_(torch.is_grad_enabled()).clone()
 
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
 
@@ -153,6 +154,7 @@ class _Tail:
     def __init__(self, model: Any) -> None:
         self._model, self._base = model, model.base_model
         self._answer: Any = None
+        self.heard = False
 
     @classmethod
     @torch.no_grad()
@@ -166,6 +168,8 @@ class _Tail:
             return None
         whole = model(**text_inputs(model, ids)).logits
         part = tail.logits(hidden[:, :few], ids[:, :few])
+        if not tail.heard:  # the model goes past its base model to a part of it
+            return None
         close = part.shape == whole[:, :few].shape and torch.allclose(part, whole[:, :few], rtol=1e-3, atol=1e-3)
         return tail if close else None
 
@@ -177,13 +181,18 @@ class _Tail:
 
     def logits(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Of some of them (1, tokens, vocabulary)."""
-        answer = self._answer
-        if isinstance(answer, tuple):
-            replaced: Any = (hidden, *answer[1:])
+        known = self._answer
+        if isinstance(known, tuple):
+            replaced: Any = (hidden, *known[1:])
         else:
-            replaced = type(answer)(**{**answer, next(iter(answer)): hidden})
+            replaced = type(known)(**{**known, next(iter(known)): hidden})
+
+        def answer_again(*_args: Any, **_kwargs: Any) -> Any:
+            self.heard = True
+            return replaced
+
         try:
-            self._base.__dict__["forward"] = lambda *_args, **_kwargs: replaced
+            self._base.__dict__["forward"] = answer_again
             logits: torch.Tensor = self._model(**text_inputs(self._model, ids)).logits
             return logits
         finally:
@@ -205,7 +214,7 @@ def _backward(model: Any, tail: _Tail | None, ids: torch.Tensor, generator: torc
         return
     # The logits of a window can be larger than the model; a few tokens at a time they stay in the cache.
     hidden: Any = tail.hidden(ids)
-    parts, size = list[torch.Tensor](), max(1, min(_CHUNK, _LOGITS // words))
+    parts, size = list[torch.Tensor](), tokens_at_once(words)
     for piece, tokens in zip(torch.split(hidden.detach(), size, 1), torch.split(ids, size, 1), strict=True):
         part = piece.clone().requires_grad_(True)
         logits: Any = tail.logits(part, tokens)[0]
@@ -214,6 +223,11 @@ def _backward(model: Any, tail: _Tail | None, ids: torch.Tensor, generator: torc
         parts.append(part.grad)
     tail.forget()
     hidden.backward(torch.cat(parts, 1))
+
+
+def tokens_at_once(words: int) -> int:
+    """Tokens whose logits exist at a time, of a vocabulary of so many words."""
+    return max(1, min(_CHUNK, _LOGITS // max(1, words)))
 
 
 def _surprise(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -6,21 +6,23 @@ has already, is the peak; its name is the reason that a ceiling which is too low
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from bitfold.calibration.fisher import tokens_at_once
 from bitfold.calibration.options import Calibration
+from bitfold.calibration.rehearsal import vocabulary as embedding_rows
 from bitfold.calibration.runner import HESSIANS
 from bitfold.calibration.session import weighs_tokens
-from bitfold.calibration.shape import LONGEST
+from bitfold.calibration.shape import window
 from bitfold.checkpoints import Source
+from bitfold.forecast.work import BlockWork, GroupShape, work_of
 from bitfold.methods.gptq import WEIGHTS as CODED
 from bitfold.methods.hessian import column_ranges
-from bitfold.models.sites import EMBEDDING, EXPERTS
+from bitfold.models.sites import EXPERTS
 from bitfold.planning.decisions import Decision, Quantized, Tied
 from bitfold.planning.plan import Item, Plan
 from bitfold.planning.row_slices import WEIGHTS, in_pieces
@@ -36,26 +38,6 @@ class Stage:
 
     name: str
     nbytes: int
-
-
-@dataclass(frozen=True)
-class GroupShape:
-    """Layers that are solved together: inputs k, rows n, in all, and how they are solved.
-
-    Args:
-        name: of the module that they are in.
-        k, n: of the weights, one upon the other.
-        layers: how many they are.
-        largest: rows of the largest one.
-        in_basis: whether a transform makes copies of them.
-    """
-
-    name: str
-    k: int
-    n: int
-    layers: int
-    largest: int
-    in_basis: bool
 
 
 def stages(
@@ -89,61 +71,34 @@ def _data_free(source: Source, item: Item, decision: Decision) -> Stage:
     return Stage(f"quantizing {decision.tensor}", at_once * (2 * wide + in_basis + decoded) + packed)
 
 
-def groups_of(decisions: Iterable[Quantized]) -> list[GroupShape]:
-    """Layers of a block that most likely share their input: one parent module, one width."""
-    members: dict[tuple[str, int], list[Quantized]] = defaultdict(list)
-    for d in decisions:
-        if d.site.kind not in (EMBEDDING, EXPERTS):
-            members[d.site.module.rpartition(".")[0], d.site.qshape[1]].append(d)
-    return [_group(name, k, found) for (name, k), found in members.items()]
-
-
-def _group(name: str, k: int, members: list[Quantized]) -> GroupShape:
-    rows = [d.site.qshape[0] for d in members]
-    in_basis = any(d.scheme.transform.changes_basis for d in members)
-    return GroupShape(name, k, sum(rows), len(rows), max(rows), in_basis)
-
-
-def blocks_of(plan: Plan) -> dict[str, list[Decision]]:
-    """Decisions by block: `model.layers.3` of `model.layers.3.mlp.up_proj.weight`."""
-    found: dict[str, list[Decision]] = defaultdict(list)
-    for decision in plan.written:
-        parts = decision.tensor.split(".")
-        numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-        if numbers:
-            found[".".join(parts[: numbers[0] + 1])].append(decision)
-    return dict(found)
-
-
 def _transform_kind(decision: Decision) -> str:
     return decision.scheme.transform.kind if isinstance(decision, Quantized) else ""
 
 
-def _calibrated(decisions: Iterable[Decision]) -> list[Quantized]:
-    return [d for d in decisions if isinstance(d, Quantized) and d.scheme.needs_text]
-
-
 def calibrated_stages(plan: Plan, calibration: Calibration, model: nn.Module, hessian_bytes: int) -> list[Stage]:
     """Of the walk over the blocks, and of what comes before it."""
-    seqlen, hidden = sequence_length(calibration, model), _hidden(model)
-    found = _before(plan, calibration, model, seqlen)
-    seen = set()
-    for name, decisions in blocks_of(plan).items():
-        wanted = _calibrated(decisions)
-        shape = tuple(sorted((d.info.shape, _transform_kind(d)) for d in decisions))
-        if not wanted or shape in seen:
+    seqlen, hidden, work = window(calibration.seqlen, model), _hidden(model), work_of(plan, model)
+    found, seen = _before(plan, calibration, model, work), set()
+    whole = 4 * plan.numel if any(block.whole for block in work) else 0
+    if whole:
+        heard = sum(4 * group.k**2 for block in work if block.whole for group in block.groups)
+        logits = 2 * 4 * seqlen * embedding_rows(model)
+        found.append(Stage("running the whole model", whole + min(heard, hessian_bytes) + logits))
+    for block in work:
+        shape = (block.whole, *sorted((d.info.shape, _transform_kind(d)) for d in block.decisions))
+        if shape in seen:
             continue
         seen.add(shape)
-        weights = 4 * sum(d.info.numel for d in decisions)
-        widest = max([hidden, *(max(d.site.qshape[-2:]) for d in wanted)])
+        weights = 4 * sum(d.info.numel for d in block.decisions) + (whole + hessian_bytes if block.whole else 0)
+        widest = max([hidden, *(max(d.site.qshape[-2:]) for d in block.wanted)])
         running = 4 * seqlen * (8 * hidden + 4 * widest)
-        found.append(Stage(f"running {name}", weights + running))
-        for group in groups_of(wanted):
+        found.append(Stage(f"running {block.name}", weights + running))
+        for group in block.groups:
             needed = max(measuring(group, calibration, seqlen) + running, solving(group, calibration))
             found.append(Stage(f"solving {group.name} ({_inputs(group, calibration)})", weights + needed))
         found += [
             Stage(f"solving {d.tensor} ({d.site.qshape[0]} experts)", weights + _experts(d.site.qshape, hessian_bytes))
-            for d in wanted
+            for d in block.wanted
             if d.site.kind == EXPERTS
         ]
     return found
@@ -190,21 +145,22 @@ def _experts(shape: tuple[int, ...], hessian_bytes: int) -> int:
     return at_once * 4 * k * k + 3 * 4 * k * k + 3 * 4 * experts * n * k
 
 
-def _before(plan: Plan, calibration: Calibration, model: nn.Module, seqlen: int) -> list[Stage]:
-    rows = min(calibration.nsamples * seqlen, _vocabulary(model))
-    found = [Stage("embedding the text", 4 * rows * _hidden(model) + 16 * seqlen * _hidden(model))]
+def _before(plan: Plan, calibration: Calibration, model: nn.Module, work: Sequence[BlockWork]) -> list[Stage]:
+    seqlen, words, hidden = window(calibration.seqlen, model), embedding_rows(model), _hidden(model)
+    rows = min(calibration.nsamples * seqlen, words)
+    found = [Stage("embedding the text", 4 * rows * hidden + 16 * seqlen * hidden)]
     fisher = weighs_tokens(plan.quantized, calibration)
     if fisher or calibration.text == SELF:
-        whole = 4 * plan.numel
-        layers = max(1, len(blocks_of(plan)))
         # The inputs of every block, and the activations and gradients of the one that the backward pass is in.
-        saved = 4 * seqlen * (layers * _hidden(model) + 5 * (14 * _hidden(model) + 4 * _widest(plan))) if fisher else 0
-        logits = 3 * 4 * min(seqlen, 256) * _vocabulary(model)
-        found.append(Stage("weighing tokens by gradients (--no-fisher does without)", whole + saved + logits))
+        inside = 5 * (14 * hidden + 4 * _widest(plan)) * (len(work) if any(block.whole for block in work) else 1)
+        saved = 4 * seqlen * (max(1, len(work)) * hidden + inside) if fisher else 0
+        logits = 5 * 4 * words * tokens_at_once(words)
+        what = "weighing tokens by gradients (--no-fisher does without)"
+        found.append(Stage(what, 4 * plan.numel + saved + logits))
     if any(d.scheme.activations.measured for d in plan.quantized):
-        inside = {d.tensor for decisions in blocks_of(plan).values() for d in decisions}
-        ends = 4 * sum(d.info.numel for d in plan.written if d.tensor not in inside)
-        logits = 4 * 4 * min(seqlen, 256) * _vocabulary(model)
+        inner = {d.tensor for block in work for d in block.decisions}
+        ends = 4 * sum(d.info.numel for d in plan.written if d.tensor not in inner)
+        logits = 4 * 4 * min(seqlen, 256) * words
         found.append(Stage("measuring 8-bit activations (--act int8 or float does without)", ends + logits))
     return found
 
@@ -213,25 +169,18 @@ def _widest(plan: Plan) -> int:
     return max((max(d.site.qshape[-2:]) for d in plan.quantized), default=1)
 
 
-def sequence_length(calibration: Calibration, model: Any) -> int:
-    """Tokens of a sample."""
-    limit = getattr(model.config, "max_position_embeddings", None) or LONGEST
-    return int(calibration.seqlen or min(LONGEST, int(limit)))
-
-
 def _hidden(model: Any) -> int:
-    return int(getattr(model.config, "hidden_size", None) or getattr(model.config, "n_embd", None) or 1024)
-
-
-def _vocabulary(model: Any) -> int:
-    return int(getattr(model.config, "vocab_size", None) or 32000)
+    """Width of the activations between blocks."""
+    text = model.config.get_text_config()
+    known = (getattr(text, name, None) for name in ("hidden_size", "d_model", "n_embd"))
+    return int(next((size for size in known if isinstance(size, int)), 1024))
 
 
 def working_disk(plan: Plan, calibration: Calibration | None, model: nn.Module | None) -> int:
     """Bytes of activations on disk at the worst moment of a calibrated run; 0 without one."""
     if calibration is None or model is None:
         return 0
-    tokens = calibration.nsamples * sequence_length(calibration, model)
-    widths = [sum(group.k for group in groups_of(_calibrated(decisions))) for decisions in blocks_of(plan).values()]
+    tokens, work = calibration.nsamples * window(calibration.seqlen, model), work_of(plan, model)
+    widths = [sum(group.k for group in block.groups) for block in work if not block.whole]
     parts = 2  # answers of the attention and of the feed-forward part
     return 4 * tokens * (max(widths, default=0) + (4 + parts) * _hidden(model))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -18,12 +18,14 @@ from torch import nn
 
 from bitfold.calibration.one_layer import solve
 from bitfold.calibration.options import Calibration
+from bitfold.calibration.runner import HESSIANS
 from bitfold.calibration.session import compares, weighs_tokens
+from bitfold.calibration.shape import window
 from bitfold.errors import BitfoldError
-from bitfold.forecast.memory import blocks_of, groups_of, sequence_length
+from bitfold.forecast.work import BlockWork, work_of
 from bitfold.methods.hessian import column_ranges
 from bitfold.models.swap import in_basis, quantize_site_tensor, transform_of
-from bitfold.planning.decisions import Decision, Quantized
+from bitfold.planning.decisions import Quantized
 from bitfold.planning.plan import Plan
 from bitfold.qtensor import QTensor
 from bitfold.recipes.scheme import Scheme
@@ -36,15 +38,17 @@ _BYTES = 1 << 23  # hashed and written for the same reason
 def seconds(plan: Plan, calibration: Calibration | None, model: nn.Module | None, seed: int) -> dict[str, float]:
     """Of the whole run, about: for each tensor that is written, what comes before the first one counted with it."""
     found = {d.tensor: (d.info.nbytes + d.nbytes()) * _seconds_per_byte() for d in plan.written}
+    work = [] if calibration is None or model is None else work_of(plan, model)
+    walked = {d.tensor for block in work for d in block.wanted}
     rates: dict[Scheme, float] = {}
     for d in sorted(plan.quantized, key=lambda d: -d.info.numel):
-        if d.scheme.needs_text and calibration is not None:
+        if d.tensor in walked:
             continue
         if d.scheme not in rates:
             rates[d.scheme] = _rounding_rate(d, seed)
         found[d.tensor] += rates[d.scheme] * d.info.numel
     if calibration is not None and model is not None:
-        for name, more in _calibrated(plan, calibration, model, seed).items():
+        for name, more in _calibrated(plan, calibration, (model, work), seed).items():
             found[name] += more
     return found
 
@@ -119,42 +123,41 @@ def _coding_seconds(d: Quantized, n: int, seed: int) -> float:
     return max(times[0] - each * few, 0.0) + each * n
 
 
-def _calibrated(plan: Plan, calibration: Calibration, model: nn.Module, seed: int) -> dict[str, float]:
+def _calibrated(
+    plan: Plan, calibration: Calibration, walked: tuple[nn.Module, list[BlockWork]], seed: int
+) -> dict[str, float]:
     """The walk, block by block, shared out among its tensors; blocks of the same shapes take the same time."""
-    tokens = calibration.nsamples * sequence_length(calibration, model)
+    model, work = walked
+    tokens = calibration.nsamples * window(calibration.seqlen, model)
     before = 0.0
     if weighs_tokens(plan.quantized, calibration):
         # Forward, forward again inside the backward pass, gradients of activations.
         before = 3 * 2 * tokens * plan.numel * _product_rate()
+    if any(block.whole for block in work):
+        heard = sum(4 * group.k**2 for block in work if block.whole for group in block.groups)
+        before += (1 + heard // HESSIANS) * 2 * tokens * plan.numel * _product_rate()
     known: dict[tuple[Any, ...], float] = {}
     # What the quantized model takes, the passes that stop at a group, the original.
     passes = 2.5 + compares(plan.quantized, calibration)
     found: dict[str, float] = {}
-    for decisions in blocks_of(plan).values():
-        wanted = [d for d in decisions if isinstance(d, Quantized) and d.scheme.needs_text]
-        shape = tuple((d.info.shape, d.scheme if isinstance(d, Quantized) else None) for d in decisions)
-        if not wanted:
-            continue
+    for block in work:
+        shape = tuple((d.info.shape, d.scheme if isinstance(d, Quantized) else None) for d in block.decisions)
         if shape not in known:
-            known[shape] = _block(decisions, wanted, calibration, (tokens, seed, passes))
-        weights = sum(d.info.numel for d in wanted)
-        found |= {d.tensor: (known[shape] + before) * d.info.numel / weights for d in wanted}
+            known[shape] = _block(block, calibration, tokens, 0.0 if block.whole else passes, seed)
+        weights = sum(d.info.numel for d in block.wanted)
+        found |= {d.tensor: (known[shape] + before) * d.info.numel / weights for d in block.wanted}
         before = 0.0
     return found
 
 
-def _block(
-    decisions: Sequence[Decision], wanted: list[Quantized], calibration: Calibration, how: tuple[int, int, float]
-) -> float:
-    """One block of the walk; `how`: tokens in all, the seed, passes."""
-    tokens, seed, passes = how
-    weights, corrects = sum(d.info.numel for d in decisions), calibration.drift > 0
+def _block(work: BlockWork, calibration: Calibration, tokens: int, passes: float, seed: int) -> float:
+    """One block of the walk; `tokens` in all, `passes` of them through the block."""
+    weights, corrects = sum(d.info.numel for d in work.decisions), calibration.drift > 0
     products, factors, coding = 2.0 * passes * tokens * weights, 0.0, 0.0
-    for group in groups_of(wanted):
+    for group in work.groups:
         k, n = group.k, group.n
-        members = [d for d in wanted if d.site.module.rpartition(".")[0] == group.name]
         for part in (p.stop - p.start for p in column_ranges(k, calibration.columns)):
             products += 2.0 * (1 + corrects) * tokens * part**2 + 2.0 * (5 + corrects) * n * part**2
             factors += (1 + corrects) * part**3 / 3 + corrects * 2.0 * n * part**2
-        coding += _coding_seconds(next(d for d in members if d.site.qshape[-1] == k), n, seed)
+        coding += _coding_seconds(group.first, n, seed)
     return products * _product_rate() + factors * _factor_rate() + coding

@@ -1,0 +1,145 @@
+"""What fails while a run is calibrated: something else is done, it is said, the exception is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bitfold
+import tiny_lm
+from bitfold import Calibration
+from bitfold.calibration import fisher, inputs, shared_input
+from bitfold.calibration.fallback import recoverable
+from bitfold.calibration.runner import Runner
+from bitfold.errors import CheckpointError, ResourceError
+from bitfold.workspace.folder import partial_of
+
+OPTIONS: dict[str, Any] = {"format": "int4-g32", "method": "ldlq"}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model and a text."""
+    folder = tiny_lm.folder(tmp_path_factory.mktemp("fallbacks") / "source", tiny_lm.model())
+    (folder / "text.txt").write_text(tiny_lm.TEXT, encoding="utf-8")
+    return folder
+
+
+def text(source: Path, **more: Any) -> Calibration:
+    """A little of it."""
+    return Calibration(str(source / "text.txt"), nsamples=4, seqlen=32, **more)
+
+
+def fail(*_args: Any, **_options: Any) -> Any:
+    """What a model's own code may come up with."""
+    raise IndexError("nobody thought of this")
+
+
+def test_gradients_that_cannot_be_had(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run goes on without token weights: the bytes of one that never wanted them."""
+    monkeypatch.setattr(inputs, "token_weights", fail)
+    report = bitfold.quantize(source, tmp_path / "out", **OPTIONS, calibration=text(source))
+    (fallback,) = report.fallbacks
+    assert fallback["where"] == "token weights"
+    assert "nobody thought of this" in fallback["why"]
+    assert "in fail" in fallback["exception"]
+    bitfold.quantize(source, tmp_path / "plain", **OPTIONS, calibration=text(source, fisher=False))
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "plain")]
+    assert files[0] == files[1]
+    record = json.loads((tmp_path / "out" / "bitfold_report.json").read_text())
+    assert "nobody thought of this" in json.dumps(record)
+
+
+def test_one_layer_that_cannot_be_solved(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is rounded without data, and the layers after it see what it has become."""
+    solve = shared_input.solve
+
+    def failing(scheme: Any, w: Any, hessian: Any, *args: Any, **options: Any) -> Any:
+        if hessian is not None and len(hessian) == 96:  # the inputs of down_proj
+            fail()
+        return solve(scheme, w, hessian, *args, **options)
+
+    monkeypatch.setattr(shared_input, "solve", failing)
+    log = tmp_path / "events.jsonl"
+    report = bitfold.quantize(source, tmp_path / "out", **OPTIONS, calibration=text(source, fisher=False), events=log)
+    assert len(report.fallbacks) == 2
+    flagged = {t.tensor.split(".")[-2] for t in report.flagged}
+    assert flagged == {"down_proj"}
+    assert sum(t.output_error is not None for t in report.quantized) == 12
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    assert sum(e["event"] == "fallback" and "IndexError" in e["exception"] for e in events) == 2
+    bitfold.load(tmp_path / "out")
+    with pytest.raises(IndexError):
+        bitfold.quantize(source, tmp_path / "strict", **OPTIONS, calibration=text(source, fisher=False), strict=True)
+
+
+def test_a_block_that_stops_running(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After hours in it: what is done stays calibrated, what is left is rounded."""
+    measure, seen = Runner.measure, list[str]()
+
+    def failing(self: Runner, layer: str, *args: Any, **options: Any) -> Any:
+        seen.append(layer)
+        return fail() if len(seen) == 6 else measure(self, layer, *args, **options)
+
+    monkeypatch.setattr(Runner, "measure", failing)
+    report = bitfold.quantize(source, tmp_path / "out", **OPTIONS, calibration=text(source, fisher=False))
+    (fallback,) = report.fallbacks
+    assert fallback["where"] == "model.layers"
+    calibrated = {t.tensor for t in report.quantized if t.output_error is not None}
+    assert sum(name.startswith("model.layers.0.") for name in calibrated) == 7
+    assert len(report.quantized) == 14
+    assert torch.isfinite(bitfold.load(tmp_path / "out")(torch.arange(9)[None]).logits).all()
+
+
+FINAL = [
+    MemoryError(),
+    CheckpointError("full"),
+    ResourceError("much"),
+    OSError(28, "full"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+]
+
+
+@pytest.mark.parametrize("error", FINAL, ids=lambda error: type(error).__name__)
+def test_what_is_no_failure_of_calibration(error: Exception) -> None:
+    """Memory, disks and damaged files end a run: going on would not mend them."""
+    with pytest.raises(type(error)):
+        recoverable(error)
+    assert isinstance(recoverable(ValueError("x")), ValueError)
+
+
+class Stopped(BaseException):
+    """Raised in the middle, as a signal is."""
+
+
+@pytest.mark.parametrize("window", [0, 2])
+def test_windows_are_not_weighed_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
+    """Stopped while tokens are weighed, a run loses the window at hand and no byte."""
+    bitfold.quantize(source, tmp_path / "whole", **OPTIONS, calibration=text(source))
+    backward, seen = fisher._backward, list[int]()
+
+    def counted(*args: Any) -> None:
+        seen.append(len(seen))
+        if len(seen) == window + 1 and stopping:
+            raise Stopped
+        backward(*args)
+
+    monkeypatch.setattr(fisher, "_backward", counted)
+    stopping = True
+    with pytest.raises(Stopped), pytest.warns(UserWarning, match="goes on"):
+        bitfold.quantize(source, tmp_path / "out", **OPTIONS, calibration=text(source))
+    kept = list((partial_of(tmp_path / "out") / "state").glob("weights-*"))
+    assert len(kept) == window
+    seen.clear()
+    stopping = False
+    bitfold.quantize(source, tmp_path / "out", **OPTIONS, calibration=text(source))
+    assert len(seen) == 4 - window
+    digests = [hashlib.sha256((tmp_path / n / "model.safetensors").read_bytes()).digest() for n in ("out", "whole")]
+    assert digests[0] == digests[1]
