@@ -71,8 +71,10 @@ def token_weights(
     at = 0
 
     def note(name: str, gradient: torch.Tensor) -> None:
-        now.add(name)
-        found[name][at] = gradient.float().square().mean(-1).reshape(-1)
+        squares = gradient.float().square().mean(-1).reshape(-1)
+        if len(squares) == ids.shape[1]:  # not of streams, prefixes or summaries of tokens: those all count alike
+            now.add(name)
+            found[name][at] = squares
 
     now: set[str] = set()
     with _listening(model, found, note), _recomputed(model, blocks), progress.bar("weigh tokens", len(ids)) as bar:

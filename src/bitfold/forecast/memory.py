@@ -80,16 +80,16 @@ def calibrated_stages(plan: Plan, calibration: Calibration, model: nn.Module, he
     seqlen, hidden, work = window(calibration.seqlen, model), _hidden(model), work_of(plan, model)
     found, seen = _before(plan, calibration, model, work), set()
     whole = 4 * plan.numel if any(block.whole for block in work) else 0
+    heard = min(hessian_bytes, sum(4 * group.k**2 for block in work if block.whole for group in block.groups))
     if whole:
-        heard = sum(4 * group.k**2 for block in work if block.whole for group in block.groups)
         logits = 2 * 4 * seqlen * embedding_rows(model)
-        found.append(Stage("running the whole model", whole + min(heard, hessian_bytes) + logits))
+        found.append(Stage("running the whole model", whole + heard + logits))
     for block in work:
         shape = (block.whole, *sorted((d.info.shape, _transform_kind(d)) for d in block.decisions))
         if shape in seen:
             continue
         seen.add(shape)
-        weights = 4 * sum(d.info.numel for d in block.decisions) + (whole + hessian_bytes if block.whole else 0)
+        weights = 4 * sum(d.info.numel for d in block.decisions) + (whole + heard if block.whole else 0)
         widest = max([hidden, *(max(d.site.qshape[-2:]) for d in block.wanted)])
         running = 4 * seqlen * (8 * hidden + 4 * widest)
         found.append(Stage(f"running {block.name}", weights + running))

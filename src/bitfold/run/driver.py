@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bitfold.calibration.options import Calibration
+from bitfold.errors import ResourceError
 from bitfold.recipes.options import MethodOptions
 from bitfold.recipes.recipe import Recipe
 from bitfold.records.run_report import QuantizeReport
@@ -24,7 +25,12 @@ def run(request: Request, options: RunOptions) -> QuantizeReport:
     check(request, options)
     with open_model(request, options) as opened:
         planned = plan(opened, request, options)
-        expected = forecast(planned, options)
+        try:
+            expected = forecast(planned, options)
+        except ResourceError as error:
+            if not request.wanted.leaves_the_choice or planned.job.calibration is None:
+                raise
+            expected = forecast(plan(opened, request, options, obstacle=error.what), options)
         report = report_of(expected, options) if options.dry_run else execute(expected, options)
     return record(report, expected.run.job, options, started)
 

@@ -103,14 +103,19 @@ def _skeleton(source: Source) -> nn.Module | None:
     return model
 
 
-def plan(opened: Opened, request: Request, options: RunOptions) -> PlannedRun:
-    """Decide the method where that is left open, and what becomes of every tensor and byte."""
+def plan(opened: Opened, request: Request, options: RunOptions, obstacle: str | None = None) -> PlannedRun:
+    """Decide the method where that is left open, and what becomes of every tensor and byte.
+
+    Args:
+        opened, request, options: of the run.
+        obstacle: what was found to stand in the way of calibration, where the method is left open.
+    """
     wanted, why, source = request.wanted, "", opened.source
     if wanted.leaves_the_choice:
         given = request.calibration
         text = given if isinstance(given, Calibration) else Calibration(given or BUNDLED)
         why_not = partial(why_not_calibrated, source, opened.model)
-        choice = choose(wanted.bits, why_not, tokens=text.nsamples * (text.seqlen or LONGEST))
+        choice = choose(wanted.bits, lambda: obstacle or why_not(), tokens=text.nsamples * (text.seqlen or LONGEST))
         rules, why = choose_recipe(wanted.with_choice(choice.options)), f"{choice.method}: {choice.why}"
         calibration = text if any(rule.needs_text for rule in rules.rules) else None
     else:
