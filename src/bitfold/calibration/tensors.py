@@ -30,10 +30,14 @@ class Reader:
         self._source, self._model = source, model
         self._items = {name: item.target for item in plan.items for name in item.target.names}
         self._tied = skeleton.tied_names(model)
+        # What the family computes by itself and never saves; the model goes back to the meta device in between.
+        self._computed = {name: p.detach().clone() for name, p in model.named_parameters() if not p.is_meta}
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor; DamagedError when it is not finite."""
         name = self._stored(name)
+        if name not in self._items and name in self._computed:
+            return self._computed[name]
         tensor = self._items[name].read(self._source.read, self._model)[name]
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise DamagedError("NaN or infinity among the weights", where=name, hint="the checkpoint is damaged")

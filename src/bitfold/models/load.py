@@ -87,6 +87,9 @@ def assign(
             tensor = tensor.to(dtype)
         state[name] = tensor
     _fill_aliases(model, state)
+    for name, tensor in model.state_dict().items():  # what the family computes by itself
+        if name not in state and isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+            state |= {name: tensor} if skeleton.may_be_absent(model, name) else {}
     _check_shapes(model, state, folder)
     model.load_state_dict(state, strict=True, assign=True)
     for parameter in model.parameters():

@@ -8,7 +8,6 @@ Without a known model class the names stay as they are.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 
 from bitfold.errors import ModelError
-from bitfold.models.skeleton import tied_names
+from bitfold.models.skeleton import may_be_absent, tied_names
 
 Read = Callable[[str], torch.Tensor]
 
@@ -131,10 +130,7 @@ def _check_complete(
     made = {name for target in targets.values() for name in target.names}
     made |= {main for alias, main in tied.items() if alias in made}
     expected = {*made, *tied}
-    ignore = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_missing", None) or []]
-    missing = [
-        name for name in stored if name in have and name not in expected and not any(p.search(name) for p in ignore)
-    ]
+    missing = [name for name in stored if name in have and name not in expected and not may_be_absent(model, name)]
     if missing:
         raise ModelError(
             f"the checkpoint lacks {len(missing)} tensors of {type(model).__name__}, the first is {missing[0]}",

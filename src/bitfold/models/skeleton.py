@@ -135,7 +135,26 @@ def build(cls: Any, config: Any, *, dtype: torch.dtype | None = None) -> nn.Modu
     finally:
         torch.set_default_dtype(before)
     retie(model)
+    _compute_unsaved(model)
     return model.eval()
+
+
+@torch.no_grad()
+def _compute_unsaved(model: Any) -> None:
+    """Values for parameters that a family never saves, because it computes them: Marian's sinusoidal positions."""
+    unsaved = set(getattr(model, "_keys_to_ignore_on_save", None) or ()) - tied_names(model).keys()
+    for name, parameter in list(model.named_parameters()):
+        if name in unsaved and parameter.is_meta:
+            path, _, attribute = name.rpartition(".")
+            owner = model.get_submodule(path)
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+            owner._parameters[attribute] = nn.Parameter(empty, requires_grad=False)
+            model._init_weights(owner)
+
+
+def may_be_absent(model: nn.Module, name: str) -> bool:
+    """Whether transformers loads the model without a complaint from a checkpoint that lacks this tensor."""
+    return any(re.search(p, name) for p in getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
 
 
 def config_dtype(config: Any) -> torch.dtype:
