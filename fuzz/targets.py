@@ -22,7 +22,7 @@ from bitfold.checkpoints.schema import read_entries
 from bitfold.checkpoints.weight_files import INDEX, SINGLE
 from bitfold.errors import BitfoldError
 from bitfold.recipes.recipe import Recipe
-from bitfold.text.documents import documents
+from bitfold.text.documents import text_pieces
 
 SECONDS = 1.0  # of processor time: a busy machine is nobody's fault
 MEMORY = 64 << 20
@@ -90,7 +90,7 @@ def text(data: bytes, folder: Path) -> None:
     """A calibration text in JSON lines."""
     file = folder / "text.jsonl"
     file.write_bytes(data)
-    for _ in documents(str(file), split="train"):
+    for _ in text_pieces(str(file), split="train", render=lambda talk, *_: str(talk)):
         pass
 
 

@@ -101,6 +101,8 @@ def _read_index(index: Path) -> dict[str, Path]:
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError("is not a safetensors index: it has no weight_map", where=str(index))
     files = list(dict.fromkeys(weight_map.values()))
+    if not files:
+        raise CheckpointError("names no file of weights: its weight_map is empty", where=str(index))
     for file in files:
         _check_file_name(file, index, (".safetensors",))
     where = {name: index.parent / file for name, file in weight_map.items()}
