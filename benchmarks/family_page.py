@@ -38,6 +38,9 @@ bitfold as a user would. The page is written by
 * **generates**: `bitfold generate` writes three tokens with the 8-bit folder; "not by transformers" where transformers
   itself cannot with the original, mostly because it wants an image or sound.
 
+Rows with † are of an earlier pass, whose results were kept ("earlier" in the file of results): before there were
+calibration through the language part, generation of encoder-decoders and the comparison with `bitfold convert`.
+
 Small random models cannot show how much is lost: for that see the [log](log.md).
 """
 
@@ -106,7 +109,7 @@ def _counts(records: list[Record]) -> list[int]:
 
 
 def _row(record: Record) -> list[str]:
-    cells = [record["kind"], record["class"]]
+    cells = [record["kind"], record["class"] + " †" * record.get("earlier", False)]
     if "failed" in record["build"]:
         return [*cells, *[""] * 5, _notes(record)]
     cells += ["yes" if works(record, "rtn") else "no", manner(record["calibrated"])]
