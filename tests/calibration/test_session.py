@@ -127,6 +127,8 @@ def test_the_walk_is_the_model(family: str) -> None:
         expected = model(ids, output_hidden_states=True, use_cache=False).hidden_states
 
     class Whole(dict[str, torch.Tensor]):
+        read_rows = None
+
         def read(self, name: str) -> torch.Tensor:
             return self[name].detach().clone()
 
@@ -229,6 +231,8 @@ def test_finished_parts_answer_from_memory(source: Path, monkeypatch: pytest.Mon
     layers = [n for n, m in whole.named_modules() if isinstance(m, nn.Linear) and n.startswith("model.layers.0.")]
 
     class Whole(dict[str, torch.Tensor]):
+        read_rows = None
+
         def read(self, name: str) -> torch.Tensor:
             return self[name].detach().clone()
 
@@ -278,6 +282,8 @@ def test_the_probe_measures_int8_activations(family: str) -> None:
         return (x * 4).round() / 4
 
     class Whole(dict[str, torch.Tensor]):
+        read_rows = None
+
         def read(self, name: str) -> torch.Tensor:
             return self[name].detach().clone()
 

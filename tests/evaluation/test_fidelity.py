@@ -202,7 +202,7 @@ def test_refusals(original: Path, tmp_path: Path) -> None:
     _refused(UsageError, "one window of 10", original, None, long, context=10, max_tokens=9)
     _refused(UsageError, "unknown dtype", original, None, long, dtype="int8")
     _refused(UsageError, "no tokenizer", tiny_lm.model(), None, long)
-    _refused(UsageError, "single file", original / "model.safetensors", None, long)
+    _refused(CheckpointError, "single file", original / "model.safetensors", None, long)
     _refused(CheckpointError, "no config.json", tmp_path, None, long)
     _refused(CheckpointError, "no such file", tmp_path / "nowhere", None, long)
     binary = tmp_path / "binary"

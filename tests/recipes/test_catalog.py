@@ -128,7 +128,7 @@ def test_when_the_choice_is_left_open(given: str | None) -> None:
 
 
 def test_auto(tmp_path: Path) -> None:
-    """Calibrated trellis codes at few bits where the model runs on text; without a tokenizer or class, without."""
+    """Calibrated trellis codes at few bits where the model runs on text; without a tokenizer, without."""
     whole = tiny_lm.folder(tmp_path / "whole", tiny_lm.model())
     bare = tmp_path / "bare"
     tiny_lm.model().save_pretrained(bare)  # type: ignore[operator]
@@ -141,7 +141,7 @@ def test_auto(tmp_path: Path) -> None:
         (4, whole, "trellis", "trellis", "calibrated on 512 tokens"),
         (2, bare, "trellis", "rtn", "no tokenizer"),
         (2, empty, "trellis", "rtn", "no tokenizer"),
-        (3, encoder, "trellis", "rtn", "no causal language model"),
+        (3, encoder, "trellis", "trellis", "calibrated on 512 tokens"),
     ]:
         calibration = Calibration(nsamples=4, seqlen=128)
         report = bitfold.quantize(folder, tmp_path / "out", bits=bits, calibration=calibration, dry_run=True)
