@@ -107,6 +107,7 @@ PROSE = {
     "a bracket": "[1] Smith, J. (1999). On foxes.\n[2] Miller, A. (2001). On dogs.\n",
     "a bracket and a comma": "[Intro], [Verse], [Chorus]\nThey sing.",
     "a number in brackets": "[1]\n\nFirst chapter.",
+    "citations": "[1, 2] Foxes.\n[3] Dogs.\n",
     "an empty list": "[]\nis an empty list.",
     "an object, then words": '{"a": 1}\n\nis an object. It has one key.\nAnd that is all.\nReally.\n',
     "commas": "Roses are red, violets are blue,\nsugar is sweet, and so are you,\nthe fox is quick, the dog is too,\n",
@@ -133,7 +134,10 @@ REFUSED = {
     "a list that is cut off": (json.dumps(ROWS)[:-9], "is not JSON"),
     "an object that is cut off": (json.dumps({"data": ROWS}, indent=1)[:-20], "is not JSON"),
     "dictionaries of Python": ("\n".join(map(str, ROWS[:2])), "dictionaries, but not in JSON"),
+    "a table of numbers that repeat": ("0,0,a\n1,1,a\n2,4,a\n", "no text that is known by its name"),
     "numbers": ("[1, 2, 3]", "item 1 is a number"),
+    "many numbers": (json.dumps(list(range(300_000))), "item 1 is a number"),
+    "a list of numbers a line": ("[1, 2]\n[3, 4]\n[5, 6]\n", "item 1 is a number"),
     "lists of numbers": ("[[1, 2], [3, 4]]", "item 1 is a list"),
     "nesting": ("[" * 100_000, "too deep"),
     "a page": ("<!DOCTYPE html>\n<html><body>Hello</body></html>", "HTML or XML"),
@@ -242,3 +246,10 @@ def test_the_start_that_a_template_writes_is_left_to_the_windows(tmp_path: Path)
 
 def test_the_window_is_wide_enough() -> None:
     assert kinds.WINDOW >= 1 << 20
+
+
+@pytest.mark.parametrize("content", ["[]", " [ ]\n", "\ufeff[\n]\n"])
+def test_a_list_of_nothing(tmp_path: Path, content: str) -> None:
+    """Data without rows: no text, and no text of brackets."""
+    assert kinds.kind_of(content.lstrip("\ufeff"), whole=True, where="file") is kinds.JSON
+    assert read(tmp_path, content) == ""

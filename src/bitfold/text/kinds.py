@@ -18,6 +18,10 @@ _LINES = 200
 _HEADER = 4096  # characters; longer lines name no columns
 _KNOWN = {*TEXTS, *CHATS, *(name for pair in PAIRS for name in pair)}
 _OBJECT = re.compile(r'\s*\[?\s*\{\s*"(\\.|[^"\\])*"\s*:')
+# A list that is cut off: of lists of objects, of texts, or of numbers (token ids), which prose has not so many of.
+_NUMBERS = r"[\[\s]*-?\d[\d.eE+-]*[\]\s]*"
+_LIST = re.compile(rf'\[\s*(\[\s*\{{|"(\\.|[^"\\])*"\s*,\s*"|({_NUMBERS},){{16}})')
+_NUMBER = re.compile(r"-?\d+([.]\d*)?([eE][+-]?\d+)?")
 _MARKUP = re.compile(r"\s*<(\?xml|!doctype\b|html\b|svg\b|rss\b|feed\b|mediawiki\b)", re.IGNORECASE)
 _ELEMENT = re.compile(r"\s*<([A-Za-z][\w.-]*)[^<>]*>")
 _DELIMITERS = ",\t;|"
@@ -77,20 +81,19 @@ def _is_json(begin: str, lines: list[str], *, whole: bool) -> bool:
     except RecursionError:
         return True
     except ValueError:  # cut off by the window, or damaged; or prose: {like this}, [like this]
-        return bool(_OBJECT.match(begin)) or bool(re.match(r'\[\s*(\[\s*\{|"(\\.|[^"\\])*"\s*,\s*")', begin))
+        return bool(_OBJECT.match(begin) or _LIST.match(begin))
     rest = begin[end:].lstrip()
-    return (not rest and not (begin[0] == "[" and not value)) or (
-        rest[0] in "{[" and isinstance(value, dict | list) and bool(_OBJECT.match(rest))
-    )
+    return not rest or (rest[0] in "{[" and isinstance(value, dict | list) and bool(_OBJECT.match(rest)))
 
 
 def _is_object(line: str) -> bool:
-    """Whether a line is a JSON object, or a list of more than numbers: prose may begin with [1]."""
+    """Whether a line is a JSON object, or a list of more than one number: a line of prose may be [1]."""
     if line[0] not in "{[":
         return False
     try:
         value = json.loads(line)
-        return bool(value) and (isinstance(value, dict) or any(isinstance(v, str | list | dict) for v in value))
+        some = bool(value) and (isinstance(value, dict) or any(isinstance(v, str | list | dict) for v in value))
+        return some or (isinstance(value, list) and len(value) > 1)
     except (ValueError, RecursionError):
         return False
 
@@ -102,12 +105,10 @@ def _is_table(window: str, lines: list[str], delimiter: str, *, whole: bool) -> 
     header = [field.strip() for field in next(csv.reader([lines[0]], delimiter=delimiter))]
     if header in (["text"], ["content"], ["messages"]):  # a single column
         return delimiter == "," and len(lines) > 1
-    if (
-        len(header) < 2
-        or len(set(header)) < len(header)
-        or any(f" {field}" in lines[0].split(delimiter) for field in header)
-    ):
+    if len(header) < 2 or any(f" {field}" in lines[0].split(delimiter) for field in header):
         return False
+    if len(set(header)) < len(header) and not any(_NUMBER.fullmatch(field) for field in header):
+        return False  # names do not repeat; numbers do, in a table whose first line is a row as all others
     if any(len(field) > 40 or field.count(" ") > 3 or field.endswith((".", "!", "?", ",")) for field in header):
         return False
     if _KNOWN & {field.lower() for field in header}:
