@@ -65,11 +65,25 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             if length > LARGEST and length <= size - 8:
                 raise CheckpointError(f"has a header of {length} bytes, {LARGEST} are allowed", where=str(file))
             if length > size - 8:
-                raise CheckpointError("the file is truncated: its header is longer than the file", where=str(file))
+                raise _cut_short(prefix, size, file)
             raw = stream.read(length)
     except OSError as error:
         raise CheckpointError(f"is not a safetensors file: {error}", where=str(file)) from error
     return _check_header(parse_json_object(raw, str(file)), size - 8 - length, file)
+
+
+def _cut_short(begin: bytes, size: int, file: Path) -> CheckpointError:
+    """What downloads leave in place of the weights: nothing, a pointer to them, the page of a site that refused."""
+    if size == 0:
+        return CheckpointError("the file is empty", where=str(file), hint="fetch it again")
+    if begin.startswith(b"version"):
+        hint = "fetch what it points to: git lfs pull, or huggingface-cli download"
+        return CheckpointError("is a Git LFS pointer, not the weights", where=str(file), hint=hint)
+    if b"\0" not in begin and begin.lstrip().startswith((b"<", b"{", b"Access", b"Invalid", b"Entry", b"Reposito")):
+        hint = "fetch it again; a gated repository wants an accepted licence and a login"
+        return CheckpointError("is the answer of a server, not the weights", where=str(file), hint=hint)
+    what = "the file is truncated: its header is longer than the file"
+    return CheckpointError(what, where=str(file), hint="fetch it again")
 
 
 def _check_header(header: dict[str, Any], data_size: int, file: Path) -> dict[str, TensorInfo]:
