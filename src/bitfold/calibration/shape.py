@@ -17,6 +17,7 @@ from torch import nn
 from bitfold.calibration.fallback import sentence
 from bitfold.calibration.rehearsal import Chain, Rehearsal, Seen, elements, takes_text
 from bitfold.errors import UsageError
+from bitfold.models.limits import positions
 from bitfold.models.sites import LINEAR, find_sites
 
 LONGEST = 2048  # tokens of a window, where nobody says otherwise
@@ -150,17 +151,6 @@ def _block(chain: Chain, number: int) -> BlockShape:
         at = chain.seen[number - 1].at or 0  # nobody took it over
     answer = None if at is None else tuple(seen.answer)
     return BlockShape(seen.path, place, answer, at, _frozen(seen.groups))
-
-
-def positions(config: Any) -> int | None:
-    """Tokens that a model has positions for; None = any number."""
-    text = config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions", "n_ctx"):
-        limit = getattr(text, name, None)
-        if isinstance(limit, int) and limit > 0:
-            padded = text.model_type in ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "data2vec-text")
-            return limit - 1 - int(text.pad_token_id or 0) if padded else limit
-    return None
 
 
 def window(asked: int | None, model: Any) -> int:

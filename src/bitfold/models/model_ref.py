@@ -18,6 +18,7 @@ from bitfold.checkpoints.gguf.parts import part_paths
 from bitfold.checkpoints.safetensors import read_config
 from bitfold.errors import ModelError, UsageError
 from bitfold.models import skeleton
+from bitfold.models.limits import positions
 from bitfold.models.mapping import map_names
 from bitfold.models.opening import open_skeleton
 from bitfold.nn import set_tensor
@@ -79,12 +80,11 @@ class ModelRef:
     @property
     def longest(self) -> int | None:
         """Positions that the model was built for; None when its config does not say."""
-        config = self.config
-        if self.module is not None and (own := getattr(self.module, "config", None)) is not None:
-            config = own.to_dict()
-        text_config = config.get("text_config") or config
-        limit = text_config.get("max_position_embeddings") or text_config.get("n_positions")
-        return int(limit) if limit else None
+        if self.module is not None:
+            config = getattr(self.module, "config", None)
+        else:
+            config = skeleton.config_object(self.config, self.name)
+        return None if config is None else positions(config)
 
     def require_causal(self, hint: str) -> None:
         """ModelError for a folder whose architecture does not predict the next token.
