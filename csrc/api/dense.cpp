@@ -67,7 +67,8 @@ void bind_structs(nb::module_& m) {
 void bind_dense(nb::module_& m) {
   bind_structs(m);
   nb::class_<DenseWeight>(m, "AnyDenseWeight", "What the engine takes.");
-  nb::class_<OwnedDense, DenseWeight>(m, "DenseWeight", "Rows of packed codes; the tensors behind it are the caller's to keep.")
+  nb::class_<OwnedDense, DenseWeight>(m, "DenseWeight",
+                                      "Rows of packed codes; the tensors behind it are the caller's to keep.")
       .def(
           "__init__",
           [](OwnedDense* w, uintptr_t codes, size_t n, size_t k, const Grid& grid, const Scales& scales) {
