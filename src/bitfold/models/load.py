@@ -12,6 +12,7 @@ from bitfold.checkpoints.bitfold_folder import quantization_config, stored_tenso
 from bitfold.checkpoints.hub.transfer import resolve
 from bitfold.checkpoints.safetensors import read_config
 from bitfold.checkpoints.schema import Entry, read_entries
+from bitfold.checkpoints.untrusted import read_json_object
 from bitfold.errors import CheckpointError, ModelError
 from bitfold.models import skeleton
 from bitfold.models.opening import untie_stored
@@ -143,8 +144,6 @@ def _finish(model: Any, folder: Path, config: dict[str, Any]) -> None:
     hf_config = getattr(model, "config", None)
     if hf_config is not None:
         hf_config._name_or_path = str(folder)
-    if (folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_pretrained(str(folder))
+    generation = folder / "generation_config.json"
+    skeleton.give_generation(model, lambda: read_json_object(generation) if generation.is_file() else {}, str(folder))
     model.bitfold_config = config

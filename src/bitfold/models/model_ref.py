@@ -243,17 +243,13 @@ def _stream(path: Path, dtype: torch.dtype | None) -> nn.Module:
                     wanted = dtype or model.get_parameter(name).dtype
                     set_tensor(model, name, w.to(wanted, copy=True) if w.is_floating_point() else w.clone())
         skeleton.retie(model)
-        generation = source.generation_config()
+        skeleton.give_generation(model, source.generation_config, str(path))
     finally:
         source.close()
     if left := [name for name, p in model.named_parameters() if p.is_meta]:
         raise ModelError(
             f"{len(left)} tensors of {type(model).__name__} are missing, among them {left[0]}", where=str(path)
         )
-    if generation and hasattr(model, "generation_config"):
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_dict(generation)
     module: nn.Module = model.eval()
     return module
 

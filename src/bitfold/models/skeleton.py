@@ -11,13 +11,14 @@ import contextlib
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from bitfold.errors import ModelError
+from bitfold.errors import CheckpointError, ModelError
 
 _MOST_MODULES = 10_000
 _NOT_IN_JSON = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
@@ -210,3 +211,25 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     """Tied parameters of a transformers model: name -> the name that is stored."""
     tied = getattr(model, "all_tied_weights_keys", None)
     return {str(a): str(b) for a, b in tied.items()} if isinstance(tied, dict) else {}
+
+
+def give_generation(model: Any, settings: Callable[[], Mapping[str, Any]], where: str) -> None:
+    """Give a model its generation defaults; those that cannot be read or taken are left out with a warning.
+
+    They say how text is chosen, not what the model computes: transformers goes on without them, too.
+
+    Args:
+        model: of transformers, or any other, which is left as it is.
+        settings: reads the contents of generation_config.json; empty where there is none.
+        where: the checkpoint, for the warning.
+    """
+    if not hasattr(model, "generation_config"):
+        return
+    from transformers import GenerationConfig
+
+    try:
+        if found := settings():
+            model.generation_config = GenerationConfig.from_dict(dict(found))
+    except (CheckpointError, AttributeError, TypeError, ValueError) as error:
+        what = "its generation_config.json cannot be used, so text is chosen by transformers' defaults"
+        warnings.warn(f"{where}: {what}: {error}", stacklevel=2)
