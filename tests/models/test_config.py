@@ -77,3 +77,28 @@ def test_a_model_that_cannot_be_built() -> None:
     config = {"model_type": "roberta", "architectures": ["RobertaForCausalLM"], "vocab_size": 99, "pad_token_id": 256}
     with pytest.raises(ModelError, match="cannot be built from this config: Padding_idx"):
         skeleton.of_config(config, "config.json")
+
+
+@pytest.mark.parametrize("named", [{}, {"architectures": None}, {"architectures": []}])
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [
+        ("llama", "LlamaForCausalLM"),
+        ("bert", "BertForMaskedLM"),
+        ("t5", "T5ForConditionalGeneration"),
+        ("marian", "MarianMTModel"),
+        ("bart", "BartForConditionalGeneration"),
+        ("mllama", "MllamaForConditionalGeneration"),
+        ("qwen2_vl", "Qwen2VLForConditionalGeneration"),
+    ],
+)
+def test_without_a_class(kind: str, found: str, named: dict[str, Any]) -> None:
+    """The class of the whole model, judged by its type; never that of its decoder alone."""
+    assert skeleton.model_class({"model_type": kind, **named}) is getattr(hf, found)
+
+
+def test_a_class_that_is_no_list() -> None:
+    """One name alone is that name, not its letters."""
+    config = {"model_type": "llama", "architectures": "LlamaForCausalLM"}
+    assert skeleton.architectures(config) == ["LlamaForCausalLM"]
+    assert skeleton.model_class(config) is hf.LlamaForCausalLM

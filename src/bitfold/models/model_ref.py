@@ -120,9 +120,8 @@ class ModelRef:
             self.require_causal(_NOT_CAUSAL)
 
     def _architecture(self) -> str | None:
-        names = self.config.get("architectures")
-        if names:
-            return str(names[0])
+        if names := skeleton.architectures(self.config):
+            return names[0]
         found = skeleton.model_class(self.config)
         return None if found is None else str(found.__name__)
 

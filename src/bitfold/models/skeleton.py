@@ -63,22 +63,32 @@ def model_class(config: Mapping[str, Any]) -> Any | None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import transformers
 
-    for name in config.get("architectures") or _usual_classes(str(config.get("model_type"))):
+    for name in architectures(config) or _usual_classes(str(config.get("model_type"))):
         found = getattr(transformers, name, None)
         if isinstance(found, type):
             return found
     return None
 
 
+def architectures(config: Mapping[str, Any]) -> list[str]:
+    """The classes that a config names: a list, or one name alone; none where it names none."""
+    named = config.get("architectures")
+    return [named] if isinstance(named, str) else [str(name) for name in named or []]
+
+
 def _usual_classes(model_type: str) -> list[str]:
-    """Names of classes for a config that names none: what predicts tokens comes first, encoders are filled in."""
+    """Names of classes for a config that names none.
+
+    The whole comes before a part of it: Marian's decoder and Mllama's text model have causal classes of their own.
+    Else what predicts tokens comes first, and encoders are filled in.
+    """
     from transformers.models.auto import modeling_auto as auto
 
     tables: list[Mapping[str, Any]] = [auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES]
     if model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         tables.reverse()  # BERT and its like are in both
-    tables += [auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES]
-    tables.append(auto.MODEL_MAPPING_NAMES)
+    whole = [auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES]
+    tables = [*whole, *tables, auto.MODEL_MAPPING_NAMES]
     names = [table.get(model_type) for table in tables]
     return [name for found in names if found for name in ((found,) if isinstance(found, str) else found)]
 
