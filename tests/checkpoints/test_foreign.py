@@ -53,6 +53,7 @@ STRIPPED: dict[str, tuple[Infos, str]] = {
     "w8a8": (infos(f"{UP}.", weight=(I8, (64, 64)), weight_scale=(BF16, (64, 1))), "integers"),
     "nvfp4": (infos(f"{UP}.", weight=(U8, (64, 32)), weight_scale=(FP8, (64, 4)), weight_scale_2=(F32, ())), "NVFP4"),
     "hqq": (infos(f"{UP}.", W_q=(U8, (32, 64)), scale=(F16, (64, 1)), zero=(F16, (64, 1))), "HQQ"),
+    "marlin": (infos(f"{UP}.", B=(I32, (4, 128)), s=(F16, (1, 64))), "Marlin"),
     "mlx": (infos(f"{UP}.", weight=(U32, (64, 8)), scales=(F16, (64, 1)), biases=(F16, (64, 1))), "MLX"),
     "quanto": (infos(f"{UP}.", weight___data=(I8, (64, 64)), weight___scale=(F32, (64, 1))), "quanto"),
     "torchao": (

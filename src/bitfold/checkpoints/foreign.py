@@ -40,6 +40,7 @@ _PACKED = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torc
 _INTEGERS = (*_PACKED, torch.int64, torch.uint64)
 # Last parts of names under which packed numbers are a weight, and what programs call them so.
 _CODES = {
+    "B": "Marlin",
     "weight": "weights of integers", "qweight": "GPTQ or AWQ", "W_q": "HQQ", "Qidxs": "QuIP#", "q_weight": "EXL2",
     "embedding_quantized": "Gemma", "int_data": "torchao", "qdata": "torchao",
 }  # fmt: skip
