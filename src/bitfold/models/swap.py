@@ -24,6 +24,8 @@ def swap(
     model: nn.Module, site: Site, qtensor: QTensor, *, act: str = "float", transform: Transform | None = None
 ) -> None:
     """Replace the weight of a site by a quantized one; tied aliases share it."""
+    if callable(getattr(type(model), "save_pretrained", None)):
+        model.save_pretrained = _no_plain_saving  # type: ignore[assignment]
     weight = QWeight(qtensor, act=act, transposed=site.transposed, transform=transform)
     weight.dtype = _float_dtype(model.get_submodule(site.module), site.parameter)
     placed: dict[int, nn.Module] = {}  # a module that is used twice is replaced by one, with one bias
@@ -38,6 +40,14 @@ def swap(
     first = model.get_submodule(site.module)
     object.__getattribute__(first, "__dict__").pop(site.parameter, None)
     setattr(first, site.parameter, weight)  # the first name owns the weight, the aliases refer to it
+
+
+def _no_plain_saving(*_: object, **__: object) -> None:
+    """In place of transformers' `save_pretrained`.
+
+    That would write packed fields without a word of what they mean; `from_pretrained` would draw the weights at random.
+    """
+    raise UsageError("transformers' save_pretrained does not know packed weights", hint="bitfold.save(model, folder)")
 
 
 def _float_dtype(owner: nn.Module, parameter: str) -> torch.dtype:
