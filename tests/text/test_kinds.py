@@ -20,6 +20,7 @@ from bitfold.text import kinds
 from bitfold.text import windows as texts
 from bitfold.text.chat import Renderer
 from bitfold.text.documents import text_pieces
+from bitfold.text.start import start_name, text_start
 
 WORDS = ["One, two and three.", 'A "quoted" word,\nand a second line', "Déjà vu; the end."]
 TEXT = "\n\n".join(WORDS)
@@ -45,7 +46,7 @@ def read(tmp_path: Path, content: str | bytes, name: str = "file", tokenizer: An
     file = tmp_path / name
     file.write_bytes(content.encode() if isinstance(content, str) else content)
     made = tiny_lm.tokenizer() if tokenizer is None else tokenizer
-    start = texts.start_name(texts.text_start(made), made) or ""
+    start = start_name(text_start(made), made) or ""
     return "".join(text_pieces(file, split="train", render=Renderer(made, start)))
 
 

@@ -22,6 +22,7 @@ from bitfold.evaluation.outliers import find_outliers
 from bitfold.run.driver import quantize
 from bitfold.text import tokens
 from bitfold.text import windows as texts
+from bitfold.text.start import start_name, text_start
 
 CONTEXT = 32
 STARTS: dict[str, tuple[str, ...]] = {
@@ -66,10 +67,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_the_tokenizer_does_counts(single: str) -> None:
     """And not which tokens it names; what it puts behind a text is not for a window."""
     made = tokenizer(single)
-    start = texts.text_start(made)
+    start = text_start(made)
     assert tuple(made.convert_ids_to_tokens(list(start))) == STARTS[single]
-    assert texts.start_name(start, made) == ("".join(STARTS[single]) or None)
-    assert texts.text_start(made, wanted=False) == ()
+    assert start_name(start, made) == ("".join(STARTS[single]) or None)
+    assert text_start(made, wanted=False) == ()
 
 
 class Stubborn:
@@ -83,7 +84,7 @@ class Stubborn:
 
 def test_a_start_is_not_put_twice() -> None:
     """By a tokenizer that always puts it, or by a text that brings it along, as chat templates do."""
-    assert texts.text_start(Stubborn()) == (1,)
+    assert text_start(Stubborn()) == (1,)
     assert texts.tokenize("ab", Stubborn()).tolist() == [107, 108]
     made = tokenizer("<s> $A")
     assert torch.equal(texts.tokenize("<s>word", made), texts.tokenize("word", made))
@@ -140,7 +141,7 @@ def test_everything_that_reads_a_text_begins_with_it(folder: Path, tmp_path: Pat
     """Calibration, the model's own text, layer errors and outliers; and none of them when it is not wanted."""
     (tmp_path / "text.txt").write_text(tiny_lm.TEXT, encoding="utf-8")
     (tmp_path / "two.jsonl").write_text('{"text": "one two three"}\n{"text": "four five six"}\n', encoding="utf-8")
-    start = texts.text_start(tokenizer("[gMASK] <sop> $A"))
+    start = text_start(tokenizer("[gMASK] <sop> $A"))
     for name in ("text.txt", "two.jsonl"):
         ids = calibration_tokens(folder, str(tmp_path / name), nsamples=3, seqlen=9)
         assert ids[:, :2].tolist() == [list(start)] * len(ids)

@@ -16,9 +16,9 @@ from bitfold.calibration.resume import Bookmarks
 from bitfold.calibration.shape import walk_shape
 from bitfold.calibration.walk import Text
 from bitfold.models.vocabulary import refuse_unknown_tokens
+from bitfold.text.start import text_start
 from bitfold.text.tokenizer import read_tokenizer
 from bitfold.text.tokens import SELF, calibration_tokens, own_text
-from bitfold.text.windows import text_start
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from bitfold.errors import BitfoldError, ModelError, UsageError
 from bitfold.models.model_ref import Model, ModelRef, read_dtype
 from bitfold.models.vocabulary import refuse_unknown_tokens
 from bitfold.system import progress
+from bitfold.text.start import text_start
 from bitfold.text.tokenizer import require_chat
-from bitfold.text.windows import text_start, tokenize
+from bitfold.text.windows import tokenize
 
 OnText = Callable[[str], None]
 Message = dict[str, str]

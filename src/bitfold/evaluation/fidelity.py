@@ -41,6 +41,7 @@ from bitfold.models.model_ref import Model, ModelRef, read_dtype, weight_files
 from bitfold.records.run_report import peak_memory
 from bitfold.system.outputs import real_path, try_folder
 from bitfold.text import windows as texts
+from bitfold.text.start import start_name, text_start
 
 CAUSAL, MASKED = "lm", "masked"
 _AUTO = {CAUSAL: "AutoModelForCausalLM", MASKED: "AutoModelForMaskedLM"}
@@ -175,7 +176,7 @@ def evaluate(
     with _workspace(cache_dir) as folder:
         scores, reference_nll, loaded = _run(judged, against, setting, folder)
     facts = {"metric": metric, "text": texts.text_name(text), "bpw": stored_bpw(loaded), **_file_facts(judged)}
-    facts["start_token"] = texts.start_name(passages.start, tokenizer)
+    facts["start_token"] = start_name(passages.start, tokenizer)
     if tasks:
         facts["tasks"] = run_tasks(loaded, tokenizer, tasks, limit=limit, batch=batch)
     facts["seconds"] = time.monotonic() - start
@@ -219,15 +220,15 @@ def _passages(
     """The text as the models read it, and the tokenizer."""
     with_path = [s for s in (reference, model) if s is not None and s.path is not None] or [model]
     tokenizer, *others = [s.tokenizer() for s in with_path] if tokenizer is None else [tokenizer]
-    start = texts.text_start(tokenizer, sizes.start_token)
+    start = text_start(tokenizer, sizes.start_token)
     ids, *same = [texts.read_tokens(text, one, enough=sizes.max_tokens) for one in (tokenizer, *others)]
     hint = "is it the right reference?"
     if any(not torch.equal(ids, other) for other in same):
         what = "the model and the reference split the text into different tokens"
         raise UsageError(what, where=model.name, hint=hint)
     for other in others:
-        if (own := texts.text_start(other, sizes.start_token)) != start:
-            names = [texts.start_name(s, t) or "nothing" for s, t in ((own, other), (start, tokenizer))]
+        if (own := text_start(other, sizes.start_token)) != start:
+            names = [start_name(s, t) or "nothing" for s, t in ((own, other), (start, tokenizer))]
             what = f"its tokenizer begins a text with {names[0]}, the reference's with {names[1]}"
             raise UsageError(what, where=model.name, hint=f"{hint} --no-start-token begins with neither")
     longest = 2**62 if sizes.metric == CAUSAL else _MASKED_CONTEXT

@@ -30,6 +30,7 @@ from bitfold.models.sites import LINEAR, Site, find_sites
 from bitfold.models.vocabulary import refuse_unknown_tokens
 from bitfold.system import progress
 from bitfold.text import windows as texts
+from bitfold.text.start import start_name, text_start
 
 ALL = -1
 _QUANTIZE = "`bitfold quantize` makes folders that are; GGUF files of block types are"
@@ -121,13 +122,13 @@ def layer_errors(
     tokenizer = against.tokenizer() if tokenizer is None else tokenizer
     text = texts.CALIBRATION if text is None else text
     ids = texts.read_tokens(text, tokenizer, enough=max_tokens)
-    start = texts.text_start(tokenizer, start_token)
+    start = text_start(tokenizer, start_token)
     context = min(context, max_tokens, against.longest or context)
     windows = texts.cut(ids, context, None, max_tokens, start)
     original = against.load("AutoModelForCausalLM", read_dtype(dtype))
     refuse_unknown_tokens(original, windows.ids, tokenizer)
     sites = _matching(original, source, subject.name)
-    result = LayerErrors(texts.text_name(text), texts.start_name(start, tokenizer), windows.ids.numel())
+    result = LayerErrors(texts.text_name(text), start_name(start, tokenizer), windows.ids.numel())
     result.layers = list(_weight_errors(original, source, sites))
     outputs = _output_errors(original, source, sites, windows.ids)
     for layer in result.layers:

@@ -31,6 +31,7 @@ from bitfold.models.vocabulary import refuse_unknown_tokens
 from bitfold.nn import QLinear
 from bitfold.system import progress
 from bitfold.text import windows as texts
+from bitfold.text.start import start_name, text_start
 from bitfold.transforms import Hadamard
 
 THRESHOLD, LAYER_SHARE, POSITION_SHARE = 6.0, 0.25, 0.06
@@ -214,7 +215,7 @@ def find_outliers(
     subject.require_causal("activations are inspected in causal language models")
     tokenizer = tokenizer or subject.tokenizer()
     ids = texts.read_tokens(text, tokenizer, enough=max_tokens)
-    start = texts.text_start(tokenizer, start_token)
+    start = text_start(tokenizer, start_token)
     windows = texts.cut(ids, min(context, max_tokens, subject.longest or context), None, max_tokens, start)
     loaded = subject.load("AutoModelForCausalLM", read_dtype(dtype))
     refuse_unknown_tokens(loaded, windows.ids, tokenizer)
@@ -229,7 +230,7 @@ def find_outliers(
         _second_pass(loaded, groups, windows.ids)
         features, layers, positions = seen.features()
         weights = [spikes for group in groups for spikes in _spikes(group)]
-    read = (texts.text_name(text), texts.start_name(start, tokenizer), windows.ids.numel())
+    read = (texts.text_name(text), start_name(start, tokenizer), windows.ids.numel())
     result = Outliers(name, _parameters(loaded), value, *read, hidden, layers, positions)
     result.features, result.inputs, result.weights = features, [g.result() for g in groups], weights
     return result

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from bitfold.errors import ModelError, UsageError
-from bitfold.text.windows import Windows, text_ends
+from bitfold.text.start import text_ends
+from bitfold.text.windows import Windows
 
 PIECE_BYTES = 1 << 25  # of float32 logits at a time: scoring makes some eight temporaries of this size
 LARGEST_PIECE = 256  # rows

@@ -11,6 +11,7 @@ from torch import nn
 from bitfold.errors import UsageError
 from bitfold.system import progress
 from bitfold.text import windows
+from bitfold.text.start import text_start
 from bitfold.text.tokenizer import read_tokenizer
 
 SELF, BUNDLED = "self", "default"
@@ -27,14 +28,14 @@ def calibration_tokens(
             `train` where the name says no other); its start is taken, and no more of it read.
         nsamples: windows wanted; fewer if the text is shorter.
         seqlen: tokens of a window.
-        start_token: windows begin as the tokenizer begins a text (see `windows`).
+        start_token: windows begin as the tokenizer begins a text (see `start`).
 
     Raises:
         UsageError: no such file, or too little text for a single window.
         CheckpointError, HubError: the data set or the tokenizer cannot be read.
     """
     tokenizer = read_tokenizer(folder)
-    start = windows.text_start(tokenizer, start_token)
+    start = text_start(tokenizer, start_token)
     own = seqlen - len(start)
     ids = windows.read_tokens(spec, tokenizer, enough=nsamples * max(1, own), split="train")
     if len(ids) < own:
@@ -51,7 +52,7 @@ def own_text(model: nn.Module, *, nsamples: int, seqlen: int, seed: int, start: 
         model: a causal language model of transformers, in memory.
         nsamples, seqlen: shape of the result.
         seed: of the sampling.
-        start: what it goes on from, see `windows.text_start`; where nothing begins a text, the token that its config
+        start: what it goes on from, see `text_start`; where nothing begins a text, the token that its config
             names for it.
     """
     config: Any = model.config

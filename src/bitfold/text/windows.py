@@ -19,13 +19,13 @@ import torch
 from bitfold.errors import UsageError
 from bitfold.text.chat import Renderer
 from bitfold.text.documents import is_text, text_pieces
+from bitfold.text.start import start_name, text_start
 from bitfold.text.stream import token_pieces
 
 BUNDLED = Path(__file__).parent / "data" / "wikitext2-test.txt"
 CALIBRATION = BUNDLED.with_name("wikitext2-valid.txt")
 DEFAULT_CONTEXT = 2048
 DEFAULT_MAX_TOKENS = 20480
-_PROBE = "a text"
 _DIGESTED = 1 << 26  # bytes
 
 
@@ -150,35 +150,6 @@ def read_lines(text: str | os.PathLike[str] | None) -> list[str]:
     if lines := [line.strip() for line in whole.splitlines() if line.strip()]:
         return lines
     raise UsageError("the text is empty", where=text_name(text))
-
-
-def text_ends(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Token ids that the tokenizer puts before and behind a text: what it does counts, not which tokens it names.
-
-    Llama has `<s>` before, BERT `[CLS]` and `[SEP]` around, GLM two tokens before; GPT-2 names a token for it and puts
-    nothing.
-    """
-    whole, alone = (list(tokenizer(_PROBE, add_special_tokens=special)["input_ids"]) for special in (True, False))
-    if whole == alone:  # nothing, or a tokenizer that always puts it
-        special = set(getattr(tokenizer, "all_special_ids", ()))
-        before = next((i for i, token in enumerate(whole) if token not in special), 0)
-        return tuple(whole[:before]), ()
-    places = range(len(whole) - len(alone) + 1)
-    at = next((i for i in places if whole[i : i + len(alone)] == alone), 0)
-    return tuple(whole[:at]), tuple(whole[at + len(alone) :])
-
-
-def text_start(tokenizer: Any, wanted: bool = True) -> tuple[int, ...]:
-    """What windows of a causal model begin with: the ids that the tokenizer puts before a text; () if not wanted.
-
-    What it puts behind a text is for its end, and a window is not one.
-    """
-    return text_ends(tokenizer)[0] if wanted else ()
-
-
-def start_name(start: tuple[int, ...], tokenizer: Any) -> str | None:
-    """How reports call what windows begin with, such as "<bos>"; None for nothing."""
-    return "".join(map(str, tokenizer.convert_ids_to_tokens(list(start)))) if start else None
 
 
 def tokenize(text: str, tokenizer: Any) -> torch.Tensor:
