@@ -15,7 +15,7 @@ CSRC   := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
 
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format bench bench-methods bench-peers demo docs fuzz sanitize neon clean
+.PHONY: help setup test lint format bench bench-decode bench-methods bench-peers demo docs fuzz sanitize neon clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -56,6 +56,9 @@ bench: setup ## speed of the native core on this machine
 
 bench-peers: setup ## the same beside llama.cpp, PyTorch, ONNX Runtime, OpenVINO (each in its own environment)
 	TORCH='$(TORCH)' $(PY) benchmarks/bench_peers.py
+
+bench-decode: setup ## text beside llama.cpp and OpenVINO GenAI on the same models: ARGS='--model NAME=FOLDER:FILE.gguf'
+	TORCH='$(TORCH)' $(PY) benchmarks/bench_decode.py $(ARGS)
 
 bench-methods: setup ## table of all methods and bits on the demo's model, with peers (an hour a call, until all are there)
 	test -d demo/original || $(PY) examples/demo.py

@@ -36,6 +36,7 @@ PEERS = {
     "openvino": ["openvino numpy"],
     "llama_cpp": ["llama-cpp-python numpy"],
 }
+ENGINES = {"openvino_genai": ["openvino-genai numpy"]}  # of bench_decode.py
 OURS = ["int8", "int4", "int4-g64", "int2-g64", "nf4", "trellis-2", "trellis-3", "trellis-4"]
 Row = dict[str, Any]
 
@@ -49,7 +50,7 @@ def environment(peer: str) -> Path:
         print(f"making {folder} ...", file=sys.stderr)
         venv.create(folder, with_pip=True, clear=True)
         variables = {**os.environ, "CMAKE_ARGS": "-DGGML_NATIVE=ON"}
-        for wanted in PEERS[peer]:
+        for wanted in (PEERS | ENGINES)[peer]:
             subprocess.run([python, "-m", "pip", "install", "-q", *wanted.split()], check=True, env=variables)
         done.touch()
     return python

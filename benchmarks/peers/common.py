@@ -49,3 +49,8 @@ def report(kernel: str, shape: tuple[int, int], m: int, seconds: float, nbytes: 
 def missing(kernel: str, why: str) -> None:
     """A kernel that this build of the peer does not have."""
     print(json.dumps({"kernel": kernel, "missing": why}), flush=True)
+
+
+def speeds(prefill: float, decode: float, nbytes: int) -> None:
+    """One JSON line of an engine: tokens per second read and written, bytes of the model."""
+    print(json.dumps({"prefill": prefill, "decode": decode, "nbytes": nbytes}), flush=True)
