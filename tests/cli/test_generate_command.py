@@ -67,3 +67,74 @@ def test_chat_needs_a_template(bitfold: Bitfold, tmp_path: Path, monkeypatch: py
     result = bitfold("chat", plain)
     assert result.code == 2
     assert "no chat template" in result.err
+
+
+def test_sampling_settings(bitfold: Bitfold, model: Path, tmp_path: Path) -> None:
+    """Every option reaches the sampler."""
+    plain = bitfold("generate", model, "Line 1", "--max-new-tokens", 30, "--json").json
+    stop = plain["text"][4:6]
+    stopped = bitfold("generate", model, "Line 1", "--max-new-tokens", 30, "--stop", "never", "--stop", stop)
+    assert stopped.out == "Line 1" + plain["text"][: plain["text"].index(stop)] + "\n"
+    assert plain["finish"] == "length"
+    biased = bitfold("generate", model, "Line 1", "--max-new-tokens", 5, "--logit-bias", "64:1000", "--json").json
+    assert biased["text"] == "aaaaa"
+    alone = ("--temperature", 1.0, "--max-new-tokens", 30, "--json")
+    for option in (("--top-k", 1), ("--min-p", 1.0), ("--typical-p", 0.001)):
+        first, second = (bitfold("generate", model, "Line 1", *alone, *option, "--seed", n).json for n in (1, 2))
+        assert first["text"] == second["text"]
+    for option in ("--repetition-penalty", "--presence-penalty", "--frequency-penalty"):
+        assert bitfold("generate", model, "Line 1", "--max-new-tokens", 30, option, 4.5, "--json").json != plain
+    for speculate in ("off", "auto", "5"):
+        same = bitfold("generate", model, "Line 1", "--max-new-tokens", 30, "--speculate", speculate, "--json").json
+        assert same["text"] == plain["text"]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--speculate", "maybe"), "auto, off, or 0 to 64"),
+        (("--logit-bias", "a:b"), "TOKEN:BIAS"),
+        (("--logit-bias", "7"), "TOKEN:BIAS"),
+        (("--min-p", 2), "min_p"),
+        (("--stop", ""), "stop"),
+        (("--regex", "a", "--grammar", "b"), "one grammar"),
+    ],
+    ids=str,
+)
+def test_settings_that_make_no_sense(bitfold: Bitfold, model: Path, option: tuple[object, ...], message: str) -> None:
+    result = bitfold("generate", model, "Line 1", *option)
+    assert result.code == 2
+    assert message in result.err
+
+
+def test_grammars(bitfold: Bitfold, model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance", reason="llguidance is not installed")
+    path = tmp_path / "file"
+    path.write_text('{"type": "array", "items": {"enum": [1, 2]}, "minItems": 3, "maxItems": 3}')
+    made = bitfold("generate", model, "Line 1", "--json-schema", path, "--json").json
+    assert len(json.loads(made["text"])) == 3
+    assert made["finish"] == "end"
+    assert bitfold("generate", model, "Line 1", "--regex", "(yes|no)!", "--json").json["text"] in ("yes!", "no!")
+    path.write_text('start: "yes" | "no"')
+    assert bitfold("generate", model, "Line 1", "--grammar", path, "--json").json["text"] in ("yes", "no")
+    path.write_text("start: foo")
+    assert bitfold("generate", model, "Line 1", "--grammar", path).code == 2
+    assert bitfold("generate", model, "Line 1", "--grammar", tmp_path / "missing").code == 3
+
+
+def test_ctrl_c_ends_an_answer_of_chat(bitfold: Bitfold, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next message is answered, and the conversation holds what there was of the answer before."""
+    from bitfold.cli import generate
+
+    shown: list[str] = []
+
+    def interrupted_once(text: str) -> None:
+        shown.append(text)
+        if len(shown) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "_show", interrupted_once)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\nHi\n"))
+    result = bitfold("chat", model, "--max-new-tokens", 9, "--temperature", 0)
+    assert result.code == 0
+    assert len(shown) > 3

@@ -12,7 +12,6 @@ from torch import nn
 
 import tiny_lm
 from bitfold.engine import Sampling, Writer
-from bitfold.engine.loop import _choose, _processors
 from bitfold.engine.shapes import SHAPES, random_model
 from bitfold.engine.speed import measure
 from bitfold.errors import UsageError
@@ -34,33 +33,39 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return lines
 
 
-def tokens(folder: Path, by_engine: bool, count: int, **settings: Any) -> list[int]:
+def tokens(folder: Path, by_engine: bool, count: int, guesses: int = 0, **settings: Any) -> list[int]:
+    """Of our loop, with our sampler; of transformers' own, with its own processors."""
     writer = Writer.open(folder, dtype="float32")
-    writer.native = by_engine
-    config = writer._config(Sampling(count), count)
-    config.update(**settings)
-
-    class Silent:
-        put = end = staticmethod(lambda *_: None)
-
+    writer.guesses = guesses
     ids = torch.tensor([writer.tokenizer(PROMPT)["input_ids"]])
-    made = writer._generate(ids, config, Silent())  # type: ignore[arg-type]
-    assert writer.native == by_engine  # nothing fell back
-    return made
+    writer.model.generation_config.update(**settings)  # type: ignore[union-attr, operator]
+    if by_engine:
+        made: list[int] = []
+        writer._generate(ids, writer._config(count), writer._sampler(ids, Sampling()), lambda t: bool(made.append(t)))
+        assert writer.native  # nothing fell back
+        return made
+    out = writer.model.generate(  # type: ignore[operator]
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False
+    )
+    return list(out[0, ids.shape[1] :].tolist())
 
 
 def check_same(folder: Path, count: int = 40, **settings: Any) -> list[int]:
     """The same tokens, or at the first difference two that are equally likely but for rounding of keys and values."""
     ours, theirs = (tokens(folder, by_engine, count, **settings) for by_engine in (True, False))
+    check_alike(folder, ours, theirs)
+    return ours
+
+
+def check_alike(folder: Path, ours: list[int], theirs: list[int]) -> None:
     if ours == theirs:
-        return ours
+        return
     at = next(i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1])
     writer = Writer.open(folder, dtype="float32")
     ids = [*writer.tokenizer(PROMPT)["input_ids"], *ours[:at]]
     with torch.no_grad():
         logits = writer.model(input_ids=torch.tensor([ids])).logits[0, -1]
     assert abs(float(logits[ours[at]] - logits[theirs[at]])) < 0.01 * float(logits.std())
-    return ours
 
 
 def test_greedy_text(folder):
@@ -78,30 +83,95 @@ def test_end_tokens_end_it(folder):
     assert check_same(folder, eos_token_id=[end, 256]) == made[: first + 1]
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"temperature": 0.5}, {"top_p": 0.6}, {"top_k": 3}, {"min_p": 0.2}],
-    ids=lambda settings: next(iter(settings), "plain"),
-)
-def test_draws_have_the_distribution(settings):
-    """Of 4000 draws each probability is met within 5 standard deviations; what must not be drawn never is."""
-    logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
-    config = hf.GenerationConfig(do_sample=True, **{"top_k": 0, **settings})
-    processors = _processors(config)
-    scores = logits[None] / settings.get("temperature", 1.0)
-    p = scores.softmax(-1)[0]
-    if "top_p" in settings:
-        p = p.where(p.cumsum(0) - p < 0.6, torch.tensor(0.0))  # they are sorted
-    if "top_k" in settings:
-        p = p.where(torch.arange(6) < 3, torch.tensor(0.0))
-    if "min_p" in settings:
-        p = p.where(p >= 0.2 * p.max(), torch.tensor(0.0))
-    p = p / p.sum()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        drawn = torch.tensor([_choose(logits, [0], processors, draws=True) for _ in range(4000)])
-    found = torch.bincount(drawn, minlength=6) / 4000
-    assert bool(((found - p).abs() <= 5 * (p * (1 - p) / 4000).sqrt()).all())
+@pytest.mark.parametrize("guesses", [1, 4, 15])
+def test_guesses_change_no_text(folder, guesses):
+    """A small random model repeats itself soon, so that many guesses are right, and some are not."""
+    check_alike(folder, tokens(folder, True, 100, guesses), tokens(folder, True, 100))
+
+
+def test_guesses_that_are_right_save_passes(folder):
+    writer = Writer.open(folder, dtype="float32", chat=True)
+    writer.guesses = 4
+    writer.write(PROMPT, Sampling(1))
+    assert writer._loop is not None
+    passes, logits = [], writer._loop._decoder.logits
+    writer._loop._decoder.logits = lambda ids: (passes.append(len(ids)), logits(ids))[1]  # type: ignore[method-assign]
+    made = writer.write("abcabcabcabc", Sampling(60, logit_bias=dict.fromkeys((64, 65, 66), 1000.0)))
+    assert made.tokens == 60
+    assert passes
+    assert max(passes) == 5
+    assert len(writer._loop._decoder.ids) == made.prompt_tokens + 59  # nothing of a wrong guess is left
+
+
+@pytest.mark.parametrize("guesses", [0, 3])
+def test_draws_with_guesses_have_the_distribution(folder, guesses):
+    """Two tokens behind a prompt, 1500 times: pairs as often as the model says. Chi-square, chance in 10^6.
+
+    Where the first token is an a, the second is read as a guess (b, as before); the third makes room for it.
+    """
+    writer = Writer.open(folder, dtype="float32")
+    writer.guesses = guesses
+    prompt = "abcdabcd"
+    ids = writer.tokenizer(prompt)["input_ids"]
+    few = writer.tokenizer("abcx")["input_ids"]
+    bias = dict.fromkeys(few, 1000.0)
+    with torch.no_grad():
+        first = writer.model(input_ids=torch.tensor([ids])).logits[0, -1]
+        second = torch.stack([writer.model(input_ids=torch.tensor([[*ids, t]])).logits[0, -1] for t in few])
+    p = (first[few].softmax(0)[:, None] * second[:, few].softmax(1)).flatten().double()
+    found, draws = torch.zeros(16, dtype=torch.float64), 1500
+    for seed in range(draws):
+        text = writer.write(prompt, Sampling(3, temperature=1.0, seed=seed, logit_bias=bias)).text
+        found[4 * "abcx".index(text[0]) + "abcx".index(text[1])] += 1
+    expected = p * draws
+    statistic = float(((found - expected).square() / expected).sum())
+    assert statistic < 60  # 15 degrees of freedom
+
+
+def test_stop_texts_end_it(folder):
+    writer = Writer.open(folder, dtype="float32")
+    whole = writer.write(PROMPT, Sampling(40))
+    assert whole.finish == "length"
+    stop = whole.text[10:13]
+    shown: list[str] = []
+    made = writer.write(PROMPT, Sampling(40, stop=(stop, "never there")), shown.append)
+    assert made.finish == "stop"
+    assert made.text == "".join(shown) == whole.text[: whole.text.index(stop)]
+    assert made.tokens < whole.tokens
+    writer.model.generation_config.update(stop_strings=[stop])  # type: ignore[union-attr, operator]
+    assert writer.write(PROMPT, Sampling(40)).text == made.text
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_both_loops_choose_alike(folder, native):
+    """One sampler: with the same seed the text is the same, whoever drives the model."""
+    settings = Sampling(20, temperature=0.8, top_k=20, presence_penalty=0.3, logit_bias={70: 1.0}, seed=4)
+    writer = Writer.open(folder, dtype="float32")
+    expected = writer.write(PROMPT, settings).text
+    writer.native = native
+    assert writer.write(PROMPT, settings).text[:10] == expected[:10]
+
+
+def test_ctrl_c_ends_a_text(folder):
+    writer = Writer.open(folder, dtype="float32", chat=True)
+
+    def interrupt(text: str) -> None:
+        if writer.interruptible or len(shown) == 5:
+            shown.append(text)
+            raise KeyboardInterrupt
+        shown.append(text)
+
+    shown: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        writer.say("Hi", Sampling(40), interrupt)
+    assert writer.messages == []
+    writer.interruptible = True
+    answer = writer.say("Hi", Sampling(40), interrupt)
+    assert answer.finish == "interrupted"
+    assert answer.tokens >= 1
+    assert [m["content"] for m in writer.messages] == ["Hi", answer.text]
+    writer.interruptible = False
+    assert writer.say("Hi", Sampling(3)).finish in ("length", "end")
 
 
 def test_a_text_that_goes_on_is_not_read_again(folder):

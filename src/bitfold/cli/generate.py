@@ -5,18 +5,87 @@ from __future__ import annotations
 import json as json_module
 import sys
 from collections.abc import Iterator
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bitfold.cli.app import Json, ModelArgument, Revision, app, print_json
 from bitfold.errors import UsageError
 
+if TYPE_CHECKING:
+    from bitfold.engine import Grammar
+
 MaxNewTokens = Annotated[int, typer.Option(help="When to stop at the latest.")]
 Temperature = Annotated[float, typer.Option(help="0: always the most likely token; 1: as the model says.")]
 TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that together have this probability.")]
+TopK = Annotated[int, typer.Option(help="Draw from this many of the likeliest tokens; 0: from all.")]
+MinP = Annotated[
+    float | None,
+    typer.Option(help="Draw from tokens at least this likely, as a share of the likeliest one.", show_default=False),
+]
+TypicalP = Annotated[
+    float | None,
+    typer.Option(help="Draw from the most typical tokens that together have this probability.", show_default=False),
+]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option(help="Above 1: tokens of the prompt and the text become less likely.", show_default=False),
+]
+PresencePenalty = Annotated[float, typer.Option(help="Taken from the logits of tokens that the text has.")]
+FrequencyPenalty = Annotated[float, typer.Option(help="The same, for each time that the text has them.")]
+LogitBias = Annotated[
+    list[str] | None,
+    typer.Option(help="TOKEN:BIAS: added to the logit of a token (its number). May be repeated.", show_default=False),
+]
+Stop = Annotated[
+    list[str] | None, typer.Option(help="A text that ends it, and is not printed. May be repeated.", show_default=False)
+]
+JsonSchema = Annotated[
+    Path | None, typer.Option(help="A file with the JSON schema of what is written.", show_default=False)
+]
+Regex = Annotated[str | None, typer.Option(help="A regular expression that all of it must match.", show_default=False)]
+GrammarFile = Annotated[
+    Path | None,
+    typer.Option("--grammar", help="A file with its grammar, in Lark's notation or in GBNF.", show_default=False),
+]
+Speculate = Annotated[
+    str, typer.Option(help="Tokens guessed from the text so far and read along: auto (as many as pay), off, or N.")
+]
 Seed = Annotated[int, typer.Option(help="Of the draws; the same seed gives the same text.")]
 Dtype = Annotated[str, typer.Option(help="Of the activations: auto (as stored), float32, bfloat16 or float16.")]
+
+
+def _guesses(text: str) -> int | None:
+    """What `--speculate` means: None for auto."""
+    if text == "auto":
+        return None
+    if text == "off":
+        return 0
+    if text.isdecimal() and int(text) <= 64:
+        return int(text)
+    raise UsageError(f"{text!r} is not a number of tokens", where="--speculate", hint="auto, off, or 0 to 64")
+
+
+def _bias(words: list[str] | None) -> dict[int, float]:
+    """What `--logit-bias` means."""
+    try:
+        pairs = [word.rsplit(":", 1) for word in words or ()]
+        return {int(token): float(bias) for token, bias in pairs}
+    except ValueError as error:
+        raise UsageError("a bias is TOKEN:BIAS, two numbers", where="--logit-bias") from error
+
+
+def _grammar(schema: Path | None, regex: str | None, grammar: Path | None) -> Grammar | None:
+    from bitfold.engine import Grammar
+
+    if sum(given is not None for given in (schema, regex, grammar)) > 1:
+        raise UsageError("a text has one grammar", where="--json-schema, --regex, --grammar")
+    if regex is not None:
+        return Grammar("regex", regex)
+    if schema is not None:
+        return Grammar.read("json_schema", schema)
+    return None if grammar is None else Grammar.read("grammar", grammar)
 
 
 def _show(text: str) -> None:
@@ -34,6 +103,18 @@ def generate(
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = None,
+    typical_p: TypicalP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    logit_bias: LogitBias = None,
+    stop: Stop = None,
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
+    grammar: GrammarFile = None,
+    speculate: Speculate = "auto",
     seed: Seed = 0,
     dtype: Dtype = "auto",
     revision: Revision = None,
@@ -45,8 +126,12 @@ def generate(
         raise UsageError("give one text to continue", where="--prompt")
     from bitfold.engine import Sampling, Writer
 
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    penalties = (repetition_penalty, presence_penalty, frequency_penalty, _bias(logit_bias), tuple(stop or ()))
+    asked = _grammar(json_schema, regex, grammar)
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed, top_k, min_p, typical_p, *penalties, asked)
+    guesses = _guesses(speculate)
     writer = Writer.open(model, dtype=dtype, revision=revision, chat=chat)
+    writer.guesses = guesses
     write = writer.say if chat else writer.write
     if json:
         print_json(write(given[0], sampling).to_dict())
@@ -65,16 +150,32 @@ def chat(
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.7,
     top_p: TopP = 0.95,
+    top_k: TopK = 0,
+    min_p: MinP = None,
+    typical_p: TypicalP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    logit_bias: LogitBias = None,
+    stop: Stop = None,
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
+    grammar: GrammarFile = None,
+    speculate: Speculate = "auto",
     seed: Seed = 0,
     dtype: Dtype = "auto",
     revision: Revision = None,
     json: Json = False,
 ) -> None:
-    """Talk with a model: a line is a message, /reset begins anew, /exit (or end of input) ends."""
+    """Talk with a model: a line is a message, /reset begins anew, Ctrl-C ends an answer, /exit all of it."""
     from bitfold.engine import Sampling, Writer
 
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    penalties = (repetition_penalty, presence_penalty, frequency_penalty, _bias(logit_bias), tuple(stop or ()))
+    asked = _grammar(json_schema, regex, grammar)
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed, top_k, min_p, typical_p, *penalties, asked)
+    guesses = _guesses(speculate)
     writer = Writer.open(model, dtype=dtype, revision=revision, chat=True)
+    writer.guesses, writer.interruptible = guesses, True
     for line in _lines():
         if line == "/reset":
             writer.messages = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
-from bitfold.engine.generation import Generation, Sampling, Writer, generate
+from bitfold.engine.generation import Generation, Writer, generate
+from bitfold.engine.grammar import Grammar
+from bitfold.engine.sampling import Sampling
 
-__all__ = ["Generation", "Sampling", "Writer", "generate"]
+__all__ = ["Generation", "Grammar", "Sampling", "Writer", "generate"]

@@ -13,7 +13,10 @@ import torch
 from torch import nn
 
 from bitfold.engine.decoder import Unsupported
-from bitfold.engine.loop import Loop
+from bitfold.engine.grammar import Guide
+from bitfold.engine.loop import Loop, OnToken, by_transformers, end_tokens, require_plain
+from bitfold.engine.sampling import Sampler, Sampling
+from bitfold.engine.stream import TextStream
 from bitfold.errors import BitfoldError, ModelError, UsageError
 from bitfold.models.model_ref import Model, ModelRef, read_dtype
 from bitfold.models.vocabulary import refuse_unknown_tokens
@@ -27,31 +30,6 @@ Message = dict[str, str]
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Args:
-        max_new_tokens: when to stop at the latest.
-        temperature: 0 = always the most likely token.
-        top_p: draw from the most likely tokens that together have this probability.
-        seed: of the draws; the same seed gives the same text.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UsageError(f"cannot generate {self.max_new_tokens} tokens", where="max_new_tokens")
-        if self.temperature < 0:
-            raise UsageError(f"a temperature of {self.temperature:g} makes no sense", hint="0 or more")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p must be above 0 and at most 1, not {self.top_p:g}", where="top_p")
-
-
-@dataclass(frozen=True)
 class Generation:
     """A text that was generated.
 
@@ -59,6 +37,8 @@ class Generation:
         prompt: what it follows.
         text: the new text, without special tokens.
         prompt_tokens, tokens: before it, and in it.
+        finish: why it ended: "end" (the model ended it, or its grammar allowed no more), "stop" (a stop text),
+            "length", "interrupted" (Ctrl-C).
         seconds: wall-clock time of the generation, loading not included.
         first_token_seconds: of which until the first token was there.
     """
@@ -67,6 +47,7 @@ class Generation:
     text: str
     prompt_tokens: int
     tokens: int
+    finish: str
     seconds: float
     first_token_seconds: float
 
@@ -91,6 +72,9 @@ class Writer:
         longest: tokens that the model can attend to, or None.
         messages: the conversation so far.
         native: use the native engine, where it has code for the model; where it has not, one line says why.
+        guesses: of the native engine, tokens that are guessed from the text so far and read along with the next one;
+            None: as many as pay, 0: none. The text is the same.
+        interruptible: Ctrl-C ends the text that is being written, and nothing else.
     """
 
     model: nn.Module
@@ -98,7 +82,10 @@ class Writer:
     longest: int | None = None
     messages: list[Message] = field(default_factory=list)
     native: bool = True
+    guesses: int | None = None
+    interruptible: bool = False
     _loop: Loop | None = field(default=None, repr=False)
+    _guide: Guide | None = field(default=None, repr=False)
 
     @classmethod
     def open(
@@ -164,51 +151,70 @@ class Writer:
         if room < 1:
             hint = "shorten it, or begin a new conversation"
             raise UsageError(f"{ids.shape[1]} tokens are more than the model can take, {self.longest}", hint=hint)
-        streamer = _Streamer(self.tokenizer, on_text)
+        config = self._config(min(room, sampling.max_new_tokens))
+        sampler = self._sampler(ids, sampling)
+        text = _Text(self.tokenizer, (*sampling.stop, *_stops(self.model.generation_config)), on_text)
         start = time.monotonic()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(sampling.seed)
-            new = self._generate(ids, self._config(sampling, min(room, sampling.max_new_tokens)), streamer)
-        seconds = time.monotonic() - start
-        text = self.tokenizer.decode(new, skip_special_tokens=True)
-        first = (streamer.first_at or time.monotonic()) - start
-        return Generation(prompt, text, ids.shape[1], len(new), seconds, first)
+        try:
+            with torch.no_grad():
+                self._generate(ids, config, sampler, text.add)
+        except KeyboardInterrupt:
+            if not self.interruptible:
+                raise
+            text.interrupted = True
+        cut = len(text.ids) >= config.max_new_tokens and text.ids[-1] not in end_tokens(config) and not sampler.complete
+        return text.generation(prompt, ids.shape[1], start, "length" if cut else "end")
 
     def _before(self, ids: torch.Tensor) -> int:
         """Tokens in front of the new ones: the prompt, or the one token that an answer begins with."""
         return 1 if self.answers else int(ids.shape[1])
 
-    def _generate(self, ids: torch.Tensor, config: Any, streamer: _Streamer) -> list[int]:
+    def _generate(self, ids: torch.Tensor, config: Any, sampler: Sampler, on_token: OnToken) -> None:
         if self.native:
             try:
-                self._loop = self._loop or Loop(self.model)
-                return self._loop.generate(ids[0].tolist(), config, streamer)
+                require_plain(config)
+                self._loop = self._loop or Loop(self.model, self.guesses)
+                self._loop.generate(ids[0].tolist(), sampler, config.max_new_tokens, end_tokens(config), on_token)
+                return
             except Unsupported as reason:
                 self.native = False
                 progress.say(f"text comes from transformers' own loop, which is slower: {reason}")
         with _in_words(self.model):
-            out: torch.Tensor = self.model.generate(  # type: ignore[operator]
-                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=streamer
-            )
-        made: list[int] = out[0, self._before(ids) :].tolist()
-        return made
+            by_transformers(self.model, ids, config, sampler, on_token)
 
-    def _config(self, sampling: Sampling, max_new_tokens: int) -> Any:
-        """The model's own generation config (its end tokens), with nothing but our choice of sampling."""
+    def _sampler(self, ids: torch.Tensor, sampling: Sampling) -> Sampler:
+        config, matcher = self.model.generation_config, None
+        if sampling.grammar is not None:
+            self._guide = self._guide or Guide(self.tokenizer, sorted(end_tokens(config)))
+            matcher = self._guide.matcher(sampling.grammar)
+        return Sampler(sampling.filled(config), () if self.answers else ids[0].tolist(), matcher)
+
+    def _config(self, max_new_tokens: int) -> Any:
+        """The model's own generation config (its end tokens), without what the sampler does."""
         config: Any = copy.deepcopy(self.model.generation_config)
-        draws = sampling.temperature > 0
         config.update(
             max_new_tokens=max_new_tokens,
             max_length=None,
-            do_sample=draws,
-            temperature=sampling.temperature if draws else None,
-            top_p=sampling.top_p if draws else None,
-            top_k=0 if draws else None,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            min_p=None,
+            typical_p=None,
+            repetition_penalty=None,
+            stop_strings=None,
         )
         if config.pad_token_id is None:
             end = config.eos_token_id
             config.pad_token_id = end[0] if isinstance(end, list) and end else end
         return config
+
+
+def _stops(config: Any) -> tuple[str, ...]:
+    """Stop texts of a generation config."""
+    stops = getattr(config, "stop_strings", None) or ()
+    return (stops,) if isinstance(stops, str) else tuple(stops)
 
 
 @contextlib.contextmanager
@@ -223,43 +229,34 @@ def _in_words(model: nn.Module) -> Iterator[None]:
         raise ModelError(f"does not write from this text alone: {reason}", where=type(model).__name__) from error
 
 
-class _Streamer:
-    """Receives token ids from transformers' loop and passes text on as soon as its characters are certain.
+class _Text:
+    """A text while it is written: what of it is shown, and when its first token was there."""
 
-    A token may be a part of a character, and some tokenizers strip the space in front of a word: so all tokens so far
-    are decoded again from the last line break on, and what is new is passed on, up to the last whole character.
-    """
+    def __init__(self, tokenizer: Any, stops: tuple[str, ...], on_text: OnText | None) -> None:
+        self._stream, self._on_text = TextStream(tokenizer, stops), on_text
+        self._first_at: float | None = None
+        self.ids: list[int] = []
+        self.interrupted = False
 
-    def __init__(self, tokenizer: Any, on_text: OnText | None) -> None:
-        self.tokenizer, self.on_text = tokenizer, on_text
-        self.first_at: float | None = None
-        self._prompt_seen = False
-        self._ids: list[int] = []
-        self._shown = 0
+    def add(self, token: int) -> bool:
+        """A token; whether the text ends with it."""
+        self._first_at = self._first_at or time.monotonic()
+        self.ids.append(token)
+        self._show(self._stream.add(token))
+        return self._stream.stopped
 
-    def put(self, value: torch.Tensor) -> None:
-        """Called by transformers: first with the prompt, then with each new token."""
-        if not self._prompt_seen:
-            self._prompt_seen = True
-            return
-        self.first_at = self.first_at or time.monotonic()
-        self._ids += value.reshape(-1).tolist()
-        self._show(final=False)
+    def _show(self, text: str) -> None:
+        if text and self._on_text is not None:
+            self._on_text(text)
 
-    def end(self) -> None:
-        """Called by transformers after the last token."""
-        self._show(final=True)
-
-    def _show(self, *, final: bool) -> None:
-        if self.on_text is None:
-            return
-        text = str(self.tokenizer.decode(self._ids, skip_special_tokens=True))
-        sure = len(text) if final else len(text.rstrip("\ufffd"))
-        if sure > self._shown:
-            self.on_text(text[self._shown : sure])
-            self._shown = sure
-        if text.endswith("\n") and sure == len(text):
-            self._ids, self._shown = [], 0
+    def generation(self, prompt: str, prompt_tokens: int, start: float, finish: str) -> Generation:
+        """The text is whole, ended as `finish` says if nothing else ended it before."""
+        now = time.monotonic()
+        self._show(self._stream.finish())
+        if self.interrupted or self._stream.stopped:
+            finish = "interrupted" if self.interrupted else "stop"
+        first = (self._first_at or now) - start
+        return Generation(prompt, self._stream.text, prompt_tokens, len(self.ids), finish, now - start, first)
 
 
 def generate(

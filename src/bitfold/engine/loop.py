@@ -1,26 +1,31 @@
-"""Token after token through the native decoder, under the same generation config as transformers' own loop.
+"""Token after token: through the native decoder, or through transformers' loop where that must do it.
 
-Logits are processed by transformers' own classes, so what is asked of both is the same; a setting that this loop does
-not know is a reason to use the other.
+The tokens are chosen by the same `Sampler` in both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bitfold.engine.decoder import Decoder, Unsupported
+from bitfold.engine.lookup import MOST, Lookup, Payoff
+from bitfold.engine.sampling import Sampler
+
+OnToken = Callable[[int], bool]  # is told of each new token; whether the text ends with it
 
 _ROOM = 256  # tokens by which the cache grows
-# Settings of a generation config that this loop has no code for; false, 0 and None mean: not wanted.
+# Settings of a generation config that only transformers' loop has code for; false, 0 and None mean: not wanted.
 _OTHERS = (
     "bad_words_ids",
     "begin_suppress_tokens",
     "constraints",
     "diversity_penalty",
+    "encoder_no_repeat_ngram_size",
     "epsilon_cutoff",
     "eta_cutoff",
     "exponential_decay_length_penalty",
@@ -33,17 +38,22 @@ _OTHERS = (
     "penalty_alpha",
     "remove_invalid_values",
     "sequence_bias",
-    "stop_strings",
     "suppress_tokens",
+    "top_h",
     "watermarking_config",
 )
 
 
-class Streamer(Protocol):
-    """Is told of the prompt first, then of each new token."""
+def require_plain(config: Any) -> None:
+    """Unsupported for a generation config of transformers that asks for more than a `Sampler` can do."""
+    if others := [name for name in _OTHERS if getattr(config, name, None)]:
+        raise Unsupported(f"the model's generation config asks for {', '.join(others)}")
 
-    def put(self, value: Tensor) -> None: ...
-    def end(self) -> None: ...
+
+def end_tokens(config: Any) -> frozenset[int]:
+    """Tokens that end a text, of a generation config."""
+    ends = getattr(config, "eos_token_id", None)
+    return frozenset() if ends is None else frozenset(ends if isinstance(ends, (list, tuple)) else [int(ends)])
 
 
 class Loop:
@@ -51,83 +61,91 @@ class Loop:
 
     Args:
         model: a causal language model on the CPU.
+        guesses: tokens of a pass that may be guessed from the text before; None: as many as pay, by measurement.
 
     Raises:
         Unsupported: the engine has no code for it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, guesses: int | None = None) -> None:
         self._model = model
+        self._guesses = guesses
         self._decoder = Decoder(model, _ROOM)
 
-    def generate(self, ids: Sequence[int], config: Any, streamer: Streamer) -> list[int]:
-        """The tokens that follow `ids`, up to an end token (included) or `config.max_new_tokens`.
+    def generate(
+        self, ids: Sequence[int], sampler: Sampler, limit: int, ends: frozenset[int], on_token: OnToken
+    ) -> list[int]:
+        """The tokens that follow `ids`, at most `limit`; an end token is the last.
 
         Args:
             ids: the prompt.
-            config: transformers' GenerationConfig.
-            streamer: is told of them as they come.
-
-        Raises:
-            Unsupported: the config asks for something this loop cannot do; nothing has been generated.
+            sampler: chooses them.
+            limit: how many at most.
+            ends: tokens that end the text.
+            on_token: is told of each as it comes, and may end the text with it.
         """
-        processors, ends = _processors(config), _ends(config)
-        self._make_room(len(ids) + config.max_new_tokens)
-        streamer.put(torch.tensor([list(ids)]))
-        seen, new = list(ids), list(ids[self._decoder.keep(ids) :])
+        guesses = MOST if self._guesses is None else self._guesses
+        self._make_room(len(ids) + limit)
+        payoff = Payoff(guesses, always=self._guesses is not None)
+        lookup = Lookup(ids) if guesses else None
         made: list[int] = []
-        while len(made) < config.max_new_tokens:
-            logits = self._decoder.extend(new)
-            token = _choose(logits, seen, processors, draws=bool(config.do_sample))
-            new = [token]
-            seen.append(token)
-            made.append(token)
-            streamer.put(torch.tensor(new))
-            if token in ends:
-                break
-        streamer.end()
-        return made
+        guessed: list[int] = []
+        rows, start = self._decoder.extend(list(ids[self._decoder.keep(ids) :]))[None], 0.0
+        while True:
+            before = len(made)
+            for row, guess in zip(rows, [*guessed, None], strict=True):
+                token = sampler.choose(row)
+                made.append(token)
+                if on_token(token) or token in ends or sampler.complete or len(made) >= limit:
+                    self._forget(len(ids) + len(made) - 1)
+                    return made
+                if lookup is not None:
+                    lookup.add(token)
+                if token != guess:
+                    break
+            if start:
+                payoff.note(len(guessed), len(made) - before, time.perf_counter() - start)
+            self._forget(len(ids) + len(made) - 1)
+            start = time.perf_counter()
+            guessed = [] if lookup is None else lookup.guess(min(payoff.wanted(), limit - len(made) - 1))
+            new = [made[-1], *guessed]
+            rows = self._decoder.logits(new) if guessed else self._decoder.extend(new)[None]
+
+    def _forget(self, length: int) -> None:
+        """Tokens that were guessed and are not part of the text."""
+        del self._decoder.ids[length:]
 
     def _make_room(self, tokens: int) -> None:
         if tokens > self._decoder.positions:
             self._decoder = Decoder(self._model, -(-tokens // _ROOM) * _ROOM)
 
 
-def _processors(config: Any) -> list[Any]:
-    from transformers.generation import logits_process as lp
+def by_transformers(model: Any, ids: Tensor, config: Any, sampler: Sampler, on_token: OnToken) -> None:
+    """The same through transformers' own loop: every family, every setting of its generation config.
 
-    if others := [name for name in _OTHERS if getattr(config, name, None)]:
-        raise Unsupported(f"the model's generation config asks for {', '.join(others)}")
-    if (config.num_beams or 1) > 1:
-        raise Unsupported("beams")
-    found: list[Any] = []
-    if config.repetition_penalty not in (None, 1.0):
-        found.append(lp.RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
-    if config.do_sample:
-        if config.temperature not in (None, 1.0):
-            found.append(lp.TemperatureLogitsWarper(config.temperature))
-        if config.top_k:
-            found.append(lp.TopKLogitsWarper(config.top_k))
-        if config.top_p not in (None, 1.0):
-            found.append(lp.TopPLogitsWarper(config.top_p))
-        if getattr(config, "min_p", None):
-            found.append(lp.MinPLogitsWarper(config.min_p))
-        if getattr(config, "typical_p", None) not in (None, 1.0):
-            found.append(lp.TypicalLogitsWarper(config.typical_p))
-    return found
+    Args:
+        model: of transformers.
+        ids: int64 (1, tokens).
+        config: its GenerationConfig; greedy, since `sampler` draws.
+        sampler, on_token: as in `Loop.generate`.
+    """
+    from transformers import LogitsProcessor, StoppingCriteria
 
+    class Chooses(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            chosen = torch.full_like(scores, float("-inf"))
+            chosen[0, sampler.choose(scores[0].float())] = 0
+            return chosen
 
-def _ends(config: Any) -> set[int]:
-    ends = config.eos_token_id
-    return set() if ends is None else set(ends) if isinstance(ends, (list, tuple)) else {int(ends)}
+    class Ends(StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            ended = on_token(int(input_ids[0, -1])) or sampler.complete
+            return torch.tensor([ended])
 
-
-def _choose(logits: Tensor, seen: list[int], processors: list[Any], *, draws: bool) -> int:
-    scores = logits[None]
-    if processors:
-        context = torch.tensor([seen])
-        for process in processors:
-            scores = process(context, scores)
-    if not draws:
-        return int(scores.argmax())
-    return int(torch.multinomial(scores.softmax(-1), 1))
+    model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=config,
+        logits_processor=[Chooses()],
+        stopping_criteria=[Ends()],
+    )
