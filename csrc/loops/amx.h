@@ -20,14 +20,15 @@ size_t amx_rows(size_t m) {
   return m <= kMostFew ? block_rows<S>(m) : m <= 16 ? 16 : 32;
 }
 
-// x (m, padded) -> out: blocks x padded/depth x rows x depth; start, sums: blocks x chunks x rows.
+// Rows [begin, end) of x (m, padded) -> out: blocks x padded/depth x rows x depth; start, sums: blocks x chunks x rows.
 template <class S>
-void amx_arrange(const Scaled& w, const int8_t* x, size_t m, size_t padded, int8_t* out, int32_t* start, float* sums) {
-  if (m <= kMostFew) return arrange_bytes<S>(w, x, m, padded, out, start, sums);
+void amx_arrange(const Scaled& w, const int8_t* x, size_t m, size_t padded, size_t begin, size_t end, int8_t* out,
+                 int32_t* start, float* sums) {
+  if (m <= kMostFew) return arrange_bytes<S>(w, x, m, padded, begin, end, out, start, sums);
   const size_t R = amx_rows<S>(m);
   const Plan g = Plan::of<S>(w, m, padded, R);
   const size_t depth = tile_depth(g);
-  for (size_t row = 0; row < g.blocks * R; ++row) {
+  for (size_t row = begin; row < end; ++row) {
     const int8_t* from = x + row * padded;
     int8_t* to = out + row / R * padded * R + row % R * depth;
     for (size_t c = 0; c < padded; c += depth) {

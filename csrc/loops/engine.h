@@ -94,7 +94,7 @@ void scores_of(const Attend& a, size_t row, size_t first) {
 // out of R rows += probabilities times values.
 template <class S, int R>
 void weigh_values(const Attend& a, size_t row, size_t first) {
-  constexpr size_t V = 4, kWide = V * S::L;
+  constexpr size_t V = R > 4 ? 2 : 4, kWide = V * S::L;
   for (size_t d = 0; d < a.dim; d += kWide) {
     const size_t vectors = smaller(V, (a.dim - d) / S::L);
     typename S::F acc[R][V];
@@ -122,6 +122,35 @@ void weigh_values(const Attend& a, size_t row, size_t first) {
   }
 }
 
+// A loop over kLanes neighbours at a time becomes vectors by itself; over single numbers, sums and maxima would not,
+// for their order would change.
+constexpr size_t kLanes = 16;
+
+// The largest of kPiece numbers.
+inline float top_of(const float* x) {
+  float top[kLanes];
+  for (size_t l = 0; l < kLanes; ++l) top[l] = x[l];
+  for (size_t j = kLanes; j < kPiece; j += kLanes)
+    for (size_t l = 0; l < kLanes; ++l) top[l] = x[j + l] > top[l] ? x[j + l] : top[l];
+  for (size_t h = kLanes / 2; h > 0; h /= 2)
+    for (size_t l = 0; l < h; ++l) top[l] = top[l + h] > top[l] ? top[l + h] : top[l];
+  return top[0];
+}
+
+// x[j] = e^(x[j] - top) for kPiece numbers; their sum.
+inline float exp_below(float* x, float top) {
+  float sums[kLanes] = {};
+  for (size_t j = 0; j < kPiece; j += kLanes)
+    for (size_t l = 0; l < kLanes; ++l) {
+      const float e = exp_of(x[j + l] - top);
+      x[j + l] = e;
+      sums[l] += e;
+    }
+  for (size_t h = kLanes / 2; h > 0; h /= 2)
+    for (size_t l = 0; l < h; ++l) sums[l] += sums[l + h];
+  return sums[0];
+}
+
 // Scores of a row -> probabilities under the largest score so far; what is there already is scaled to it.
 template <class S>
 bool soften(const Attend& a, size_t r, size_t first) {
@@ -134,18 +163,40 @@ bool soften(const Attend& a, size_t r, size_t first) {
   }
   if (a.cap > 0)
     for (size_t j = 0; j < kPiece; ++j) s[j] = a.cap * tanh_of(s[j] / a.cap);
-  float top = a.max[r];
-  for (size_t j = 0; j < kPiece; ++j) s[j] = j >= from && j < to ? s[j] : kUnseen;
-  for (size_t j = from; j < to; ++j) top = s[j] > top ? s[j] : top;
+  for (size_t j = 0; j < from; ++j) s[j] = kUnseen;
+  for (size_t j = to; j < kPiece; ++j) s[j] = kUnseen;
+  const float here = top_of(s), top = here > a.max[r] ? here : a.max[r];
   const float before = exp_of(a.max[r] - top);
   a.max[r] = top;
-  for (size_t j = 0; j < kPiece; ++j) s[j] = exp_of(s[j] - top);
-  float sum = 0;
-  for (size_t j = from; j < to; ++j) sum += s[j];
-  a.sum[r] = a.sum[r] * before + sum;
+  a.sum[r] = a.sum[r] * before + exp_below(s, top);
   if (before != 1.0f)
     for (size_t d = 0; d < a.dim; ++d) a.out[r * a.dim + d] *= before;
   return true;
+}
+
+constexpr int kMostQueries = 8;  // rows that share what is read of the cache
+
+struct Scores {
+  template <class S, int R>
+  static void run(const Attend& a, size_t row, size_t first) {
+    scores_of<S, R>(a, row, first);
+  }
+};
+
+struct Weigh {
+  template <class S, int R>
+  static void run(const Attend& a, size_t row, size_t first) {
+    weigh_values<S, R>(a, row, first);
+  }
+};
+
+// Rows [row, row + kMostQueries), fewer at the end.
+template <class S, class Step>
+void some_rows(const Attend& a, size_t row, size_t first, Step) {
+  const size_t rows = smaller(a.rows - row, kMostQueries);
+  repeat<kMostQueries>([&](auto r) BITFOLD_INLINE {
+    if (rows == r.value + 1) Step::template run<S, r.value + 1>(a, row, first);
+  });
 }
 
 template <class S>
@@ -156,14 +207,11 @@ void attend(const Attend& a) {
     memset(a.out + r * a.dim, 0, a.dim * sizeof(float));
   }
   for (size_t first = a.begin; first < a.end; first += kPiece) {
-    size_t r = 0;
-    for (; r + 4 <= a.rows; r += 4) scores_of<S, 4>(a, r, first);
-    for (; r < a.rows; ++r) scores_of<S, 1>(a, r, first);
+    for (size_t r = 0; r < a.rows; r += kMostQueries) some_rows<S>(a, r, first, Scores());
     bool any = false;
-    for (r = 0; r < a.rows; ++r) any |= soften<S>(a, r, first);
+    for (size_t r = 0; r < a.rows; ++r) any |= soften<S>(a, r, first);
     if (!any) continue;
-    for (r = 0; r + 4 <= a.rows; r += 4) weigh_values<S, 4>(a, r, first);
-    for (; r < a.rows; ++r) weigh_values<S, 1>(a, r, first);
+    for (size_t r = 0; r < a.rows; r += kMostQueries) some_rows<S>(a, r, first, Weigh());
   }
 }
 

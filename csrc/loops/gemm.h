@@ -42,14 +42,15 @@ struct Plan {
   }
 };
 
-// x (m, padded) -> out: blocks x padded/kGemmColumns x rows x kGemmColumns bytes; start, sums: blocks x chunks x rows.
+// Rows [begin, end) of x (m, padded) -> out: blocks x padded/kGemmColumns x rows x kGemmColumns bytes; start, sums:
+// blocks x chunks x rows.
 template <class S>
-void arrange_bytes(const Scaled& w, const int8_t* x, size_t m, size_t padded, int8_t* out, int32_t* start,
-                   float* sums) {
+void arrange_bytes(const Scaled& w, const int8_t* x, size_t m, size_t padded, size_t begin, size_t end, int8_t* out,
+                   int32_t* start, float* sums) {
   const size_t R = block_rows<S>(m);
   const Plan g = Plan::of<S>(w, m, padded, R);
   const int offset = w.offset - S::centre(w.bits);
-  for (size_t row = 0; row < g.blocks * R; ++row) {
+  for (size_t row = begin; row < end; ++row) {
     const int8_t* from = x + row * padded;
     constexpr size_t kColumns = S::kGemmColumns;
     int8_t* to = out + row / R * padded * R + row % R * kColumns;
@@ -70,12 +71,13 @@ void arrange_bytes(const Scaled& w, const int8_t* x, size_t m, size_t padded, in
   }
 }
 
-// x (m, k) -> out: blocks x padded x rows; sums as above.
+// The same of x (m, k) -> out: blocks x padded x rows; sums as above.
 template <class S>
-void arrange_floats(const Scaled& w, const float* x, size_t m, size_t padded, float* out, float* sums) {
+void arrange_floats(const Scaled& w, const float* x, size_t m, size_t padded, size_t begin, size_t end, float* out,
+                    float* sums) {
   const size_t R = block_rows<S>(m);
   const Plan g = Plan::of<S>(w, m, padded, R);
-  for (size_t row = 0; row < g.blocks * R; ++row) {
+  for (size_t row = begin; row < end; ++row) {
     const float* from = x + row * w.k;
     float* to = out + row / R * padded * R + row % R;
     for (size_t c = 0; c < padded; ++c) to[c * R] = row < m && c < w.k ? from[c] : 0.0f;

@@ -40,10 +40,13 @@ struct Table {
   float (*quantize)(const float* x, size_t k, size_t padded, int8_t* out);
   // One row of activations: start (and sums, if the weight has zero points) for gemv8.
   void (*sums8)(const Scaled& w, const int8_t* x, size_t padded, int32_t* start, float* sums);
-  // Any number of rows, in blocks of block_rows(m); see gemm.h for their arrangement and the scratch memory.
+  // Any number of rows, in blocks of block_rows(m); see gemm.h for their arrangement and the scratch memory. Rows
+  // [begin, end) of the blocks, which may be those behind the m-th; each range by any thread.
   size_t (*block_rows)(size_t m);
-  void (*arrange8)(const Scaled& w, const int8_t* x, size_t m, size_t padded, int8_t* out, int32_t* start, float* sums);
-  void (*arrangef)(const Scaled& w, const float* x, size_t m, size_t padded, float* out, float* sums);
+  void (*arrange8)(const Scaled& w, const int8_t* x, size_t m, size_t padded, size_t begin, size_t end, int8_t* out,
+                   int32_t* start, float* sums);
+  void (*arrangef)(const Scaled& w, const float* x, size_t m, size_t padded, size_t begin, size_t end, float* out,
+                   float* sums);
   size_t (*gemm_scratch)(const Scaled& w, size_t m, size_t padded);
   // The same of arrangef and gemmf, which a set with tiles of bytes leaves as they are.
   size_t (*block_rowsf)(size_t m);

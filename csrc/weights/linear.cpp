@@ -23,11 +23,12 @@ size_t runs_of(const Scaled& w, const Table& t, size_t padded) {
   return (steps + per - 1) / per;
 }
 
-// x -> 8 bits, row-major (m, padded), and their scales.
-int8_t* quantize_rows(const Table& t, const Scaled& w, const float* x, size_t m, size_t padded, float* scales) {
-  int8_t* out = codes_memory.get<int8_t>(m * padded);
-  for (size_t i = 0; i < m; ++i) scales[i] = t.quantize(x + i * w.k, w.k, padded, out + i * padded);
-  return out;
+constexpr size_t kArranged = 16;  // rows of activations that a thread rounds and arranges at least
+
+// Rows [begin, end) of x -> 8 bits, row-major (m, padded), and their scales.
+void quantize_rows(const Table& t, const Scaled& w, const float* x, size_t padded, size_t begin, size_t end,
+                   int8_t* out, float* scales) {
+  for (size_t i = begin; i < end; ++i) scales[i] = t.quantize(x + i * w.k, w.k, padded, out + i * padded);
 }
 
 // One row of activations.
@@ -37,7 +38,9 @@ void gemv8(const Table& t, const W& w, const float* x, float* y, int threads) {
   Act8 a;
   a.m = 1;
   a.padded = round_up(w.k, kPad);
-  a.x = quantize_rows(t, w, x, 1, a.padded, &scale);
+  int8_t* codes = codes_memory.get<int8_t>(a.padded);
+  quantize_rows(t, w, x, a.padded, 0, 1, codes, &scale);
+  a.x = codes;
   a.scale = &scale;
   int32_t* start = start_memory.get<int32_t>(runs_of(w, t, a.padded) * t.lanes);
   float* sums = w.zero ? sums_memory.get<float>(w.groups) : nullptr;
@@ -72,11 +75,14 @@ void gemm8(const Table& t, const W& w, const float* x, size_t m, float* y, int t
   a.m = m;
   a.padded = round_up(w.k, kPad);
   float* scales = float_memory.get<float>(m);
-  const int8_t* rows = quantize_rows(t, w, x, m, a.padded, scales);
-  int8_t* out = rows_memory.get<int8_t>(round_up(m, t.block_rows(m)) * a.padded);
+  const size_t all = round_up(m, t.block_rows(m));
+  int8_t *codes = codes_memory.get<int8_t>(m * a.padded), *out = rows_memory.get<int8_t>(all * a.padded);
   int32_t* start = start_memory.get<int32_t>(sums_of(t.block_rows(m), m, a.padded));
   float* sums = w.zero ? sums_memory.get<float>(sums_of(t.block_rows(m), m, a.padded)) : nullptr;
-  t.arrange8(w, rows, m, a.padded, out, start, sums);
+  parallel_for(all, kArranged, threads, [&](size_t begin, size_t end) {
+    quantize_rows(t, w, x, a.padded, begin, std::min(end, m), codes, scales);
+    t.arrange8(w, codes, m, a.padded, begin, end, out, start, sums);
+  });
   a.x = out;
   a.start = start;
   a.sums = sums;
@@ -91,9 +97,11 @@ void gemmf(const Table& t, const W& w, const float* x, size_t m, const float* sc
   ActF a;
   a.m = m;
   a.padded = round_up(w.k, kPad);
-  float* out = rows_memory.get<float>(round_up(m, t.block_rowsf(m)) * a.padded);
+  const size_t all = round_up(m, t.block_rowsf(m));
+  float* out = rows_memory.get<float>(all * a.padded);
   float* sums = w.zero ? sums_memory.get<float>(sums_of(t.block_rowsf(m), m, a.padded)) : nullptr;
-  t.arrangef(w, x, m, a.padded, out, sums);
+  parallel_for(all, kArranged, threads,
+               [&](size_t begin, size_t end) { t.arrangef(w, x, m, a.padded, begin, end, out, sums); });
   a.x = out;
   a.sums = sums;
   a.scale = scales;
@@ -108,9 +116,12 @@ void rounded(const Table& t, const W& w, const float* x, size_t m, float* y, int
   const size_t padded = round_up(w.k, kPad);
   float* scales = float_memory.get<float>(m + m * w.k);
   float* codes = scales + m;
-  const int8_t* rows = quantize_rows(t, w, x, m, padded, scales);
-  for (size_t i = 0; i < m; ++i)
-    for (size_t c = 0; c < w.k; ++c) codes[i * w.k + c] = rows[i * padded + c];
+  int8_t* rows = codes_memory.get<int8_t>(m * padded);
+  parallel_for(m, kArranged, threads, [&](size_t begin, size_t end) {
+    quantize_rows(t, w, x, padded, begin, end, rows, scales);
+    for (size_t i = begin; i < end; ++i)
+      for (size_t c = 0; c < w.k; ++c) codes[i * w.k + c] = rows[i * padded + c];
+  });
   m > 1 ? gemmf(t, w, codes, m, scales, y, threads) : gemvf(t, w, codes, scales, y, threads);
 }
 
