@@ -13,7 +13,7 @@ from torch import nn
 import bitfold
 from bitfold.models import skeleton
 from bitfold.models.sites import EXPERTS, find_sites
-from bitfold.models.stacks import inputs_second
+from bitfold.models.stacks import find_stacks
 from model_zoo import outputs
 
 SQUARE: dict[str, Any] = {
@@ -70,7 +70,7 @@ def test_axis(name: str) -> None:
         stacks = [site for site in find_sites(model) if site.kind == EXPERTS]
         assert stacks
         assert {site.transposed for site in stacks} == {second}
-        assert inputs_second(model).keys() == {site.tensor for site in stacks}
+        assert find_stacks(model).keys() == {site.tensor for site in stacks}
 
 
 @families
@@ -105,6 +105,6 @@ class PlainExperts(nn.Module):
 
 
 def test_what_cannot_be_run_is_taken_as_outputs_first() -> None:
-    assert inputs_second(nn.Sequential(PlainExperts())) == {}
+    assert find_stacks(nn.Sequential(PlainExperts())) == {}
     (site,) = find_sites(nn.Sequential(PlainExperts()))
     assert not site.transposed

@@ -14,7 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from bitfold.models.stacks import UNSTACKED
+
 Heard = Callable[[str, int, torch.Tensor], None]
+_FLIPS = ("t", "transpose", "swapaxes")
+_TURNED: tuple[Any, ...] = (torch.Tensor.T.__get__, torch.Tensor.mT.__get__)  # type: ignore[attr-defined]
 _PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)
 
 
@@ -23,7 +27,7 @@ class Listener(TorchFunctionMode):
 
     Args:
         block: the module that holds them.
-        stacks: names of their parameters in it.
+        stacks: names of their parameters in it: (experts, ..), or matrices (experts * n, k) that it views as such.
         heard: called with the name, the number of the expert and its inputs (tokens, k).
     """
 
@@ -38,8 +42,11 @@ class Listener(TorchFunctionMode):
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func is torch.Tensor.__getitem__ and id(args[0]) in self._stacks:
-            self._slice(args[0], args[1], out)
+        name = getattr(func, "__name__", "")
+        if args and id(args[0]) in self._stacks:
+            self._part(name, args, out)
+        elif args and id(args[0]) in self._slices and (name in _FLIPS or func in _TURNED):
+            self._keep(self._slices, out, self._slices[id(args[0])])
         elif (func is F.linear or func in _PRODUCTS) and len(args) > 1 and id(args[1]) in self._slices:
             name, expert = self._slices[id(args[1])]
             self._heard(name, expert, args[0].reshape(-1, args[0].shape[-1]))
@@ -48,10 +55,20 @@ class Listener(TorchFunctionMode):
                 self._heard(self._stacks[id(args[1])], expert, x)
         return out
 
-    def _slice(self, stack: torch.Tensor, index: Any, out: torch.Tensor) -> None:
-        if out.dim() == 2:
-            self._slices[id(out)] = self._stacks[id(stack)], int(index)
-            self._alive.append(out)
+    def _part(self, name: str, args: Sequence[Any], out: Any) -> None:
+        """An expert of a stack, all of them, or the stack that a matrix of experts is viewed as."""
+        stack = self._stacks[id(args[0])]
+        if name == "__getitem__" and out.dim() == 2 and args[0].dim() == 3:
+            self._keep(self._slices, out, (stack, int(args[1])))
+        elif name == "unbind" and args[0].dim() == 3 and args[1:] in ((), (0,)):
+            for expert, part in enumerate(out):
+                self._keep(self._slices, part, (stack, expert))
+        elif name in UNSTACKED and out.dim() == 3 and args[0].dim() == 2:
+            self._keep(self._stacks, out, stack)
+
+    def _keep(self, known: dict[int, Any], tensor: torch.Tensor, what: Any) -> None:
+        known[id(tensor)] = what
+        self._alive.append(tensor)
 
 
 def one_at_a_time(model: nn.Module) -> None:

@@ -102,12 +102,15 @@ class Runner:
                 handle.remove()
 
     @torch.no_grad()
-    def measure_experts(self, stack: str) -> Iterator[Statistics]:
+    def measure_experts(self, stack: str, shape: Sequence[int]) -> Iterator[Statistics]:
         """One for each expert when it is asked for, a few experts at a time where their Hessians take much memory.
 
         The module must not change in between.
+
+        Args:
+            stack: name of the parameter.
+            shape: (experts, n, k), whatever the module keeps them as.
         """
-        shape = self._module.get_parameter(stack).shape
         at_once = max(1, self._hessian_bytes // (4 * max(shape[1:]) ** 2))
         for first in range(0, shape[0], at_once):
             sums = {e: Sums(shape[1:], Wanted(cross=False)) for e in range(first, min(first + at_once, shape[0]))}

@@ -153,7 +153,8 @@ def _walk_whole(
     """What no list of blocks holds, while the whole model runs."""
     model = runnable(session.model, session.source)
     walk = WholeWalk(model, reader, original(session.source, reader), text, hessian_bytes)
-    walk.start(*inside("", wanted))
+    layers, stacks = inside("", wanted)
+    walk.start(layers, list(stacks))
     yield from _blocks(session, walk, wanted, bookmarks)
 
 
@@ -271,10 +272,10 @@ def _rounding(decision: Quantized | None, seed: int) -> Rounding:
     return rounded
 
 
-def inside(prefix: str, wanted: dict[str, Quantized]) -> tuple[list[str], list[str]]:
-    """Linear layers by module and stacks of experts by tensor, of a block."""
+def inside(prefix: str, wanted: dict[str, Quantized]) -> tuple[list[str], dict[str, tuple[int, ...]]]:
+    """Of a block: linear layers by module, and stacks of experts by tensor, with their shape (experts, n, k)."""
     sites = [d.site for d in wanted.values() if d.tensor.startswith(prefix)]
-    return [s.module for s in sites if s.kind != EXPERTS], [s.tensor for s in sites if s.kind == EXPERTS]
+    return [s.module for s in sites if s.kind != EXPERTS], {s.tensor: s.qshape for s in sites if s.kind == EXPERTS}
 
 
 def _before(

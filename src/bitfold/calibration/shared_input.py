@@ -21,6 +21,7 @@ from bitfold.calibration.statistics import Statistics
 from bitfold.methods.gptq import proxy_loss
 from bitfold.methods.hessian import Moments, widest
 from bitfold.models.folding import folded_norm
+from bitfold.models.sites import EXPERTS
 from bitfold.models.swap import in_basis, transform_of
 from bitfold.nn import set_tensor
 from bitfold.planning.decisions import Decision, Quantized
@@ -96,7 +97,7 @@ def solve_group(
     Raises:
         BitfoldError: with the name of the tensor.
     """
-    if len(group.decisions[0].site.shape) == 3:
+    if group.decisions[0].site.kind == EXPERTS:
         yield from _solve_stack(group, _SolveOptions(0.0, seed, last=True, refit=refit))
         return
     (statistics,) = group.statistics
@@ -301,4 +302,4 @@ def _weight(model: nn.Module, decision: Quantized) -> torch.Tensor:
 
 
 def _put(model: nn.Module, decision: Quantized, w: torch.Tensor) -> None:
-    set_tensor(model, decision.site.tensor, w.transpose(-1, -2) if decision.site.transposed else w)
+    set_tensor(model, decision.site.tensor, decision.site.restored(w))

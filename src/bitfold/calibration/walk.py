@@ -152,7 +152,7 @@ class BlockWalk:
         self,
         index: int,
         layers: list[str],
-        stacks: Sequence[str] = (),
+        stacks: Mapping[str, Sequence[int]] | None = None,
         tuner: Tuner | None = None,
         wanted: Callable[[str], Wanted] = lambda _layer: Wanted(),
     ) -> Iterator[tuple[list[str], Iterable[Statistics]]]:
@@ -164,8 +164,8 @@ class BlockWalk:
         Args:
             index: of the block.
             layers: names of the linear layers of interest.
-            stacks: names of tensors (experts, ..) of interest; each is a group of its own, with one statistics for each
-                expert instead of one for all.
+            stacks: stacks of experts of interest, by tensor, and their shape (experts, n, k); each is a group of its
+                own, with one statistics for each expert instead of one for all.
             tuner: called with the block after the last group, to tune other layers of it together.
             wanted: what is to be known of the inputs of a layer, by its name.
         """
@@ -173,8 +173,9 @@ class BlockWalk:
         self._fill(f"{name}.")
         block, calls = self.model.get_submodule(name), self._calls[index]
         run = partial(_run, block, shape, calls)
-        inside, stacked = ([n.removeprefix(f"{name}.") for n in names] for names in (layers, stacks))
-        groups = self._runner(block, run, self._original).groups(inside, stacked)
+        inside = [n.removeprefix(f"{name}.") for n in layers]
+        stacked = {n.removeprefix(f"{name}."): experts for n, experts in (stacks or {}).items()}
+        groups = self._runner(block, run, self._original).groups(inside, list(stacked))
         kept, outputs = self._run_original(index, groups, run) if self._compared else ([], self._quantized)
         finished = AnswerReplay(block, groups, len(calls), self._spill)
         runner = self._runner(block, run, self._quantized)
@@ -182,7 +183,7 @@ class BlockWalk:
             finished.replay(number)
             full = [f"{name}.{layer}" for layer in group]
             if group[0] in stacked:
-                yield full, runner.measure_experts(group[0])
+                yield full, runner.measure_experts(group[0], stacked[group[0]])
                 continue
             sums = Sums(block.get_parameter(f"{group[0]}.weight").shape, wanted(full[0]))
             yield full, [runner.measure(group[0], sums, kept[number] if kept else None, self._text.weight(full))]

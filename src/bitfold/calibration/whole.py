@@ -80,7 +80,7 @@ class WholeWalk:
         self,
         index: int,
         layers: list[str],
-        stacks: Sequence[str] = (),
+        stacks: Mapping[str, Sequence[int]] | None = None,
         tuner: Tuner | None = None,
         wanted: Callable[[str], Wanted] = lambda _layer: Wanted(),
     ) -> Iterator[tuple[list[str], Iterable[Statistics]]]:
@@ -92,13 +92,14 @@ class WholeWalk:
         if tuner is not None:
             raise ModelError("its blocks cannot be run one by one, as tuning them needs", where=self.inside(index))
         _, groups = self._blocks[index]
+        stacks = stacks or {}
         if any(group[0] not in self._known for group in groups if group[0] not in stacks):
             self._measure(index, set(stacks), wanted)
         prefix = self.inside(index)
-        self._fill(prefix, layers, stacks)
+        self._fill(prefix, layers, list(stacks))
         for group in groups:
             if group[0] in stacks:
-                yield group, self._runner.measure_experts(group[0])
+                yield group, self._runner.measure_experts(group[0], stacks[group[0]])
             else:
                 yield group, [self._known.pop(group[0])]
         for name, value in list(self.model.named_parameters(remove_duplicate=False)):

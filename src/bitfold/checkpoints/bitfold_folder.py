@@ -92,8 +92,7 @@ class QuantizedSource:
         """float32 for quantized tensors, what is stored for the others."""
         if (entry := self.entries.get(name)) is None:
             return self._stored.info(name)
-        *lead, n, k = entry.shape
-        return TensorInfo(torch.float32, (*lead, k, n) if entry.transposed else (*lead, n, k))
+        return TensorInfo(torch.float32, entry.model_shape)
 
     def qtensor(self, name: str) -> QTensor:
         """A quantized tensor as it is stored.
@@ -120,7 +119,7 @@ class QuantizedSource:
         w = self.qtensor(name).dequantize()
         if entry.transform is not None:
             w = entry.transform.with_fields(self._read_fields(name, entry.sides())).inverse(w)
-        return w.transpose(-1, -2).contiguous() if entry.transposed else w
+        return entry.restored(w)
 
     def quantized(self) -> dict[str, StoredAs]:
         """See `Source`; bits of the codes and scales, without what a transform stores beside them."""

@@ -28,13 +28,34 @@ _DAMAGE = (KeyError, TypeError, ValueError, AttributeError, AssertionError, Recu
 
 @dataclass(frozen=True)
 class Entry:
-    """What a checkpoint says of one quantized tensor."""
+    """What a checkpoint says of one quantized tensor.
+
+    Args:
+        format: of its codes.
+        shape: (n, k) or (experts, n, k), inputs last.
+        act: activations, by name.
+        transposed: the model has (..., k, n).
+        transform: of the inputs.
+        flat: the model has the experts one upon the other, in the rows of a matrix.
+    """
 
     format: AnyFormat
     shape: tuple[int, ...]
     act: str = "float"
     transposed: bool = False
     transform: Transform | None = None
+    flat: bool = False
+
+    @property
+    def model_shape(self) -> tuple[int, ...]:
+        """Shape of the tensor of the model."""
+        *lead, n, k = self.shape
+        whole = (*lead, k, n) if self.transposed else (*lead, n, k)
+        return (whole[0] * whole[1], whole[2]) if self.flat else whole
+
+    def restored(self, w: torch.Tensor) -> torch.Tensor:
+        """Decoded weights (of `shape`) as the model has them."""
+        return (w.mT if self.transposed else w).reshape(self.model_shape).contiguous()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -43,6 +64,8 @@ class Entry:
             text["act"] = self.act
         if self.transposed:
             text["transposed"] = True
+        if self.flat:
+            text["flat"] = True
         if self.transform is not None:
             text["transform"] = self.transform.describe()
         return text
@@ -116,6 +139,9 @@ def _read_entry(entry: Mapping[str, Any], formats: Mapping[str, AnyFormat]) -> E
     if len(shape) not in (2, 3) or 0 in shape or (transform is not None and transform.size != shape[-1]):
         raise ValueError(f"shape {shape}, transform {transform}")
     act = str(entry.get("act", "float"))
-    found = Entry(formats[entry["format"]], shape, act, bool(entry.get("transposed", False)), transform)
+    transposed, flat = (bool(entry.get(key, False)) for key in ("transposed", "flat"))
+    if flat and len(shape) != 3:
+        raise ValueError(f"a flat stack of shape {shape}")
+    found = Entry(formats[entry["format"]], shape, act, transposed, transform, flat)
     found.layout()  # raises where a format cannot have such a shape
     return found

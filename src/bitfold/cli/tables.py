@@ -94,6 +94,7 @@ def _quantize_facts(report: QuantizeReport) -> Facts:
     if report.output is None:
         yield from _preflight_facts(report.preflight)
     yield "accounted for", totals_text(report.account) if report.account else None
+    yield "not quantized", report.preflight.get("unknown")
     for tensor in report.flagged:
         yield "flagged", f"{tensor.tensor}: {', '.join(tensor.flags)}"
     for name in report.unread:

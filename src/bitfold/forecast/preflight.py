@@ -23,13 +23,14 @@ from bitfold.forecast.memory import Stage, working_disk
 from bitfold.forecast.time import seconds
 from bitfold.models.rehearsal import rehearse
 from bitfold.planning.accounting import rules_of
-from bitfold.planning.decisions import Quantized
-from bitfold.planning.plan import Plan
+from bitfold.planning.decisions import Kept, Quantized
+from bitfold.planning.plan import NO_SITE, Plan
 from bitfold.system import memory
 from bitfold.system.units import size_text
 from bitfold.workspace.folder import free_bytes
 
 _TIMED_FROM = 20_000_000  # weights; smaller runs are over before they are estimated
+_MUCH = 0.1  # of the bytes of a model
 _SPARE = 1.02  # of the disk: file systems need a little for themselves
 
 
@@ -52,6 +53,8 @@ class Preflight:
         columns: inputs that are taken together at most; None = all.
         ranges: tensors whose inputs are more, and taken in ranges.
         rehearsal: what would go wrong when the quantized model is run; None where nothing is known to.
+        unknown: what of the model stays as it is because nothing is known that it could be quantized as, in words; None
+            where that is little.
     """
 
     output_bytes: int
@@ -68,6 +71,7 @@ class Preflight:
     ranges: list[str] = field(default_factory=list)
     times: dict[str, float] = field(default_factory=dict)
     rehearsal: str | None = None
+    unknown: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, with stable keys."""
@@ -87,6 +91,8 @@ class Preflight:
         """What should be known before it begins, in words."""
         if self.rehearsal is not None:
             yield f"{self.rehearsal} (tried without values, before anything is made; --ignore keeps layers as they are)"
+        if self.unknown is not None:
+            yield f"not quantized: {self.unknown}"
         if self.ranges:
             yield (
                 f"{len(self.ranges)} layers with more than {self.columns} inputs, such as {self.ranges[0]}, are solved"
@@ -137,7 +143,19 @@ def preflight(source: Source, model: nn.Module | None, plan: Plan, economy: Memo
         columns=None if calibration is None else calibration.columns,
         ranges=[d.tensor for d in plan.quantized if calibration is not None and in_ranges(d, calibration)],
         rehearsal=None if model is None else rehearse(model, plan.entries(asked.seed)),
+        unknown=_unknown(plan),
     )
+
+
+def _unknown(plan: Plan) -> str | None:
+    """Much of a model that no rule could have named: it would be told by the size of the result alone."""
+    found = [d for d in plan.written if isinstance(d, Kept) and d.reason == NO_SITE]
+    nbytes, whole = (sum(d.info.nbytes for d in some) for some in (found, plan.written))
+    if not plan.quantized or nbytes < _MUCH * whole:
+        return None
+    largest = max(found, key=lambda d: d.info.nbytes).tensor
+    what = f"{len(found)} tensors ({size_text(nbytes)}, {nbytes / whole:.0%} of the model), the largest {largest}"
+    return f"{what}, stay as they are: {NO_SITE}"
 
 
 def _largest(found: list[Stage]) -> str:

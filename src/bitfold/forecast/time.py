@@ -72,7 +72,7 @@ def _rounding_rate(decision: Quantized, seed: int) -> float:
     *_, n, k = site.qshape
     rows = max(1, min(n, _SAMPLE // k))
     w = torch.randn(rows, k, generator=torch.Generator().manual_seed(0)).to(decision.info.dtype) * 0.02
-    part = replace(site, shape=(rows, k), transposed=False)
+    part = replace(site, shape=(rows, k), transposed=False, experts=None)
 
     def work() -> None:
         q = quantize_site_tensor(w, part, scheme, seed)

@@ -72,6 +72,7 @@ def quantization_of(model: nn.Module) -> dict[str, Any]:
             m.act,
             m.stored_transposed,
             m.transform,
+            m.flat,
         )
         for name, m in model.named_modules()
         if isinstance(m, QWeight) and name not in tied_names(model)

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
-from bitfold.models.stacks import inputs_second
+from bitfold.models.stacks import Stack, find_stacks
 from bitfold.system.tensorinfo import TensorInfo
 
 LINEAR, EMBEDDING, EXPERTS = "linear", "embedding", "experts"
@@ -39,6 +40,8 @@ class Site:
         keep: why it is kept unless a rule names it; None if it is quantized by default.
         transposed: the model stores (..., k, n) instead of (..., n, k).
         aliases: other names of the same parameter (tied weights).
+        experts: how many weights lie one upon the other in the rows of a matrix (experts * n, k), which is quantized
+            as the stack (experts, n, k) that the model views it as; None for all others.
     """
 
     tensor: str
@@ -47,6 +50,7 @@ class Site:
     keep: str | None = None
     transposed: bool = False
     aliases: tuple[str, ...] = ()
+    experts: int | None = None
 
     @property
     def module(self) -> str:
@@ -62,18 +66,28 @@ class Site:
     def qshape(self) -> tuple[int, ...]:
         """Shape as it is quantized: inputs last."""
         *lead, a, b = self.shape
+        if self.experts is not None:
+            lead, a = [self.experts], a // self.experts
         return (*lead, b, a) if self.transposed else (*lead, a, b)
+
+    def oriented(self, w: torch.Tensor) -> torch.Tensor:
+        """The model's tensor as it is quantized: of `qshape`, a view."""
+        w = w if self.experts is None else w.reshape(self.experts, -1, w.shape[-1])
+        return w.mT if self.transposed else w
+
+    def restored(self, w: torch.Tensor) -> torch.Tensor:
+        """What was quantized, as the model has it: of `shape`."""
+        w = w.mT if self.transposed else w
+        return w if self.experts is None else w.flatten(0, 1)
 
 
 def find_sites(model: nn.Module) -> list[Site]:
     """All sites of a module, in the order of its modules; tied weights once, with their aliases."""
-    heads, flipped, adapters = _output_heads(model), inputs_second(model), _adapters(model)
+    heads, stacks, adapters = _output_heads(model), find_stacks(model), _adapters(model)
     owners: dict[int, int] = {}
     sites: list[Site] = []
     for path, module in model.named_modules(remove_duplicate=False):  # a module used twice has two names as well
-        for site in _sites_of(path, module, heads) if not f"{path}.".startswith(adapters) else ():
-            if site.kind == EXPERTS:  # the attribute of one family speaks where the model cannot be run
-                site = replace(site, transposed=flipped.get(site.tensor, site.transposed))
+        for site in _sites_of(path, module, heads, stacks) if not f"{path}.".startswith(adapters) else ():
             parameter = getattr(module, site.parameter)
             if id(parameter) in owners:
                 at = owners[id(parameter)]
@@ -100,10 +114,10 @@ def _adapters(model: nn.Module) -> tuple[str, ...]:
 
 def _tie(first: Site, other: Site) -> Site:
     keep = first.keep or other.keep
-    return Site(first.tensor, first.kind, first.shape, keep, first.transposed, (*first.aliases, other.tensor))
+    return replace(first, keep=keep, aliases=(*first.aliases, other.tensor))
 
 
-def _sites_of(path: str, module: nn.Module, heads: set[int]) -> list[Site]:
+def _sites_of(path: str, module: nn.Module, heads: set[int], stacks: Mapping[str, Stack]) -> list[Site]:
     prefix = f"{path}." if path else ""
     weight, path = module._parameters.get("weight"), _WRAPPER.sub("", path)
     if isinstance(module, nn.Linear) and weight is not None:
@@ -114,15 +128,20 @@ def _sites_of(path: str, module: nn.Module, heads: set[int]) -> list[Site]:
     # transformers' Conv1D, by its look, so that transformers need not be imported for other models
     if type(module).__name__ == "Conv1D" and weight is not None and weight.dim() == 2 and hasattr(module, "nf"):
         return [Site(prefix + "weight", LINEAR, tuple(weight.shape), None, transposed=True)]
-    return _experts_of(prefix, module)
+    return _experts_of(prefix, module, stacks)
 
 
-def _experts_of(prefix: str, module: nn.Module) -> list[Site]:
-    if not (hasattr(module, "is_transposed") or type(module).__name__.endswith("Experts")):
-        return []
-    transposed = bool(getattr(module, "is_transposed", False))
-    stacks = [(name, p) for name, p in module._parameters.items() if p is not None and p.dim() == 3]
-    return [Site(prefix + name, EXPERTS, tuple(p.shape), None, transposed) for name, p in stacks]
+def _experts_of(prefix: str, module: nn.Module, stacks: Mapping[str, Stack]) -> list[Site]:
+    """Stacks of experts, used as the run of the model has shown; an attribute of some families says it otherwise."""
+    said = hasattr(module, "is_transposed") or type(module).__name__.endswith("Experts")
+    usual = Stack(bool(getattr(module, "is_transposed", False)))
+    sites = []
+    for name, p in module._parameters.items():
+        used = stacks.get(prefix + name, usual)
+        if p is not None and (used.experts is not None or (said and p.dim() == 3)):
+            shape = tuple(p.shape)
+            sites.append(Site(prefix + name, EXPERTS, shape, None, used.inputs_second, experts=used.experts))
+    return sites
 
 
 def _router(path: str) -> str | None:

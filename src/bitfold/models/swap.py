@@ -26,7 +26,8 @@ def swap(
     """Replace the weight of a site by a quantized one; tied aliases share it."""
     if callable(getattr(type(model), "save_pretrained", None)):
         model.save_pretrained = _no_plain_saving  # type: ignore[assignment]
-    weight = QWeight(qtensor, act=act, transposed=site.transposed, transform=transform)
+    flat = site.experts is not None
+    weight = QWeight(qtensor, act=act, transposed=site.transposed, transform=transform, flat=flat)
     weight.dtype = _float_dtype(model.get_submodule(site.module), site.parameter)
     placed: dict[int, nn.Module] = {}  # a module that is used twice is replaced by one, with one bias
     for name in (site.tensor, *site.aliases):
@@ -98,7 +99,7 @@ def swap_entries(model: nn.Module, entries: Mapping[str, Entry]) -> None:
         if site is None:
             raise ModelError("the checkpoint quantizes a tensor that this model does not have", where=name)
         site = replace(site, transposed=entry.transposed)
-        if entry.shape != site.qshape:
+        if entry.shape != site.qshape or entry.flat != (site.experts is not None):
             raise ModelError(f"is {site.qshape} in the model and {entry.shape} in the checkpoint", where=name)
         swap(model, site, entry.meta(), act=entry.act, transform=entry.transform)
 
@@ -186,7 +187,7 @@ def transform_of(scheme: Scheme, site: Site, seed: int) -> Transform | None:
 
 def in_basis(w: torch.Tensor, site: Site, transform: Transform | None) -> torch.Tensor:
     """A model's weight as it is quantized: inputs last, transformed."""
-    oriented = w.transpose(-1, -2) if site.transposed else w
+    oriented = site.oriented(w)
     return oriented if transform is None else transform.weights(oriented.float())
 
 

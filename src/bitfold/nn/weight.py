@@ -38,6 +38,8 @@ class QWeight(TensorLike):
         transposed: the model's own tensor was (..., k, n): slices and dequantized values come out that way.
         transform: applied to the activations first; the stored weight is expressed in that basis.
         act_scale: (1,) float32, for "int8-static".
+        flat: the model's own tensor has the experts one upon the other in the rows of a matrix, and views it as a
+            stack.
     """
 
     def __init__(
@@ -48,8 +50,10 @@ class QWeight(TensorLike):
         transposed: bool = False,
         transform: Transform | None = None,
         act_scale: torch.Tensor | None = None,
+        flat: bool = False,
     ) -> None:
         super().__init__()
+        self.flat = flat
         self._act = read_act(act)
         self.format: AnyFormat = qtensor.format
         self.qshape = tuple(qtensor.shape)
@@ -89,7 +93,8 @@ class QWeight(TensorLike):
     def shape(self) -> torch.Size:
         """Shape of the tensor that this weight stands for."""
         *lead, n, k = self.qshape
-        return torch.Size((*lead, k, n) if self.transposed else (*lead, n, k))
+        whole = (*lead, k, n) if self.transposed else (*lead, n, k)
+        return torch.Size((whole[0] * whole[1], whole[2]) if self.flat else whole)
 
     @property
     def device(self) -> torch.device:
@@ -110,7 +115,8 @@ class QWeight(TensorLike):
         w = self.qtensor.dequantize()
         w = (w if self.transform is None else self.transform.inverse(w)) * self._gain
         w = w.to(dtype or self.dtype)
-        return w.transpose(-1, -2) if self.transposed else w
+        w = w.transpose(-1, -2) if self.transposed else w
+        return w.flatten(0, 1) if self.flat else w
 
     def linear(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., k) times the weight (n, k) transposed -> (..., n), in the dtype of x, or in that of autocast."""
@@ -151,7 +157,7 @@ class QWeight(TensorLike):
         single = isinstance(index, int) or (isinstance(index, torch.Tensor) and _is_ids(index) and index.dim() == 0)
         if len(self.qshape) == 2 and not self.transposed and isinstance(index, torch.Tensor) and _is_ids(index):
             return self.lookup(torch.where(index < 0, index + self.qshape[0], index))
-        if len(self.qshape) != 3 or not single:
+        if len(self.qshape) != 3 or self.flat or not single:
             return self.dequantize()[index]
         i = range(self.qshape[0])[int(index)]
         if i not in self._prepacked:
@@ -159,21 +165,42 @@ class QWeight(TensorLike):
         part: QWeight = self._prepacked[i]
         return part._seen(self.dtype, self.transposed, self._gain)
 
-    def view_as(self, *, dtype: torch.dtype | None, device: torch.device | None, flip: bool = False) -> QWeight:
+    def view(self, *shape: Any) -> Any:
+        """In another shape: experts in the rows of a matrix as the stack that they are, still in few bits."""
+        return self._reshaped("view", *shape)
+
+    def reshape(self, *shape: Any) -> Any:
+        """See `view`."""
+        return self._reshaped("reshape", *shape)
+
+    def unflatten(self, *how: Any) -> Any:
+        """See `view`."""
+        return self._reshaped("unflatten", *how)
+
+    def _reshaped(self, name: str, *how: Any) -> Any:
+        if self.flat:
+            stack = self._seen(self.dtype, self.transposed, self._gain, flat=False)
+            if getattr(torch.empty(self.shape, device="meta"), name)(*how).shape == stack.shape:
+                return stack
+        return getattr(self.dequantize(), name)(*how)
+
+    def view_as(self, *, dtype: torch.dtype | None, device: torch.device | None, flip: bool = False) -> Any:
         """The same weight, its fields shared, with another dtype, device, or order of the last two dimensions."""
+        if flip and self.flat:  # the experts side by side: no stack that can be multiplied with
+            return self.dequantize(dtype).mT
         here = device is None or device == self.device
         base = self if here else self._with(self._moved(device))
-        return base._seen(dtype or self.dtype, self.transposed != flip, self._gain)
+        return base._seen(dtype or self.dtype, self.transposed != flip, self._gain, flat=self.flat)
 
     def scale_by(self, factor: float) -> None:
         """Multiply every weight, in place: what is decoded is multiplied, the fields stay."""
         self._gain *= factor
 
-    def _seen(self, dtype: torch.dtype, transposed: bool, gain: float) -> QWeight:
-        if (dtype, transposed, gain) == (self.dtype, self.transposed, self._gain):
+    def _seen(self, dtype: torch.dtype, transposed: bool, gain: float, flat: bool = False) -> QWeight:
+        if (dtype, transposed, gain, flat) == (self.dtype, self.transposed, self._gain, self.flat):
             return self
         view = self._with(self.qtensor)
-        view.dtype, view.transposed, view._gain = dtype, transposed, gain
+        view.dtype, view.transposed, view._gain, view.flat = dtype, transposed, gain, flat
         view.stored_transposed, view._prepacked = self.stored_transposed, self._prepacked
         return view
 
@@ -184,7 +211,9 @@ class QWeight(TensorLike):
     def _with(self, qtensor: QTensor) -> QWeight:
         scale = self._buffers.get(ACT_SCALE)
         transform = self.transform
-        return type(self)(qtensor, act=self.act, transposed=self.transposed, transform=transform, act_scale=scale)
+        copy = type(self)(qtensor, act=self.act, transposed=self.transposed, transform=transform, act_scale=scale)
+        copy.flat = self.flat and len(qtensor.shape) == 3
+        return copy
 
     def _bound(self, act: str) -> Callable[[torch.Tensor], torch.Tensor]:
         """The product x -> x W^T with that kind of activations, prepacked the first time."""
@@ -250,15 +279,22 @@ def _packed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.
         first, weight = args
     if not isinstance(weight, QWeight) or not isinstance(first, torch.Tensor):
         return None
-    stack = len(weight.qshape) == 3
+    stack = len(weight.qshape) == 3  # in the rows of a matrix or not
     if func is F.linear and not weight.transposed and not stack:
         y, bias = weight.linear(first), given.get("bias")
         return y if bias is None else y + bias.to(y.dtype)
-    if func is F.embedding and kwargs.get("max_norm") is None and not weight.transposed:
+    if func is F.embedding and kwargs.get("max_norm") is None and not weight.transposed and not stack:
         return weight.lookup(first)
     if func in _MATMUL and weight.transposed and not stack:
         return weight.linear(first)
-    if func in _BMM and weight.transposed and stack and first.dim() == 3 and len(first) == len(weight):
+    if (
+        func in _BMM
+        and weight.transposed
+        and stack
+        and not weight.flat
+        and first.dim() == 3
+        and len(first) == len(weight)
+    ):
         return torch.stack([part.linear(x) for part, x in zip(weight, first, strict=True)])
     return None
 

@@ -104,7 +104,7 @@ class Quantized(_Decided):
             return None
         transform = transform_of(scheme, site, seed) if self.fold is None else None
         act = auto if scheme.activations.measured else scheme.activations.name
-        return Entry(scheme.format, site.qshape, act, site.transposed, transform)
+        return Entry(scheme.format, site.qshape, act, site.transposed, transform, site.experts is not None)
 
     def stored(self) -> dict[str, TensorInfo]:
         """Fields of the format, and what is stored beside them; one ordinary tensor for plain formats."""

@@ -24,6 +24,8 @@ from bitfold.recipes.recipe import Recipe
 from bitfold.system.tensorinfo import TensorInfo
 from bitfold.transforms import TransformSpec
 
+NO_SITE = "not the weight of a linear layer, embedding or expert stack"
+
 
 @dataclass(frozen=True)
 class Item:
@@ -159,7 +161,7 @@ def _decide(
 def _why_not(info: TensorInfo) -> str:
     if len(info.shape) < 2:
         return "a vector (norm, bias)"
-    return "not the weight of a linear layer, embedding or expert stack"
+    return NO_SITE
 
 
 def _shorten(decision: Quantized) -> Quantized:

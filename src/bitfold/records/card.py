@@ -30,6 +30,8 @@ def write_card(folder: Path, report: QuantizeReport) -> None:
     ]
     if report.error is not None:
         lines.append(f"* relative square error of the quantized weights: {report.error:.3g}")
+    if unknown := report.preflight.get("unknown"):
+        lines.append(f"* not quantized: {unknown}")
     lines += ["", *_formats(report), "", "## Run it", "", *_usage(), "", "## Recipe", "", *_recipe(report), ""]
     lines += [
         "## Measured loss",

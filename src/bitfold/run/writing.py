@@ -303,7 +303,7 @@ def _stored_fields(decision: Quantized, q: QTensor, sides: Mapping[str, torch.Te
     """The tensors that a weight is stored as, by name."""
     if q.format.plain:
         values = q.fields["values"]
-        return {decision.tensor: values.transpose(-1, -2) if decision.site.transposed else values}
+        return {decision.tensor: decision.site.restored(values)}
     return {f"{decision.tensor}.{name}": value for name, value in {**q.fields, **sides}.items()}
 
 
