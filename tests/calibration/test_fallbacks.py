@@ -55,6 +55,39 @@ def test_gradients_that_cannot_be_had(source: Path, tmp_path: Path, monkeypatch:
     assert "nobody thought of this" in json.dumps(record)
 
 
+def test_gradients_of_a_model_that_is_certain_of_everything(tmp_path: Path) -> None:
+    """A float16 norm 60000 times too large: p - label is zero, and so would the Hessians have been, and the weights."""
+    model = tiny_lm.model()
+    model.get_parameter("model.norm.weight").data.mul_(60000)
+    source = tiny_lm.folder(tmp_path / "source", model.half())
+    (source / "text.txt").write_text(tiny_lm.TEXT, encoding="utf-8")
+    report = bitfold.quantize(source, tmp_path / "out", bits=4, calibration=text(source))
+    (fallback,) = report.fallbacks
+    assert "certain of the text" in fallback["why"]
+    assert all(t.error is not None and t.error < 0.05 and not t.flags for t in report.quantized)
+
+
+@pytest.mark.parametrize(
+    ("weights", "one_sided"),
+    [([1.0] * 200, False), ([0.0] * 200, True), ([50.0] + [1e-4] * 199, True), ([float("nan")] * 200, True)],
+)
+def test_weights_of_nearly_no_token(weights: list[float], one_sided: bool) -> None:
+    assert fisher.one_sided(torch.tensor(weights)) == one_sided
+
+
+def test_inputs_that_are_all_zero(tmp_path: Path) -> None:
+    """They say nothing about the weight, which is rounded as it is."""
+    model = tiny_lm.model()
+    model.get_parameter("model.layers.0.mlp.up_proj.weight").data.zero_()
+    source = tiny_lm.folder(tmp_path / "source", model)
+    (source / "text.txt").write_text(tiny_lm.TEXT, encoding="utf-8")
+    report = bitfold.quantize(source, tmp_path / "out", **OPTIONS, calibration=text(source))
+    (found,) = (t for t in report.tensors if t.tensor == "model.layers.0.mlp.down_proj.weight")
+    assert found.flags == ("quantized without data: its inputs are all zero under the calibration text",)
+    assert found.error is not None
+    assert found.error < 0.05
+
+
 def test_one_layer_that_cannot_be_solved(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is rounded without data, and the layers after it see what it has become."""
     solve = shared_input.solve

@@ -25,6 +25,7 @@ from bitfold.system import progress
 
 _POWER = 0.5  # of the squared gradients
 _LARGEST = 50.0  # times the mean: a single token must not be the whole Hessian
+_EVEN = 0.02  # of the tokens must carry the weight, as many as carry it when all that do count alike
 _CHUNK = 128  # tokens whose logits exist at a time
 _LOGITS = 1 << 24  # that exist at a time at most, however many words there are
 _WHOLE = 1 << 29  # bytes of the logits of a window that may exist at once, where they cannot be had piece by piece
@@ -237,6 +238,20 @@ def _surprise(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     p = logits.float().softmax(-1)
     labels = torch.multinomial(p, 1, generator=generator)
     return p.scatter_add_(1, labels, torch.full_like(labels, -1.0, dtype=p.dtype)).to(logits.dtype)
+
+
+def one_sided(weights: torch.Tensor) -> bool:
+    """Whether nearly all that is known of a layer would come from a few tokens, or nothing would.
+
+    The gradients of a model that is certain of every token are zeros but for a few, or overflow: the Hessian is then
+    that of a few tokens, and whatever the others need is rounded away.
+
+    Args:
+        weights: (samples, seqlen) of `token_weights`.
+    """
+    wide = weights.double()
+    even = wide.sum().square() / wide.square().sum()  # tokens that count, if each that does counts alike; NaN if none
+    return not bool(even >= _EVEN * weights.numel())
 
 
 def _normalised(weights: torch.Tensor) -> torch.Tensor:

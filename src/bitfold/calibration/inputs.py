@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from bitfold.calibration.fallback import Fallback, recoverable
-from bitfold.calibration.fisher import token_weights
+from bitfold.calibration.fisher import one_sided, token_weights
 from bitfold.calibration.options import Calibration
 from bitfold.calibration.resume import Bookmarks
 from bitfold.calibration.shape import walk_shape
 from bitfold.calibration.walk import Text
+from bitfold.errors import ModelError
 from bitfold.models.vocabulary import refuse_unknown_tokens
 from bitfold.text.start import text_start
 from bitfold.text.tokenizer import read_tokenizer
@@ -65,11 +66,22 @@ def prepare(
         blocks = [block.path for block in walk_shape(model).blocks]
         try:
             weights = token_weights(whole or read(), wish.weighed, ids, seed=wish.seed, blocks=blocks, marks=bookmarks)
+            weights, failed = _even(weights)
         except Exception as error:  # whatever differentiating a model's own code comes up with
             failed = Fallback("token weights", "all tokens count alike", recoverable(error))
     if bookmarks is not None:
         bookmarks.keep_inputs(ids, weights)
     return Text(ids, weights), failed
+
+
+def _even(weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Fallback | None]:
+    """The weights without those of layers for which nearly no token counts, and a word about these."""
+    left = {name: w for name, w in weights.items() if not one_sided(w)}
+    without = [name for name in weights if name not in left]
+    if not without:
+        return weights, None
+    what = f"the model is so certain of the text that nearly no token has a gradient in {len(without)} layers"
+    return left, Fallback("token weights", f"all tokens count alike there, such as in {without[0]}", ModelError(what))
 
 
 def _ids(

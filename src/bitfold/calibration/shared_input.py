@@ -185,9 +185,11 @@ def _in_basis(statistics: Statistics, transform: Transform | None) -> Moments:
 
 def _too_few(statistics: Statistics) -> tuple[str, ...]:
     """Why a layer is quantized without data, in words; nothing if it is not."""
-    if statistics.tokens >= widest(statistics.hessian) // _FEW:
-        return ()
-    return (f"quantized without data: {statistics.tokens} tokens reached it",)
+    if statistics.tokens < widest(statistics.hessian) // _FEW:
+        return (f"quantized without data: {statistics.tokens} tokens reached it",)
+    if statistics.tokens and float(statistics.hessian.diagonal().max()) == 0:  # any weight would do as well as its own
+        return ("quantized without data: its inputs are all zero under the calibration text",)
+    return ()
 
 
 def _basis(
