@@ -1,6 +1,8 @@
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <stdexcept>
+#include <tuple>
 
 #include "api/address.h"
 #include "api/bind.h"
@@ -13,6 +15,7 @@ using bitfold::engine::Layer;
 using bitfold::engine::Norm;
 using bitfold::engine::Plan;
 using bitfold::engine::Product;
+using bitfold::engine::Token;
 
 template <class W>
 void packed(Product* p, const W& w, size_t first, bool int8) {
@@ -94,6 +97,24 @@ void bind_plan(nb::module_& m) {
       .def_rw("head", &Plan::head);
 }
 
+using Span = std::tuple<uint32_t, uint32_t, uint32_t, uint32_t>;
+
+// Throws std::out_of_range.
+std::vector<Token> tokens_of(const Decoder& d, const std::vector<Span>& spans, const std::vector<uint32_t>& ids) {
+  std::vector<Token> tokens;
+  for (const auto& [sequence, position, count, wanted] : spans) {
+    if (sequence >= d.sequences() || size_t{position} + count > d.plan().positions)
+      throw std::out_of_range("outside the cache");
+    for (uint32_t i = 0; i < count; ++i) {
+      if (tokens.size() == ids.size() || ids[tokens.size()] >= d.plan().embedding.n)
+        throw std::out_of_range("a token outside the embedding");
+      tokens.push_back({ids[tokens.size()], sequence, position + i, i + wanted >= count});
+    }
+  }
+  if (tokens.size() != ids.size() || ids.empty()) throw std::out_of_range("spans that are not those of the tokens");
+  return tokens;
+}
+
 }  // namespace
 
 void bind_engine(nb::module_& m) {
@@ -102,19 +123,29 @@ void bind_engine(nb::module_& m) {
   bind_plan(m);
   nb::class_<Decoder>(m, "Decoder", "A plan at work, with its cache; what the plan points to is the caller's to keep.")
       .def(
-          "__init__", [](Decoder* d, const Plan& plan, int threads) { new (d) Decoder(plan, threads); }, "plan"_a,
-          "threads"_a)
+          "__init__",
+          [](Decoder* d, const Plan& plan, int threads, size_t sequences) {
+            new (d) Decoder(plan, threads, sequences);
+          },
+          "plan"_a, "threads"_a, "sequences"_a)
       .def_prop_ro("cache_bytes", &Decoder::cache_bytes)
       .def(
           "run",
-          [](Decoder& d, const std::vector<uint32_t>& ids, size_t position, uintptr_t logits, bool all) {
-            const Plan& plan = d.plan();
-            if (ids.empty() || position + ids.size() > plan.positions) throw std::out_of_range("outside the cache");
-            for (uint32_t id : ids)
-              if (id >= plan.embedding.n) throw std::out_of_range("a token outside the embedding");
+          [](Decoder& d, const std::vector<Span>& spans, const std::vector<uint32_t>& ids, uintptr_t logits) {
+            const std::vector<Token> tokens = tokens_of(d, spans, ids);
             nb::gil_scoped_release released;
-            d.run(ids.data(), ids.size(), position, at<float>(logits), all);
+            d.run(tokens.data(), tokens.size(), at<float>(logits));
           },
-          "ids"_a, "position"_a, "logits"_a, "all"_a,
-          "Tokens from a position on; logits float32 (vocabulary) of the last, or (tokens, vocabulary) if all, or 0.");
+          "spans"_a, "ids"_a, "logits"_a,
+          "Tokens of sequences; spans: (sequence, position, tokens, how many of the last are wanted); logits float32 "
+          "(wanted, vocabulary).")
+      .def(
+          "copy",
+          [](Decoder& d, size_t source, size_t target, size_t tokens) {
+            if (source >= d.sequences() || target >= d.sequences() || source == target || tokens > d.plan().positions)
+              throw std::out_of_range("outside the cache");
+            nb::gil_scoped_release released;
+            d.copy(source, target, tokens);
+          },
+          "source"_a, "target"_a, "tokens"_a, "The first tokens of one sequence become those of another.");
 }

@@ -27,6 +27,9 @@ struct Product {
   const float* bias = nullptr;      // (n)
   const float* multiply = nullptr;  // (k): factors of inputs
   Rotation rotation;                // size 0: none
+  // Which of the prepared inputs of its list it takes (number_inputs); `prepares`: it is the first that takes it.
+  size_t input = 0;
+  bool prepares = true;
 };
 
 struct Norm {
@@ -35,13 +38,16 @@ struct Norm {
 };
 
 // Products of one input, their rows one after the other.
-using Products = std::vector<Product>;
+using List = std::vector<Product>;
+
+// The same input in the same basis.
+bool same_basis(const Product& a, const Product& b);
 
 struct Layer {
   Norm before_attention, after_attention, before_mlp, after_mlp;
   Norm query, key;  // of each head, or of all heads together if `whole_norm`
   bool whole_norm = false;
-  Products qkv, out, gate_up, down;
+  List qkv, out, gate_up, down;
   uint32_t window = 0;                             // positions that a token sees, itself included; 0: all
   const float *cosine = nullptr, *sine = nullptr;  // (positions, half)
 };
@@ -54,8 +60,11 @@ struct Plan {
   Product embedding;  // its rows, as they are stored
   std::vector<Layer> layers;
   Norm last;
-  Products head;
+  List head;
 };
+
+// Tells every product which prepared input it takes: those that want the same share one.
+void number_inputs(Plan& plan);
 
 }  // namespace engine
 }  // namespace bitfold

@@ -1,9 +1,17 @@
 // One thread of a decoder and the memory it works in; and what all of them share.
+//
+// Few tokens: what is smaller than a meeting (norms, rotations, the rounding of activations) every thread does for
+// itself, and each has the same rows of every weight every time. More: tokens are shared out for that, and rows of
+// weights go to whoever has time.
 #pragma once
+#include <atomic>
+#include <initializer_list>
 #include <vector>
 
 #include "engine/decoder.h"
 #include "engine/team.h"
+#include "system/scratch.h"
+#include "weights/prepared.h"
 
 namespace bitfold {
 namespace engine {
@@ -12,48 +20,174 @@ struct Rows {
   size_t begin, end;
 };
 
+// Tokens of one sequence, side by side.
+struct Span {
+  size_t first, count;
+};
+
+// Queries that look at a part of the cache together: heads of one token, or tokens by one head.
+struct Look {
+  size_t span, first, rows, head, heads, begin, end;
+  size_t place;  // of what they find
+};
+
+// What a span found is at place + (piece * heads + head) * count + token.
+struct Found {
+  size_t place, pieces;
+};
+
 // What threads write for each other, between barriers.
 struct Decoder::Shared {
   Shared(const Plan& plan, int threads);
+  // The next tokens to be run, and memory for them.
+  void take(const Plan& plan, const Token* next, size_t count, float* logits);
+
   Barrier barrier;
-  size_t most_pieces;  // of the cache, that a head is looked at in
-  std::vector<float> qkv, seen, max, sum, added, gate_up, activated;
+  const Token* tokens = nullptr;
+  size_t count = 0;
+  float* logits = nullptr;
+  std::vector<Span> spans;
+  std::vector<size_t> span_of, wanted;  // span_of: (tokens); wanted: which tokens
+  // What is dealt out next; one is set back while the other is in use.
+  struct alignas(64) Turn {
+    std::atomic<size_t> next{0};
+  } turns[2];
+  std::vector<float> x, qkv, seen, max, sum, added, gate_up, activated;
+  std::vector<Scratch> inputs;  // of products, prepared; by Product::input
+  bool reserved = false;
 };
 
 class Worker {
  public:
   Worker(Decoder& decoder, int thread);
-  void token(uint32_t id, size_t position, float* logits);
+  void run();
 
  private:
-  void attention(const Layer& layer, size_t index, size_t position);
-  void mlp(const Layer& layer);
-  void look(const Layer& layer, size_t index, size_t position, size_t pieces, size_t length);
-  void gather(size_t pieces);  // pieces of all heads -> h_
+  // attention.cpp
+  void attention(const Layer& layer, size_t index);
   void whole_norms(const Layer& layer);
-  void add(const Norm& norm);  // x_ += norm(shared added)
-  // y[rows] of the products whose rows these are; x is read, not kept.
-  void multiply(const Products& products, const float* x, const Rows* rows, size_t count, float* y);
+  void finish_heads(const Layer& layer, size_t index, size_t i, size_t begin, size_t end);
+  void find_looks(const Layer& layer);
+  void look(const Layer& layer, size_t index, const Look& look);
+  const float* gather(size_t i);  // what the heads of a token found -> h_
+
+  void mlp(const Layer& layer);
+  void head();
+  const float* before(const Norm& norm, size_t i);  // token i, normed
+  void add(const Norm& norm);                       // x += norm(shared added)
+
+  // y = rows of the products times input(i) of m tokens; each product's (m, n) lie together. ranges: this thread's rows
+  // while there are few tokens. after(begin, end): these are done.
+  template <class Input, class After>
+  void multiply(const List& list, size_t m, const Input& input, std::initializer_list<Rows> ranges, float* y,
+                const After& after);
+  template <class Input>
+  void multiply(const List& list, size_t m, const Input& input, std::initializer_list<Rows> ranges, float* y) {
+    multiply(list, m, input, ranges, y, [](size_t, size_t) {});
+  }
   const float* in_basis(const Product& p, const float* x);
-  void product(const Product& p, const float* x, size_t begin, size_t end, float* y);
+  void times(const List& list, size_t m, size_t begin, size_t end, float* y);
+  // Memory of the prepared input of a product.
   template <class W>
-  void packed(const W& w, bool int8, bool again, const float* x, size_t begin, size_t end, float* y);
+  Prepared<W> prepared(const W& w, const Product& p, size_t m);
+
+  // f(i) for each of `count`, in any order on any threads; a barrier follows.
+  template <class F>
+  void deal(size_t count, const F& f);
   void wait() { shared_.barrier.wait(thread_); }
   // This thread's share of `count` rows, in units of `grain`.
   Rows share(size_t count, size_t grain) const;
+  // Whether each thread does for itself what m tokens need beside products; which of them are this thread's.
+  void few(size_t m);
 
   Decoder& decoder_;
   const Plan& plan_;
   Decoder::Shared& shared_;
   const int thread_, threads_;
-  std::vector<float> x_, h_, basis_, scratch_, arranged_, sums_, scores_;
-  std::vector<int8_t> codes_;
-  std::vector<int32_t> start_;
+  bool alone_ = true;
+  Rows mine_{0, 0};
+  size_t turn_ = 0;
+  float* x_ = nullptr;  // (tokens, hidden)
+  std::vector<float> own_, h_, basis_, scratch_, scores_;
+  std::vector<Scratch> inputs_;
+  std::vector<Look> looks_;
+  std::vector<Found> found_;
   std::vector<uint32_t> from_, to_;
-  // What basis_, codes_ and sums_ were made for; null: nothing.
-  const Product* last_ = nullptr;
-  float scale_ = 0;
 };
+
+// Feature f of token i of m; those up to the end of its product follow.
+inline float* feature(const List& list, size_t m, float* y, size_t i, size_t f) {
+  for (const Product& p : list)
+    if (f < p.first + p.n) return y + m * p.first + i * p.n + (f - p.first);
+  return nullptr;
+}
+
+constexpr size_t kMostTokens = 256;     // at a time: the rows that one panel of a weight serves
+constexpr size_t kQueries = 16;         // of one head, that look at the cache together
+constexpr size_t kLooksPerThread = 16;  // more than that, and texts are not cut into pieces
+
+template <class F>
+void Worker::deal(size_t count, const F& f) {
+  if (alone_) {
+    const Rows rows = share(count, 1);
+    for (size_t i = rows.begin; i < rows.end; ++i) f(i);
+    return;
+  }
+  std::atomic<size_t>& next = shared_.turns[turn_ % 2].next;
+  ++turn_;
+  if (thread_ == 0) shared_.turns[turn_ % 2].next.store(0, std::memory_order_relaxed);
+  for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(i);
+}
+
+template <class W>
+Prepared<W> Worker::prepared(const W& w, const Product& p, size_t m) {
+  if (!alone_) return {w, m, p.int8, shared_.inputs[p.input].template get<char>(0)};
+  return {w, m, p.int8, inputs_[p.input].template get<char>(Prepared<W>::bytes(w, m, p.int8))};
+}
+
+// Calls f with the weight of a product.
+template <class F>
+void with_weight(const Product& p, const F& f) {
+  std::visit(
+      [&](const auto& w) {
+        if constexpr (std::is_pointer_v<std::decay_t<decltype(w)>>) {
+          f(*w);
+        } else {
+          f(w);
+        }
+      },
+      p.weight);
+}
+
+template <class Input, class After>
+void Worker::multiply(const List& list, size_t m, const Input& input, std::initializer_list<Rows> ranges, float* y,
+                      const After& after) {
+  for (size_t i = mine_.begin; i < mine_.end; ++i) {
+    const float *x = input(i), *in = nullptr;
+    const Product* last = nullptr;
+    for (const Product& p : list) {
+      if (!p.prepares) continue;
+      if (!last || !same_basis(*last, p)) in = in_basis(p, x);
+      last = &p;
+      with_weight(p, [&](const auto& w) { prepared(w, p, m).row(i, in); });
+    }
+  }
+  if (alone_) {
+    for (const Rows& r : ranges) {
+      times(list, m, r.begin, r.end, y);
+      after(r.begin, r.end);
+    }
+    return;
+  }
+  wait();
+  const size_t rows = list.back().first + list.back().n, pieces = 8 * static_cast<size_t>(threads_);
+  const size_t grain = round_up((rows + pieces - 1) / pieces, kRowGrain);
+  deal((rows + grain - 1) / grain, [&](size_t i) {
+    const size_t end = std::min(rows, (i + 1) * grain);
+    times(list, m, i * grain, end, y);
+    after(i * grain, end);
+  });
+}
 
 }  // namespace engine
 }  // namespace bitfold

@@ -20,32 +20,23 @@ size_t amx_rows(size_t m) {
   return m <= kMostFew ? block_rows<S>(m) : m <= 16 ? 16 : 32;
 }
 
-// Rows [begin, end) of x (m, padded) -> out: blocks x padded/depth x rows x depth; start, sums: blocks x chunks x rows.
+// As arrange_bytes; out: blocks x padded/depth x rows x depth.
 template <class S>
-void amx_arrange(const Scaled& w, const int8_t* x, size_t m, size_t padded, size_t begin, size_t end, int8_t* out,
-                 int32_t* start, float* sums) {
-  if (m <= kMostFew) return arrange_bytes<S>(w, x, m, padded, begin, end, out, start, sums);
+void amx_arrange(const Scaled& w, const int8_t* x, size_t m, size_t padded, size_t row, int8_t* out, int32_t* start,
+                 float* sums) {
+  if (m <= kMostFew) return arrange_bytes<S>(w, x, m, padded, row, out, start, sums);
   const size_t R = amx_rows<S>(m);
   const Plan g = Plan::of<S>(w, m, padded, R);
   const size_t depth = tile_depth(g);
-  for (size_t row = begin; row < end; ++row) {
-    const int8_t* from = x + row * padded;
-    int8_t* to = out + row / R * padded * R + row % R * depth;
-    for (size_t c = 0; c < padded; c += depth) {
-      if (row < m) {
-        memcpy(to + c * R, from + c, depth);
-      } else {
-        memset(to + c * R, 0, depth);
-      }
-    }
-    for (size_t i = 0; i < g.chunks; ++i) {
-      int32_t sum = 0;
-      for (size_t c = i * g.chunk; row < m && c < smaller(padded, (i + 1) * g.chunk); ++c) sum += from[c];
-      const size_t at = (row / R * g.chunks + i) * R + row % R;
-      start[at] = -w.offset * sum;
-      if (w.zero) sums[at] = static_cast<float>(sum);
+  int8_t* to = out + row / R * padded * R + row % R * depth;
+  for (size_t c = 0; c < padded; c += depth) {
+    if (x) {
+      memcpy(to + c * R, x + c, depth);
+    } else {
+      memset(to + c * R, 0, depth);
     }
   }
+  chunk_sums(w, g, x, padded, row, R, w.offset, start, sums);
 }
 
 template <class S, class T, int R>

@@ -42,50 +42,48 @@ struct Plan {
   }
 };
 
-// Rows [begin, end) of x (m, padded) -> out: blocks x padded/kGemmColumns x rows x kGemmColumns bytes; start, sums:
-// blocks x chunks x rows.
-template <class S>
-void arrange_bytes(const Scaled& w, const int8_t* x, size_t m, size_t padded, size_t begin, size_t end, int8_t* out,
-                   int32_t* start, float* sums) {
-  const size_t R = block_rows<S>(m);
-  const Plan g = Plan::of<S>(w, m, padded, R);
-  const int offset = w.offset - S::centre(w.bits);
-  for (size_t row = begin; row < end; ++row) {
-    const int8_t* from = x + row * padded;
-    constexpr size_t kColumns = S::kGemmColumns;
-    int8_t* to = out + row / R * padded * R + row % R * kColumns;
-    for (size_t c = 0; c < padded; c += kColumns) {
-      if (row < m) {
-        memcpy(to + c * R, from + c, kColumns);
-      } else {
-        memset(to + c * R, 0, kColumns);
-      }
-    }
-    for (size_t i = 0; i < g.chunks; ++i) {
-      int32_t sum = 0;
-      for (size_t c = i * g.chunk; row < m && c < smaller(padded, (i + 1) * g.chunk); ++c) sum += from[c];
-      const size_t at = (row / R * g.chunks + i) * R + row % R;
-      start[at] = -offset * sum;
-      if (w.zero) sums[at] = static_cast<float>(sum);
-    }
+// start, and sums if the weight has zero points, of one row of activations; null: zeros.
+inline void chunk_sums(const Scaled& w, const Plan& g, const int8_t* x, size_t padded, size_t row, size_t R, int offset,
+                       int32_t* start, float* sums) {
+  for (size_t i = 0; i < g.chunks; ++i) {
+    int32_t sum = 0;
+    for (size_t c = i * g.chunk; x && c < smaller(padded, (i + 1) * g.chunk); ++c) sum += x[c];
+    const size_t at = (row / R * g.chunks + i) * R + row % R;
+    start[at] = -offset * sum;
+    if (w.zero) sums[at] = static_cast<float>(sum);
   }
 }
 
-// The same of x (m, k) -> out: blocks x padded x rows; sums as above.
+// Row `row` of activations, (padded) bytes or zeros if x is null -> its place in out: blocks x padded/kGemmColumns x
+// rows x kGemmColumns bytes; start, sums: blocks x chunks x rows.
 template <class S>
-void arrange_floats(const Scaled& w, const float* x, size_t m, size_t padded, size_t begin, size_t end, float* out,
-                    float* sums) {
+void arrange_bytes(const Scaled& w, const int8_t* x, size_t m, size_t padded, size_t row, int8_t* out, int32_t* start,
+                   float* sums) {
   const size_t R = block_rows<S>(m);
   const Plan g = Plan::of<S>(w, m, padded, R);
-  for (size_t row = begin; row < end; ++row) {
-    const float* from = x + row * w.k;
-    float* to = out + row / R * padded * R + row % R;
-    for (size_t c = 0; c < padded; ++c) to[c * R] = row < m && c < w.k ? from[c] : 0.0f;
-    for (size_t i = 0; w.zero && i < g.chunks; ++i) {
-      double sum = 0;
-      for (size_t c = i * g.chunk; row < m && c < smaller(w.k, (i + 1) * g.chunk); ++c) sum += from[c];
-      sums[(row / R * g.chunks + i) * R + row % R] = static_cast<float>(sum);
+  constexpr size_t kColumns = S::kGemmColumns;
+  int8_t* to = out + row / R * padded * R + row % R * kColumns;
+  for (size_t c = 0; c < padded; c += kColumns) {
+    if (x) {
+      memcpy(to + c * R, x + c, kColumns);
+    } else {
+      memset(to + c * R, 0, kColumns);
     }
+  }
+  chunk_sums(w, g, x, padded, row, R, w.offset - S::centre(w.bits), start, sums);
+}
+
+// x (w.k) floats or null -> out: blocks x padded x rows; sums as above.
+template <class S>
+void arrange_floats(const Scaled& w, const float* x, size_t m, size_t padded, size_t row, float* out, float* sums) {
+  const size_t R = block_rows<S>(m);
+  const Plan g = Plan::of<S>(w, m, padded, R);
+  float* to = out + row / R * padded * R + row % R;
+  for (size_t c = 0; c < padded; ++c) to[c * R] = x && c < w.k ? x[c] : 0.0f;
+  for (size_t i = 0; w.zero && i < g.chunks; ++i) {
+    double sum = 0;
+    for (size_t c = i * g.chunk; x && c < smaller(w.k, (i + 1) * g.chunk); ++c) sum += x[c];
+    sums[(row / R * g.chunks + i) * R + row % R] = static_cast<float>(sum);
   }
 }
 

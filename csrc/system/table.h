@@ -21,7 +21,8 @@ struct Products {
   // Rows [begin, end) of the weight times one row of activations.
   void (*gemv8)(const W& w, const Act8& a, size_t begin, size_t end, float* y);
   void (*gemvf)(const W& w, const ActF& a, size_t begin, size_t end, float* y);
-  // Any number of rows, see arrange8 and arrangef of the table. begin is a multiple of kRowGrain.
+  // Any number of rows, see arrange8 and arrangef of the table. begin is a multiple of kBandRows, and so is end unless
+  // it is the last.
   void (*gemm8)(const W& w, const Act8& a, size_t begin, size_t end, float* y, void* scratch);
   void (*gemmf)(const W& w, const ActF& a, size_t begin, size_t end, float* y, void* scratch);
 };
@@ -40,13 +41,12 @@ struct Table {
   float (*quantize)(const float* x, size_t k, size_t padded, int8_t* out);
   // One row of activations: start (and sums, if the weight has zero points) for gemv8.
   void (*sums8)(const Scaled& w, const int8_t* x, size_t padded, int32_t* start, float* sums);
-  // Any number of rows, in blocks of block_rows(m); see gemm.h for their arrangement and the scratch memory. Rows
-  // [begin, end) of the blocks, which may be those behind the m-th; each range by any thread.
+  // One row of any number, to its place in blocks of block_rows(m) (x null: one of zeros, which fills up the last
+  // block); see gemm.h for their arrangement and the scratch memory.
   size_t (*block_rows)(size_t m);
-  void (*arrange8)(const Scaled& w, const int8_t* x, size_t m, size_t padded, size_t begin, size_t end, int8_t* out,
-                   int32_t* start, float* sums);
-  void (*arrangef)(const Scaled& w, const float* x, size_t m, size_t padded, size_t begin, size_t end, float* out,
+  void (*arrange8)(const Scaled& w, const int8_t* x, size_t m, size_t padded, size_t row, int8_t* out, int32_t* start,
                    float* sums);
+  void (*arrangef)(const Scaled& w, const float* x, size_t m, size_t padded, size_t row, float* out, float* sums);
   size_t (*gemm_scratch)(const Scaled& w, size_t m, size_t padded);
   // The same of arrangef and gemmf, which a set with tiles of bytes leaves as they are.
   size_t (*block_rowsf)(size_t m);
@@ -89,6 +89,7 @@ inline const Products<TrellisWeight>& Table::products() const {
   return trellis;
 }
 
-constexpr size_t kRowGrain = 64;  // rows of the weight that a thread takes at least
+constexpr size_t kBandRows = 32;  // of the weight: what begins elsewhere would share a band of tiles with its neighbour
+constexpr size_t kRowGrain = 64;  // that a thread takes at least
 
 }  // namespace bitfold

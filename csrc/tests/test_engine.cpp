@@ -17,6 +17,7 @@ using bitfold::engine::Layer;
 using bitfold::engine::Norm;
 using bitfold::engine::Plan;
 using bitfold::engine::Product;
+using bitfold::engine::Token;
 using Vector = std::vector<double>;
 
 constexpr size_t kHidden = 48, kHeads = 4, kKv = 2, kDim = 16, kFfn = 64, kWords = 70, kPositions = 200, kLayers = 2;
@@ -208,11 +209,13 @@ void test_engine(const char* isa) {
     for (uint32_t& id : ids) id = static_cast<uint32_t>(random() % kWords);
     const std::vector<Vector> wanted = reference(model.plan, ids);
     for (const int threads : {1, 3}) {
-      Decoder decoder(model.plan, threads);
+      Decoder decoder(model.plan, threads, 1);
       std::vector<float> found(kPositions * kWords);
       constexpr size_t kPrompt = 101;
-      decoder.run(ids.data(), kPrompt, 0, found.data(), true);
-      for (size_t i = kPrompt; i < kPositions; ++i) decoder.run(&ids[i], 1, i, found.data() + i * kWords, false);
+      std::vector<Token> tokens;
+      for (uint32_t i = 0; i < kPositions; ++i) tokens.push_back({ids[i], 0, i, true});
+      decoder.run(tokens.data(), kPrompt, found.data());
+      for (size_t i = kPrompt; i < kPositions; ++i) decoder.run(&tokens[i], 1, found.data() + i * kWords);
       // float32 against double; where a key or value is nearly a tie, they round it to other neighbours.
       const double prompt = error(wanted, found, 0, kPrompt), rest = error(wanted, found, kPrompt, kPositions);
       CHECK(prompt < 1e-3 && rest < 1e-3, "%s, window %u, %d threads: %g and %g", isa, window, threads, prompt, rest);

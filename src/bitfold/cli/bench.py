@@ -23,6 +23,9 @@ def bench(
     threads: Annotated[
         list[int] | None, typer.Option(help="Numbers of threads to try, several times; default: 1 and all.")
     ] = None,
+    sequences: Annotated[
+        list[int] | None, typer.Option(help="Numbers of texts to write side by side, several times; default: 1.")
+    ] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens read at once.", min=1)] = 512,
     tokens: Annotated[int, typer.Option(help="Tokens written one by one.", min=1)] = 64,
     turns: Annotated[int, typer.Option(help="How often; medians are shown.", min=1)] = 3,
@@ -48,7 +51,9 @@ def bench(
         loaded = ref.load("AutoModelForCausalLM", None)
     counts = threads or sorted({1, most})
     try:
-        found = measure(loaded, threads=counts, prompt=prompt_tokens, tokens=tokens, turns=turns)
+        found = measure(
+            loaded, threads=counts, sequences=sequences or [1], prompt=prompt_tokens, tokens=tokens, turns=turns
+        )
     except Unsupported as reason:
         raise ModelError(f"the engine does not run it: {reason}", where=str(model or shape)) from reason
     if json:
@@ -57,4 +62,5 @@ def bench(
     for speed in found:
         size = f"{speed.token_bytes / 1e6:.0f} MB a token, {speed.share:.0%} of {speed.bandwidth / 1e9:.1f} GB/s"
         reads = f"reads {speed.prefill:.0f} tokens a second (the first after {speed.first_token:.2f} s)"
-        print(f"{speed.threads} threads: {reads}, writes {speed.decode:.1f} ({size})")
+        texts = f", {speed.sequences} texts" if speed.sequences > 1 else ""
+        print(f"{speed.threads} threads{texts}: {reads}, writes {speed.decode:.1f} ({size})")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,30 +14,39 @@ from bitfold.system import native
 
 __all__ = ["Decoder", "Unsupported"]
 
-CHUNK = 256  # tokens of a prompt in one call: between calls Ctrl-C is heard
+CHUNK = 256  # tokens in one call: between calls Ctrl-C is heard
 
 
 class Decoder:
-    """A causal language model at work in the native core.
+    """A causal language model at work in the native core, on one sequence or several.
 
     Weights stay as they are in the model, which must not be changed or moved meanwhile. Keys and values are kept in
     bfloat16; all else is computed in float32, or with activations rounded to 8 bits where the weights ask for it.
 
     Args:
         model: of a family in `FAMILIES`, with weights on the CPU.
-        positions: the longest text, in tokens.
+        positions: the longest text of a sequence, in tokens.
         threads: None: as many as PyTorch has been given.
+        sequences: texts that are kept side by side; each has a cache of its own.
 
     Raises:
         Unsupported: the engine has no code for this model, and why.
+        UsageError: no sequences.
     """
 
-    def __init__(self, model: nn.Module, positions: int, threads: int | None = None) -> None:
+    def __init__(self, model: nn.Module, positions: int, threads: int | None = None, sequences: int = 1) -> None:
+        if sequences < 1:
+            raise UsageError("a decoder has at least one sequence")
         self._plan = make_plan(model, positions)
         core = native.core()
         assert core is not None
-        self._native = core.Decoder(self._plan.plan, threads or native.threads())
-        self.ids: list[int] = []
+        self._native = core.Decoder(self._plan.plan, threads or native.threads(), sequences)
+        self.texts: list[list[int]] = [[] for _ in range(sequences)]
+
+    @property
+    def ids(self) -> list[int]:
+        """Tokens of the first sequence."""
+        return self.texts[0]
 
     @property
     def positions(self) -> int:
@@ -55,49 +65,105 @@ class Decoder:
 
     @property
     def cache_bytes(self) -> int:
-        """Memory of keys and values."""
+        """Memory of keys and values of all sequences, when they are full."""
         return int(self._native.cache_bytes)
 
-    def keep(self, ids: Sequence[int]) -> int:
-        """Forget what does not begin as `ids` does; how many tokens are left.
+    def keep(self, ids: Sequence[int], sequence: int = 0) -> int:
+        """Forget of a sequence what does not begin as `ids` does; how many tokens are left.
 
         At least the last token of `ids` is forgotten, for its logits are wanted.
         """
-        common = 0
-        for old, new in zip(self.ids, ids[:-1], strict=False):
+        text, common = self.texts[sequence], 0
+        for old, new in zip(text, ids[:-1], strict=False):
             if old != new:
                 break
             common += 1
-        del self.ids[common:]
+        del text[common:]
         return common
 
-    def extend(self, ids: Sequence[int]) -> Tensor:
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """The first tokens of one sequence become those of another, whose text is forgotten.
+
+        Raises:
+            UsageError: the source has not so many tokens, or is the target.
+        """
+        if source == target or not 0 <= tokens <= len(self.texts[source]):
+            raise UsageError(f"cannot copy {tokens} tokens from sequence {source} to {target}")
+        self._native.copy(source, target, tokens)
+        self.texts[target] = self.texts[source][:tokens]
+
+    def extend(self, ids: Sequence[int], sequence: int = 0) -> Tensor:
         """Read tokens behind those that are there; float32 logits (vocabulary) of what follows the last of them.
 
         Raises:
             UsageError: no tokens, or more than there is room for.
         """
-        out = torch.empty(self.vocabulary)
-        self._check(ids)
-        for at in range(0, len(ids), CHUNK):
-            some = list(ids[at : at + CHUNK])
-            last = at + CHUNK >= len(ids)
-            self._native.run(some, len(self.ids), out.data_ptr() if last else 0, False)
-            self.ids += some
-        return out
+        return self.step([(sequence, ids)])[0]
 
-    def logits(self, ids: Sequence[int]) -> Tensor:
+    def step(self, work: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
+        """Read new tokens of some sequences, every weight once for 256 of them, whosever they are.
+
+        Args:
+            work: (sequence, tokens behind those that it has); no sequence twice.
+
+        Returns:
+            float32 logits (len(work), vocabulary) behind the last token of each.
+
+        Raises:
+            UsageError: no tokens, a sequence twice, or more tokens than there is room for.
+        """
+        return self._read(work, [1] * len(work))
+
+    def logits(self, ids: Sequence[int], sequence: int = 0) -> Tensor:
         """Read tokens; float32 logits (tokens, vocabulary) behind each of them. UsageError as `extend`."""
-        out = torch.empty(len(ids), self.vocabulary)
-        self._check(ids)
-        self._native.run(list(ids), len(self.ids), out.data_ptr(), True)
-        self.ids += ids
+        return self._read([(sequence, ids)], [len(ids)])
+
+    def _read(self, work: Sequence[tuple[int, Sequence[int]]], wanted: Sequence[int]) -> Tensor:
+        self._check(work)
+        out, done = torch.empty(sum(wanted), self.vocabulary), 0
+        for pieces in _chunks(work, wanted):
+            spans = [(p.sequence, len(self.texts[p.sequence]), len(p.ids), p.wanted) for p in pieces]
+            self._native.run(spans, [token for p in pieces for token in p.ids], out[done:].data_ptr())
+            for p in pieces:
+                self.texts[p.sequence] += p.ids
+                done += p.wanted
         return out
 
-    def _check(self, ids: Sequence[int]) -> None:
-        if not ids:
+    def _check(self, work: Sequence[tuple[int, Sequence[int]]]) -> None:
+        if not work or not all(ids for _, ids in work):
             raise UsageError("there are no tokens to read")
-        if len(self.ids) + len(ids) > self.positions:
-            raise UsageError(
-                f"{len(self.ids) + len(ids)} tokens are more than the cache has room for, {self.positions}"
-            )
+        if len({sequence for sequence, _ in work}) < len(work):
+            raise UsageError("a sequence can be named only once")
+        for sequence, ids in work:
+            if not 0 <= sequence < len(self.texts):
+                raise UsageError(f"there is no sequence {sequence}, but {len(self.texts)} of them")
+            size = len(self.texts[sequence]) + len(ids)
+            if size > self.positions:
+                raise UsageError(f"{size} tokens are more than the cache has room for, {self.positions}")
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Tokens of one sequence in one call, and behind how many of the last of them logits are wanted."""
+
+    sequence: int
+    ids: list[int]
+    wanted: int
+
+
+def _chunks(work: Sequence[tuple[int, Sequence[int]]], wanted: Sequence[int]) -> Iterator[list[_Piece]]:
+    """Pieces of together at most CHUNK tokens; of each of `work` the last `wanted` ones."""
+    pieces: list[_Piece] = []
+    room = CHUNK
+    for (sequence, ids), last in zip(work, wanted, strict=True):
+        at = 0
+        while at < len(ids):
+            end = min(len(ids), at + room)
+            pieces.append(_Piece(sequence, list(ids[at:end]), max(0, end - max(at, len(ids) - last))))
+            room -= end - at
+            at = end
+            if room == 0:
+                yield pieces
+                pieces, room = [], CHUNK
+    if pieces:
+        yield pieces

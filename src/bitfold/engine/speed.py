@@ -21,18 +21,20 @@ _TURNS = 5
 
 @dataclass(frozen=True)
 class Speed:
-    """Figures of one number of threads; medians.
+    """Figures of one number of threads and of sequences; medians.
 
     Args:
         threads: how many.
+        sequences: that are written side by side.
         prompt_tokens, tokens: read at once, and written one by one.
-        prefill, decode: tokens per second of both.
+        prefill, decode: tokens per second of both; of all sequences together.
         first_token: seconds from the prompt to the first token.
         token_bytes: weights that a token reads.
         bandwidth: bytes per second that as many threads read from memory in the same run.
     """
 
     threads: int
+    sequences: int
     prompt_tokens: int
     tokens: int
     prefill: float
@@ -43,8 +45,8 @@ class Speed:
 
     @property
     def share(self) -> float:
-        """Of the bandwidth, that decoding reads weights with."""
-        return self.token_bytes * self.decode / self.bandwidth
+        """Of the bandwidth, that decoding reads weights with: once for a token of each sequence."""
+        return self.token_bytes * self.decode / self.sequences / self.bandwidth
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -52,13 +54,20 @@ class Speed:
 
 
 def measure(
-    model: nn.Module, *, threads: Sequence[int], prompt: int = 512, tokens: int = 64, turns: int = 3
+    model: nn.Module,
+    *,
+    threads: Sequence[int],
+    sequences: Sequence[int] = (1,),
+    prompt: int = 512,
+    tokens: int = 64,
+    turns: int = 3,
 ) -> list[Speed]:
     """Read a prompt of random tokens, write some more; several turns, medians.
 
     Args:
         model: a loaded causal language model.
         threads: numbers of threads to try.
+        sequences: numbers of texts to write side by side, each with each number of threads.
         prompt, tokens: lengths.
         turns: of each.
 
@@ -68,25 +77,34 @@ def measure(
     """
     if prompt < 1 or tokens < 1 or turns < 1:
         raise UsageError("a prompt, tokens and turns are at least 1")
-    return [_measure(Decoder(model, prompt + tokens, count), count, prompt, tokens, turns) for count in threads]
+    if min(sequences) < 1:
+        raise UsageError("a number of sequences is at least 1")
+    return [
+        _measure(Decoder(model, prompt + tokens, count, texts), count, prompt, tokens, turns)
+        for count in threads
+        for texts in sequences
+    ]
 
 
 def _measure(decoder: Decoder, threads: int, prompt: int, tokens: int, turns: int) -> Speed:
     ids = torch.randint(0, decoder.vocabulary, (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
     decoder.extend(ids[:8])  # memory is touched, threads are there
-    bandwidth = _bandwidth(threads)
+    bandwidth, texts = _bandwidth(threads), len(decoder.texts)
     first, steps = [], []
     for _ in range(turns):
-        decoder.ids.clear()
-        logits, seconds = _timed(lambda: decoder.extend(ids))
+        for text in decoder.texts:
+            text.clear()
+        logits, seconds = _timed(lambda: decoder.step([(0, ids)]))
         first.append(seconds)
-        token = int(logits.argmax())
+        for other in range(1, texts):
+            decoder.copy(0, other, prompt)
+        new = [int(logits.argmax())] * texts
         for _ in range(tokens - 1):
-            logits, seconds = _timed(lambda new=[token]: decoder.extend(new))  # type: ignore[misc]
+            logits, seconds = _timed(lambda new=new: decoder.step([(i, [token]) for i, token in enumerate(new)]))  # type: ignore[misc]
             steps.append(seconds)
-            token = int(logits.argmax())
+            new = logits.argmax(-1).tolist()
     begin, step = statistics.median(first), statistics.median(steps or first)
-    return Speed(threads, prompt, tokens, prompt / begin, 1 / step, begin, decoder.token_bytes, bandwidth)
+    return Speed(threads, texts, prompt, tokens, prompt / begin, texts / step, begin, decoder.token_bytes, bandwidth)
 
 
 def _timed(work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:

@@ -1,0 +1,131 @@
+// Activations made ready for one kind of weight, and multiplied by it.
+//
+// Rows can be made ready by any threads, each rows of its own; when all are, any threads multiply them by rows of the
+// weight of their own. An object of this class is a view of memory: every thread makes one for itself.
+#pragma once
+#include <cstring>
+
+#include "system/dispatch.h"
+#include "system/scratch.h"
+#include "weights/dense/weight.h"
+#include "weights/trellis/weight.h"
+
+namespace bitfold {
+
+inline size_t round_up(size_t x, size_t to) { return (x + to - 1) / to * to; }
+
+// Memory of this thread for one row on its way, and for the panels of gemm.
+struct RowMemory {
+  Scratch codes, floats, panel;
+  static RowMemory& mine() {
+    static thread_local RowMemory memory;
+    return memory;
+  }
+};
+
+// With int8, a row is rounded to 8 bits with one scale (codes = round(x * 127 / absmax)); one that holds NaN or
+// infinity gives NaN.
+template <class W>
+class Prepared {
+ public:
+  // Bytes of memory for m rows; a multiple of 64.
+  static size_t bytes(const W& w, size_t m, bool int8) { return Prepared(w, m, int8, nullptr).bytes_; }
+
+  // memory: aligned to 64 bytes.
+  Prepared(const W& w, size_t m, bool int8, void* memory)
+      : w_(w), t_(table()), m_(m), padded_(round_up(w.k, kPad)), int8_(int8), bytes_in_(int8 && w.integers) {
+    const size_t block = m == 1 ? 1 : bytes_in_ ? t_.block_rows(m) : t_.block_rowsf(m);
+    rows_ = round_up(m, block);
+    char* at = static_cast<char*>(memory);
+    const auto take = [&](size_t size) {
+      char* mine = at;
+      at += round_up(size, 64);
+      bytes_ += round_up(size, 64);
+      return mine;
+    };
+    // Numbers kept for every row and chunk (chunks are at least as long as the shortest group), or lane by lane.
+    const size_t chunks = (rows_ * (padded_ / 16 + 1) + padded_ / 4 + t_.lanes) * 4;
+    scale_ = reinterpret_cast<float*>(take(m * sizeof(float)));
+    x_ = take(rows_ * padded_ * (bytes_in_ ? 1 : sizeof(float)));
+    start_ = reinterpret_cast<int32_t*>(take(bytes_in_ ? chunks : 0));
+    sums_ = reinterpret_cast<float*>(take(w.zero ? chunks : 0));
+    if (!w.zero) sums_ = nullptr;
+  }
+
+  // Row i, of w.k numbers; the last one brings along what fills up its block.
+  void row(size_t i, const float* x) const {
+    RowMemory& memory = RowMemory::mine();
+    if (int8_) {
+      int8_t* codes = m_ == 1 && bytes_in_ ? reinterpret_cast<int8_t*>(x_) : memory.codes.get<int8_t>(padded_);
+      scale_[i] = t_.quantize(x, w_.k, padded_, codes);
+      if (bytes_in_) return arrange(i, codes);
+      float* floats = memory.floats.get<float>(w_.k);
+      for (size_t c = 0; c < w_.k; ++c) floats[c] = codes[c];
+      x = floats;
+    }
+    arrange(i, x);
+  }
+
+  // y (m, w.n): rows [begin, end) of the weight; begin is a multiple of kBandRows, and end, if it is not w.n.
+  void times(size_t begin, size_t end, float* y) const {
+    const Products<W>& products = t_.products<W>();
+    if (bytes_in_) {
+      Act8 a;
+      a.m = m_, a.padded = padded_, a.x = reinterpret_cast<const int8_t*>(x_), a.scale = scale_;
+      a.start = start_, a.sums = sums_;
+      if (m_ == 1) return products.gemv8(w_, a, begin, end, y);
+      const size_t scratch = t_.gemm_scratch(w_, m_, padded_);
+      return products.gemm8(w_, a, begin, end, y, RowMemory::mine().panel.get<uint8_t>(scratch));
+    }
+    ActF a;
+    a.m = m_, a.padded = padded_, a.x = reinterpret_cast<const float*>(x_), a.sums = sums_;
+    a.scale = int8_ ? scale_ : nullptr;
+    if (m_ > 1) {
+      const size_t scratch = t_.gemm_scratchf(w_, m_, padded_);
+      return products.gemmf(w_, a, begin, end, y, RowMemory::mine().panel.get<uint8_t>(scratch));
+    }
+    products.gemvf(w_, a, begin, end, y);
+    for (size_t n = begin; int8_ && n < end; ++n) y[n] *= *scale_;
+  }
+
+ private:
+  void arrange(size_t i, const int8_t* codes) const {
+    int8_t* out = reinterpret_cast<int8_t*>(x_);
+    if (m_ == 1) return t_.sums8(w_, codes, padded_, start_, sums_);
+    t_.arrange8(w_, codes, m_, padded_, i, out, start_, sums_);
+    for (size_t r = m_; i + 1 == m_ && r < rows_; ++r) t_.arrange8(w_, nullptr, m_, padded_, r, out, start_, sums_);
+  }
+
+  void arrange(size_t i, const float* x) const {
+    float* out = reinterpret_cast<float*>(x_);
+    if (m_ == 1) return t_.products<W>().arrange(w_, x, padded_, out, sums_);
+    t_.arrangef(w_, x, m_, padded_, i, out, sums_);
+    for (size_t r = m_; i + 1 == m_ && r < rows_; ++r) t_.arrangef(w_, nullptr, m_, padded_, r, out, sums_);
+  }
+
+  const W& w_;
+  const Table& t_;
+  const size_t m_, padded_;
+  const bool int8_, bytes_in_;  // rounded; and multiplied as bytes
+  size_t rows_ = 0, bytes_ = 0;
+  float *scale_ = nullptr, *sums_ = nullptr;
+  char* x_ = nullptr;
+  int32_t* start_ = nullptr;
+};
+
+// Unquantized rows take activations as they are.
+template <>
+class Prepared<PlainRows> {
+ public:
+  static size_t bytes(const PlainRows& w, size_t m, bool) { return round_up(m * w.k * sizeof(float), 64); }
+  Prepared(const PlainRows& w, size_t m, bool, void* memory) : w_(w), m_(m), x_(static_cast<float*>(memory)) {}
+  void row(size_t i, const float* x) const { std::memcpy(x_ + i * w_.k, x, w_.k * sizeof(float)); }
+  void times(size_t begin, size_t end, float* y) const { table().plain_rows(w_, x_, m_, begin, end, y); }
+
+ private:
+  const PlainRows& w_;
+  const size_t m_;
+  float* x_;
+};
+
+}  // namespace bitfold
