@@ -13,9 +13,11 @@ import torch
 import bitfold
 import tiny_lm
 from bitfold import Calibration
-from bitfold.calibration import fisher, inputs, shared_input
+from bitfold.calibration import fisher, inputs, session, shared_input
 from bitfold.calibration.fallback import recoverable
 from bitfold.calibration.runner import Runner
+from bitfold.calibration.walk import BlockWalk
+from bitfold.calibration.whole import WholeWalk
 from bitfold.errors import CheckpointError, ResourceError
 from bitfold.workspace.folder import partial_of
 
@@ -33,6 +35,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def text(source: Path, **more: Any) -> Calibration:
     """A little of it."""
     return Calibration(str(source / "text.txt"), nsamples=4, seqlen=32, **more)
+
+
+class Stopped(BaseException):
+    """Raised in the middle, as a signal is."""
 
 
 def fail(*_args: Any, **_options: Any) -> Any:
@@ -112,7 +118,7 @@ def test_one_layer_that_cannot_be_solved(source: Path, tmp_path: Path, monkeypat
 
 
 def test_a_block_that_stops_running(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After hours in it: what is done stays calibrated, what is left is rounded."""
+    """After hours in it: what is done stays calibrated, what is left is solved while the whole model runs."""
     measure, seen = Runner.measure, list[str]()
 
     def failing(self: Runner, layer: str, *args: Any, **options: Any) -> Any:
@@ -123,10 +129,59 @@ def test_a_block_that_stops_running(source: Path, tmp_path: Path, monkeypatch: p
     report = bitfold.quantize(source, tmp_path / "out", **OPTIONS, calibration=text(source, fisher=False))
     (fallback,) = report.fallbacks
     assert fallback["where"] == "model.layers"
+    assert "while the whole model runs" in fallback["instead"]
+    assert sum(t.output_error is not None for t in report.quantized) == len(report.quantized) == 14
+    assert torch.isfinite(bitfold.load(tmp_path / "out")(torch.arange(9)[None]).logits).all()
+
+
+@pytest.mark.parametrize("why", ["it fails, too", "no room"])
+def test_nor_does_the_whole_model(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    """What is done stays calibrated, what is left is rounded."""
+    measure, seen = Runner.measure, list[str]()
+
+    def failing(self: Runner, layer: str, *args: Any, **options: Any) -> Any:
+        seen.append(layer)
+        return fail() if len(seen) == 6 else measure(self, layer, *args, **options)
+
+    monkeypatch.setattr(Runner, "measure", failing)
+    if why == "no room":
+        monkeypatch.setattr(session.memory, "default_ceiling", lambda: 1 << 20)
+        monkeypatch.setattr(session, "_walk_whole", lambda *_: pytest.fail("there is no room"))
+    else:
+        monkeypatch.setattr(session.WholeWalk, "start", fail)
+    report = bitfold.quantize(source, tmp_path / "out", **OPTIONS, calibration=text(source, fisher=False))
+    assert [f["where"] for f in report.fallbacks] == ["model.layers", "the whole model"][: 1 + (why != "no room")]
     calibrated = {t.tensor for t in report.quantized if t.output_error is not None}
     assert sum(name.startswith("model.layers.0.") for name in calibrated) == 7
-    assert len(report.quantized) == 14
+    assert len(calibrated) < len(report.quantized) == 14
     assert torch.isfinite(bitfold.load(tmp_path / "out")(torch.arange(9)[None]).logits).all()
+
+
+def test_stopped_while_the_whole_model_runs_instead(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process fails at the same block, and goes on with what is left: the bytes of a run in one go."""
+    blocks = WholeWalk.block
+    monkeypatch.setattr(BlockWalk, "block", _failing_at(BlockWalk.block, 1, fail))
+    bitfold.quantize(source, tmp_path / "whole", **OPTIONS, calibration=text(source, fisher=False))
+
+    def stopped(self: WholeWalk, *args: Any, **options: Any) -> Any:
+        for number, one in enumerate(blocks(self, *args, **options)):
+            if number == 2:
+                raise Stopped
+            yield one
+
+    monkeypatch.setattr(WholeWalk, "block", stopped)
+    with pytest.raises(Stopped), pytest.warns(UserWarning, match="goes on"):
+        bitfold.quantize(source, tmp_path / "out", **OPTIONS, calibration=text(source, fisher=False))
+    monkeypatch.setattr(WholeWalk, "block", blocks)
+    bitfold.quantize(source, tmp_path / "out", **OPTIONS, calibration=text(source, fisher=False))
+    digests = [hashlib.sha256((tmp_path / n / "model.safetensors").read_bytes()).digest() for n in ("out", "whole")]
+    assert digests[0] == digests[1]
+
+
+def _failing_at(block: Any, number: int, fail: Any) -> Any:
+    return lambda self, index, *args, **options: fail() if index == number else block(self, index, *args, **options)
 
 
 FINAL = [
@@ -144,10 +199,6 @@ def test_what_is_no_failure_of_calibration(error: Exception) -> None:
     with pytest.raises(type(error)):
         recoverable(error)
     assert isinstance(recoverable(ValueError("x")), ValueError)
-
-
-class Stopped(BaseException):
-    """Raised in the middle, as a signal is."""
 
 
 @pytest.mark.parametrize("window", [0, 2])

@@ -53,7 +53,7 @@ class Bookmarks:
     """
 
     def __init__(self, work: Workspace, done: Collection[str], sync: Callable[[], None], events: Events) -> None:
-        self._work, self._sync, self._events = work, sync, events
+        self._work, self._sync, self._events, self.done = work, sync, events, done
         for file in work.state.glob("*/scratch-*"):
             file.unlink()
         records = work.journal.of_kind("block")

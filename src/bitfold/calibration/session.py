@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,8 +32,9 @@ from bitfold.models.sites import EMBEDDING, EXPERTS
 from bitfold.models.swap import transform_of
 from bitfold.planning.decisions import Decision, Quantized
 from bitfold.planning.plan import Plan
-from bitfold.system import progress
+from bitfold.system import memory, progress
 
+LEFT = "what is left of it is quantized without data"
 _GRADIENTS_UP_TO = 500_000_000  # parameters; gradients need the whole model and its activations in memory
 
 
@@ -50,6 +51,7 @@ class Session:
         plan: what to do with each tensor.
         calibration: text and options.
         seed: of rotations, labels and text.
+        max_memory: bytes that the process may take; None = a share of what is free.
     """
 
     source: Source
@@ -57,6 +59,7 @@ class Session:
     plan: Plan
     calibration: Calibration
     seed: int
+    max_memory: int | None = None
 
     @property
     def shape(self) -> WalkShape:
@@ -68,6 +71,9 @@ def solve_blocks(
     session: Session, tokenizer: Path, bookmarks: Bookmarks | None = None, hessian_bytes: int = HESSIANS
 ) -> Iterator[Outcome]:
     """Quantize every layer and stack of experts whose scheme asks for calibration: block by block where it can be.
+
+    Where blocks turn out not to run one by one, what is left of them is solved while the whole model runs, if there is
+    room for it.
 
     What is not yielded (layers that never ran, and what a failure has left) is for the data-free path. What 8-bit
     activations cost comes last, if a scheme leaves the choice to measurement.
@@ -93,11 +99,33 @@ def solve_blocks(
             continue
         spill = None if bookmarks is None else Spill(bookmarks.folder_of(chain.path))
         walk = BlockWalk(model, reader, chain, text, spill, hessian_bytes)
-        last = chain is session.shape.chains[-1]
-        yield from _or_say(walk.name, _walk_blocks(session, walk, inside, bookmarks, measure=last))
+        last, done = chain is session.shape.chains[-1], set[str]()
+        room = _room_for_whole(session)
+        instead = "what is left of it is solved while the whole model runs" if room else LEFT
+        outcomes = _walk_blocks(session, walk, inside, bookmarks, measure=last)
+        ended = yield from _or_say(walk.name, _noting(outcomes, done), instead)
+        if ended and room:
+            done |= set(() if bookmarks is None else bookmarks.done)
+            left = {name: d for name, d in inside.items() if name not in done}
+            yield from _or_say(WHOLE, _walk_whole(session, reader, left, text, None, hessian_bytes), LEFT)
     rest = _others(session.shape, wanted)
     if rest:
-        yield from _or_say(WHOLE, _walk_whole(session, reader, rest, text, bookmarks, hessian_bytes))
+        yield from _or_say(WHOLE, _walk_whole(session, reader, rest, text, bookmarks, hessian_bytes), LEFT)
+
+
+def _room_for_whole(session: Session) -> bool:
+    """Whether the original model, in float32, has room in memory beside what is there."""
+    limit = memory.default_ceiling() if session.max_memory is None else session.max_memory
+    return limit is None or 4 * session.plan.numel + (memory.resident() or 0) <= limit
+
+
+def _noting(outcomes: Iterator[Outcome], done: set[str]) -> Iterator[Outcome]:
+    """The same, and which tensors are done."""
+    for one in outcomes:
+        if isinstance(one, Solved):
+            done.add(one.decision.tensor)
+        yield one
+        del one  # it holds the weight as it was
 
 
 def runnable(model: nn.Module | None, source: Source) -> nn.Module:
@@ -112,12 +140,14 @@ def runnable(model: nn.Module | None, source: Source) -> nn.Module:
     return model
 
 
-def _or_say(name: str, outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
-    """The outcomes of a walk; where the walk itself fails, why it ends: its layers are left to the data-free path."""
+def _or_say(name: str, outcomes: Iterator[Outcome], instead: str) -> Generator[Outcome, None, bool]:
+    """The outcomes of a walk; where the walk itself fails, why it ends and what is done instead. Whether it failed."""
     try:
         yield from outcomes
     except Exception as error:  # whatever a model's own code comes up with
-        yield Fallback(name, "what is left of it is quantized without data", recoverable(error))
+        yield Fallback(name, instead, recoverable(error))
+        return True
+    return False
 
 
 def _walk_blocks(

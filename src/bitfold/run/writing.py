@@ -172,7 +172,7 @@ class Writing:
             run.source.copy_side_files(tokenizer)
             write_json(tokenizer / "config.json", run.source.config)
         marks = Bookmarks(self.work, self.done.reports, self._target.sync, self._events)
-        session = Session(run.source, run.model, run.plan, calibration, run.job.seed)
+        session = Session(run.source, run.model, run.plan, calibration, run.job.seed, self._options.max_memory)
         yield from solve_blocks(session, tokenizer, marks, run.hessian_bytes)
 
     def _fell_back(self, fallback: Fallback) -> None:
