@@ -139,10 +139,3 @@ def data_size(file: Path) -> int:
     """Bytes of a safetensors file that are not its header."""
     with file.open("rb") as stream:
         return file.stat().st_size - 8 - int(struct.unpack("<Q", stream.read(8))[0])
-
-
-def data_start(file: Path, name: str) -> int:
-    """The byte of a safetensors file at which a tensor begins."""
-    with file.open("rb") as stream:
-        length = int(struct.unpack("<Q", stream.read(8))[0])
-        return 8 + length + int(parse_json_object(stream.read(length), str(file))[name]["data_offsets"][0])

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from bitfold.checkpoints.base import StoredAs
-from bitfold.checkpoints.headers import ForeignInfo, data_size, data_start, read_header
+from bitfold.checkpoints.headers import ForeignInfo, data_size, read_header
 from bitfold.checkpoints.side_files import PICKLES, copy_side_files
 from bitfold.checkpoints.untrusted import read_json_object
 from bitfold.checkpoints.weight_files import locate, say_what_is_left
@@ -41,9 +41,14 @@ class SafetensorsSource:
         self.config = read_config(self.path)
         self._where = locate(self.path, self.config)
         self._info: dict[str, TensorInfo] = {}
-        self._open: dict[Path, Any] = {}
+        self._starts: dict[str, int] = {}  # where in its file each begins
         for file in dict.fromkeys(self._where.values()):
-            self._info.update({n: i for n, i in read_header(file).items() if self._where.get(n) == file})
+            found = read_header(file)
+            at = file.stat().st_size - sum(info.nbytes for info in found.values())
+            for name, info in found.items():
+                if self._where.get(name) == file:
+                    self._info[name], self._starts[name] = info, at
+                at += info.nbytes
         if missing := [name for name in self._where if name not in self._info]:
             raise CheckpointError(
                 f"{len(missing)} tensors of the index are in no file, the first is {missing[0]}", where=str(self.path)
@@ -59,15 +64,17 @@ class SafetensorsSource:
         return self._info[name]
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor; its pages come from the file as they are touched and are given back with the tensor."""
+        """The tensor; its pages come from the file as they are touched and are given back with the tensor.
+
+        Only its own bytes are mapped: experts by the thousand can be alive at once, and whole files by the thousand
+        are more address space than limits on a process allow.
+        """
         file, info = self._where[name], self._info[name]
         if isinstance(info, ForeignInfo):
             raise CheckpointError(f"tensor {name} is of type {info.label}, which cannot be read", where=str(file))
         try:
-            with safe_open(str(file), framework="pt") as handle:
-                tensor: torch.Tensor = handle.get_tensor(name)
-                return tensor
-        except (SafetensorError, OSError) as error:
+            return _mapped(file, self._starts[name], info)
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot read tensor {name}: {error}", where=str(file)) from error
 
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
@@ -78,7 +85,7 @@ class SafetensorsSource:
         """
         file, info = self._where[name], self._info[name]
         require_rows(rows, info.shape[0], name)
-        start, width = data_start(file, name), info.nbytes // max(1, info.shape[0])
+        start, width = self._starts[name], info.nbytes // max(1, info.shape[0])
         out = torch.empty((len(rows), *info.shape[1:]), dtype=info.dtype)
         target: Any = out.view(-1).view(torch.uint8).numpy().reshape(len(rows), width)
         try:
@@ -137,6 +144,23 @@ class SafetensorsSource:
 
     def close(self) -> None:
         """Nothing stays open between reads."""
+
+
+def _mapped(file: Path, start: int, info: TensorInfo) -> torch.Tensor:
+    """A tensor whose bytes are those of a file, from `start` on; writing into it leaves the file as it is.
+
+    Raises:
+        OSError, ValueError: the file is shorter by now, or cannot be mapped.
+    """
+    if not info.nbytes:
+        return torch.empty(info.shape, dtype=info.dtype)
+    before = start % mmap.ALLOCATIONGRANULARITY
+    with file.open("rb") as stream:
+        pages = mmap.mmap(stream.fileno(), before + info.nbytes, access=mmap.ACCESS_COPY, offset=start - before)
+    raw = torch.frombuffer(pages, dtype=torch.uint8, count=info.nbytes, offset=before)
+    if start % info.dtype.itemsize:  # a header of an odd length
+        raw = raw.clone()
+    return raw.view(info.dtype).reshape(info.shape)
 
 
 def file_facts(file: Path, head: int = 1 << 20) -> list[Any]:

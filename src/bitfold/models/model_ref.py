@@ -206,12 +206,12 @@ def _load_plain(path: Path, config: Mapping[str, Any], auto_class: str, dtype: t
     own = skeleton.model_class(config) if auto_class in _STREAMED else None
     if own is not None and not own.__name__.endswith((*_PREDICT, "ForMaskedLM")):
         own = None  # BertForPreTraining, say, is judged as BertForMaskedLM
-    if path.is_file() or (dtype is not None and own is not None):
+    if path.is_file() or own is not None:
         return _stream(path, dtype)
     wanted: torch.dtype | str = "auto" if dtype is None else dtype
     loader = own or getattr(transformers, auto_class)
     try:
-        with _quiet_transformers():
+        with _quiet_transformers(), _without_adapters():
             model, report = loader.from_pretrained(path, dtype=wanted, output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelError(f"transformers cannot load it: {_line(error)}", where=str(path)) from error
@@ -230,10 +230,13 @@ def _stream(path: Path, dtype: torch.dtype | None) -> nn.Module:
 
     Args:
         path: folder or GGUF file, of a class that transformers has.
-        dtype: of the parameters; None: what the config says.
+        dtype: of the parameters; None: what the config says, or that of the first float tensor where it says nothing.
     """
     source = open_source(path)
     try:
+        if dtype is None and not (source.config.get("dtype") or source.config.get("torch_dtype")):
+            stored = (source.info(name).dtype for name in source.names())
+            dtype = next((d for d in stored if d.is_floating_point), None)
         model: Any = open_skeleton(source, dtype=dtype)
         assert model is not None
         for target in map_names(source.names(), model):
@@ -266,6 +269,20 @@ def _require_text_alone(model: Any, name: str) -> None:
         ) from error
     if not isinstance(logits, torch.Tensor) or logits.shape[:2] != ids.shape:
         raise ModelError(f"{type(model).__name__} gives no prediction for each token", where=name)
+
+
+@contextmanager
+def _without_adapters() -> Iterator[None]:
+    """The model alone: transformers would put an adapter on it that lies beside, as trainers leave merged ones."""
+    import transformers.modeling_utils as modeling
+
+    module: Any = modeling
+    before = module.maybe_load_adapters
+    module.maybe_load_adapters = lambda path, _download, **adapter: (None, path, adapter)
+    try:
+        yield
+    finally:
+        module.maybe_load_adapters = before
 
 
 @contextmanager
