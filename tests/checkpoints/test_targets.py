@@ -11,9 +11,10 @@ import torch
 
 from bitfold.checkpoints import open_source
 from bitfold.checkpoints.schema import QUANTIZATION, Entry, describe, own_quantization, read_entries
-from bitfold.checkpoints.targets import TARGETS, open_target
+from bitfold.checkpoints.targets import TARGETS, open_target, target_kind
 from bitfold.errors import CheckpointError, UsageError
 from bitfold.formats import FORMATS, get_format
+from bitfold.methods.quantize import quantize_tensor
 from bitfold.system.tensorinfo import TensorInfo
 from bitfold.transforms import Hadamard
 
@@ -37,7 +38,7 @@ def test_what_is_written_is_read(kind: str, size: int, tmp_path: Path) -> None:
         w = TENSORS[name]
         said = target.write(name, w.split(3) if w.dim() else [w])
         raw = bytes(w.contiguous().reshape(-1).view(torch.uint8).tolist())
-        assert said == target.digest(name) == hashlib.sha256(raw).hexdigest()
+        assert said == {name: target.digest(name)} == {name: hashlib.sha256(raw).hexdigest()}
     again = open_target(kind, tmp_path, size)
     again.layout(INFOS)
     assert [again.digest(name) for name in TENSORS] == [target.digest(name) for name in TENSORS]
@@ -57,6 +58,34 @@ def test_what_was_not_planned(kind: str, tmp_path: Path) -> None:
     for wrong in (TENSORS["a.weight"][:2], TENSORS["a.weight"].float(), TENSORS["a.weight"].repeat(2, 1)):
         with pytest.raises(CheckpointError, match="planned"):
             target.write("a.weight", [wrong])
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("format", ["int4-asym-g32", "nf4-dq", "trellis-3", "q4_k"])
+def test_packed_weights(kind: str, format: str, tmp_path: Path) -> None:
+    """Whatever a kind calls and cuts them, they are read as they were packed; sizes are known without a folder."""
+    transform = Hadamard(256, 0)
+    q = quantize_tensor(transform.weights(torch.randn(64, 256)), format)
+    entry = Entry(q.format, (64, 256), "int8-static", False, transform)
+    contents = {**INFOS, "w.weight": entry}
+    target = open_target(kind, tmp_path, 1000)
+    target.layout(contents)
+    fields = {**q.fields, "act_scale": torch.ones(1)}
+    for wrong in (q.fields, {**fields, "more": torch.ones(1)}):
+        with pytest.raises(CheckpointError, match="planned"):
+            target.pack("w.weight", wrong)
+    hashes = target.pack("w.weight", fields)
+    for name, w in TENSORS.items():
+        hashes |= target.write(name, [w])
+    assert {name: target.digest(name) for name in hashes} == hashes
+    stored = target.stored(contents)
+    assert target.held() == {name: info.nbytes for name, info in stored.items()}
+    assert hashes.keys() == stored.keys()
+    assert sum((tmp_path / f).stat().st_size for f in target.files) == target_kind(kind).size(contents, 1000)
+    target.finish(CONFIG, describe({"w.weight": entry}, {}))
+    source = open_source(tmp_path)
+    assert set(source.names()) == contents.keys()
+    torch.testing.assert_close(source.read("w.weight"), transform.inverse(q.dequantize()))
 
 
 def test_unknown_kind(tmp_path: Path) -> None:

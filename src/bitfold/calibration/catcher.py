@@ -15,11 +15,11 @@ from torch import nn
 
 from bitfold.calibration.calls import Call, shared, with_activations, without
 from bitfold.calibration.embedded import Filled, Tensors
-from bitfold.calibration.experts import one_at_a_time
 from bitfold.calibration.rehearsal import text_inputs
 from bitfold.calibration.shape import BlockShape, ChainShape
 from bitfold.calibration.spill import Stream
 from bitfold.errors import ModelError
+from bitfold.models.eager_experts import one_expert_at_a_time
 
 
 class Stop(Exception):
@@ -46,7 +46,7 @@ class Catcher:
         Raises:
             ModelError: the blocks are not called as they were in the rehearsal.
         """
-        one_at_a_time(self._model)
+        one_expert_at_a_time(self._model)
         calls: list[list[Call]] = [[] for _ in self._blocks]
         shapes: list[list[torch.Size]] = [[] for _ in self._blocks]
 

@@ -69,11 +69,3 @@ class Listener(TorchFunctionMode):
     def _keep(self, known: dict[int, Any], tensor: torch.Tensor, what: Any) -> None:
         known[id(tensor)] = what
         self._alive.append(tensor)
-
-
-def one_at_a_time(model: nn.Module) -> None:
-    """Let transformers multiply by one expert after the other, which is what a `Listener` understands."""
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is not None and hasattr(config, "_experts_implementation"):
-            config._experts_implementation = "eager"

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from bitfold.calibration.experts import one_at_a_time
+from bitfold.models.eager_experts import one_expert_at_a_time
 from bitfold.nn import set_tensor
 
 _TOKENS = 8
@@ -199,7 +199,7 @@ def vocabulary(model: Any) -> int:
 def stand_in(model: nn.Module) -> nn.Module:
     """A copy in which every parameter, and every buffer that is not known, is one number seen as a whole tensor."""
     made = copy.deepcopy(model)
-    one_at_a_time(made)
+    one_expert_at_a_time(made)
     for name, old in [*made.named_parameters(remove_duplicate=False), *made.named_buffers(remove_duplicate=False)]:
         if old.is_meta:
             dtype = torch.float32 if old.is_floating_point() else old.dtype

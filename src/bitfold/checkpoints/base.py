@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from bitfold.checkpoints.schema import Content
 from bitfold.system.tensorinfo import TensorInfo
 
 __all__ = ["Source", "StoredAs", "Target", "TensorInfo"]
@@ -106,31 +107,65 @@ class Source(Protocol):
 
 
 class Target(Protocol):
-    """A checkpoint being written: what it will hold first, then tensors in any order, then what makes it whole."""
+    """A checkpoint being written: what it will hold first, then tensors in any order, then what makes it whole.
+
+    How it names, lays out and interleaves what a packed weight consists of is known to it alone.
+
+    Args:
+        folder: an existing folder.
+        max_shard_bytes: size at which a new file is begun, where the kind has several.
+    """
+
+    def __init__(self, folder: Path, max_shard_bytes: int) -> None: ...
 
     @property
     def files(self) -> list[str]:
         """Names of the files of weights, once `layout` was called."""
         ...
 
-    def layout(self, tensors: Mapping[str, TensorInfo]) -> None:
-        """Give every stored tensor its place; files that are there already are written into, not replaced.
+    @staticmethod
+    def stored(contents: Mapping[str, Content]) -> dict[str, TensorInfo]:
+        """The tensors that its files will hold, by the names that they have there."""
+        ...
+
+    @classmethod
+    def size(cls, contents: Mapping[str, Content], max_shard_bytes: int) -> int:
+        """Bytes of its files of weights, headers included."""
+        ...
+
+    def layout(self, contents: Mapping[str, Content]) -> None:
+        """Give every tensor of the model its place; files that are there already are written into, not replaced.
 
         Raises:
             CheckpointError: the files cannot be made, or are of another plan.
         """
         ...
 
-    def write(self, name: str, parts: Iterable[torch.Tensor]) -> str:
-        """Put a tensor, given as consecutive pieces of its rows, in its place; returns the SHA-256 of its bytes.
+    def write(self, name: str, parts: Iterable[torch.Tensor]) -> dict[str, str]:
+        """Put a plain tensor, given as consecutive pieces of its rows, in its place.
+
+        Returns:
+            The SHA-256 of its bytes, by stored name, as of `pack`.
 
         Raises:
             CheckpointError: the pieces do not make the planned tensor, or the disk is full.
         """
         ...
 
-    def digest(self, name: str) -> str:
-        """The SHA-256 of what stands in a tensor's place now."""
+    def pack(self, name: str, fields: Mapping[str, torch.Tensor]) -> dict[str, str]:
+        """Put a packed tensor in its place: the fields of its format, and those beside them.
+
+        Raises:
+            CheckpointError: the fields are not those of the planned tensor, or the disk is full.
+        """
+        ...
+
+    def digest(self, stored: str) -> str:
+        """The SHA-256 of what stands in the place of a stored tensor now."""
+        ...
+
+    def held(self) -> dict[str, int]:
+        """Bytes of every stored tensor, read back from the files."""
         ...
 
     def sync(self) -> None:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from bitfold.checkpoints.base import StoredAs
 from bitfold.checkpoints.safetensors import SafetensorsSource, read_config
-from bitfold.checkpoints.schema import QUANTIZATION, own_quantization, read_entries
+from bitfold.checkpoints.schema import QUANTIZATION, own_quantization, read_entries, stored_name
 from bitfold.errors import CheckpointError
 from bitfold.qtensor import QTensor
 from bitfold.system.tensorinfo import TensorInfo
@@ -57,7 +57,7 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def stored_layouts(folder: Path) -> dict[str, TensorInfo]:
     """dtype and shape of every field of every quantized tensor, as the config of a folder says."""
     entries = QuantizedSource(folder).entries
-    return {f"{name}.{field}": info for name, entry in entries.items() for field, info in entry.layout().items()}
+    return {name: info for tensor, entry in entries.items() for name, info in entry.stored(tensor).items()}
 
 
 class QuantizedSource:
@@ -77,7 +77,7 @@ class QuantizedSource:
         self.entries = read_entries(found, str(path))
         self._stored = SafetensorsSource(self.path)
         self.config = {k: v for k, v in self._stored.config.items() if k != QUANTIZATION}
-        self._fields = {f"{name}.{field}" for name, entry in self.entries.items() for field in entry.layout()}
+        self._fields = {stored for name, entry in self.entries.items() for stored in entry.stored(name)}
 
     @property
     def files(self) -> list[Path]:
@@ -106,7 +106,7 @@ class QuantizedSource:
     def _read_fields(self, name: str, layout: Mapping[str, TensorInfo]) -> dict[str, torch.Tensor]:
         fields: dict[str, torch.Tensor] = {}
         for field, expected in layout.items():
-            full = f"{name}.{field}"
+            full = stored_name(name, field)
             if full not in self._stored.names() or self._stored.info(full) != expected:
                 raise CheckpointError(f"{full} is missing or misshapen", where=str(self.path))
             fields[field] = self._stored.read(full)

@@ -11,7 +11,7 @@ import torch
 
 from bitfold.checkpoints.base import Source, TensorInfo
 from bitfold.checkpoints.staging import open_output, written_aside
-from bitfold.checkpoints.targets import open_target
+from bitfold.checkpoints.targets import FOLDER, open_target
 from bitfold.errors import CheckpointError, UsageError
 from bitfold.system import progress
 
@@ -68,7 +68,7 @@ def _open(src: Path, dither_seed: int | None) -> Source:
 
 def _write(source: Source, folder: Path, dtype: torch.dtype | None, max_shard_bytes: int) -> None:
     infos = {name: source.info(name) for name in source.names()}  # raises before anything is written
-    target = open_target("safetensors", folder, max_shard_bytes)
+    target = open_target(FOLDER, folder, max_shard_bytes)
     target.layout({name: _cast_info(info, dtype) for name, info in infos.items()})
     with progress.bar("convert", sum(info.numel for info in infos.values())) as bar:
         for name, info in infos.items():

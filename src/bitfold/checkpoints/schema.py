@@ -26,6 +26,11 @@ VERSION = 1
 _DAMAGE = (KeyError, TypeError, ValueError, AttributeError, AssertionError, RecursionError, ArithmeticError)
 
 
+def stored_name(tensor: str, field: str) -> str:
+    """The name that a field of a packed tensor has in a bitfold folder."""
+    return f"{tensor}.{field}"
+
+
 @dataclass(frozen=True)
 class Entry:
     """What a checkpoint says of one quantized tensor.
@@ -78,11 +83,23 @@ class Entry:
         """dtype and shape of every stored field, those beside the weight included."""
         return {**self.format.layout(self.shape), **self.sides()}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all fields."""
+        return sum(info.nbytes for info in self.layout().values())
+
+    def stored(self, name: str) -> dict[str, TensorInfo]:
+        """The fields of the tensor of that name, by the names that they have in a bitfold folder."""
+        return {stored_name(name, field): info for field, info in self.layout().items()}
+
     def meta(self) -> QTensor:
         """A QTensor of this kind on the meta device."""
         layout = self.format.layout(self.shape)
         fields = {name: torch.empty(i.shape, dtype=i.dtype, device="meta") for name, i in layout.items()}
         return QTensor(self.format, self.shape, fields)
+
+
+Content = TensorInfo | Entry  # what a tensor of a model is stored as: plain numbers, or packed
 
 
 def describe(

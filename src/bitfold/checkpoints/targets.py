@@ -5,17 +5,18 @@ Another kind is one file with a class like `SafetensorsFolder`, and a line here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bitfold.checkpoints.base import Target
+from bitfold.checkpoints.headers import read_header
 from bitfold.checkpoints.safetensors import write_json
-from bitfold.checkpoints.schema import QUANTIZATION
+from bitfold.checkpoints.schema import QUANTIZATION, Content, Entry, stored_name
 from bitfold.checkpoints.shards import PlannedWriter, plan_shards, written_error
-from bitfold.errors import UsageError
+from bitfold.errors import CheckpointError, UsageError
 from bitfold.system.tensorinfo import TensorInfo
 
 
@@ -32,6 +33,7 @@ class SafetensorsFolder:
     def __init__(self, folder: Path, max_shard_bytes: int = 4 << 30) -> None:
         self.folder, self.max_shard_bytes = folder, max_shard_bytes
         self._writer: PlannedWriter | None = None
+        self._packed: dict[str, set[str]] = {}  # names of the fields of each packed tensor
 
     @property
     def _open(self) -> PlannedWriter:
@@ -43,17 +45,44 @@ class SafetensorsFolder:
         """See `Target`."""
         return self._open.plan.files
 
-    def layout(self, tensors: Mapping[str, TensorInfo]) -> None:
-        """See `Target`."""
-        self._writer = PlannedWriter(self.folder, plan_shards(tensors, self.max_shard_bytes))
+    @staticmethod
+    def stored(contents: Mapping[str, Content]) -> dict[str, TensorInfo]:
+        """See `Target`: a packed tensor X is X.codes, X.scale ..."""
+        found: dict[str, TensorInfo] = {}
+        for name, content in contents.items():
+            found |= content.stored(name) if isinstance(content, Entry) else {name: content}
+        return found
 
-    def write(self, name: str, parts: Iterable[torch.Tensor]) -> str:
+    @classmethod
+    def size(cls, contents: Mapping[str, Content], max_shard_bytes: int) -> int:
         """See `Target`."""
-        return self._open.write(name, parts)
+        return plan_shards(cls.stored(contents), max_shard_bytes).nbytes
 
-    def digest(self, name: str) -> str:
+    def layout(self, contents: Mapping[str, Content]) -> None:
         """See `Target`."""
-        return self._open.digest(name)
+        self._writer = PlannedWriter(self.folder, plan_shards(self.stored(contents), self.max_shard_bytes))
+        self._packed = {name: set(c.stored(name)) for name, c in contents.items() if isinstance(c, Entry)}
+
+    def write(self, name: str, parts: Iterable[torch.Tensor]) -> dict[str, str]:
+        """See `Target`."""
+        return {name: self._open.write(name, parts)}
+
+    def pack(self, name: str, fields: Mapping[str, torch.Tensor]) -> dict[str, str]:
+        """See `Target`."""
+        named = {stored_name(name, field): value for field, value in fields.items()}
+        if named.keys() != self._packed[name]:
+            what = f"is packed as {sorted(named)}, {sorted(self._packed[name])} were planned"
+            raise CheckpointError(what, where=f"{self.folder}: {name}")
+        return {stored: self._open.write(stored, [value]) for stored, value in named.items()}
+
+    def digest(self, stored: str) -> str:
+        """See `Target`."""
+        return self._open.digest(stored)
+
+    def held(self) -> dict[str, int]:
+        """See `Target`."""
+        headers = (read_header(self.folder / file) for file in self.files)
+        return {name: info.nbytes for header in headers for name, info in header.items()}
 
     def sync(self) -> None:
         """See `Target`."""
@@ -71,11 +100,17 @@ class SafetensorsFolder:
             raise written_error(error, self.folder, "cannot be completed") from error
 
 
-TARGETS: dict[str, Callable[[Path, int], Target]] = {"safetensors": SafetensorsFolder}
+FOLDER = "safetensors"
+TARGETS: dict[str, type[Target]] = {FOLDER: SafetensorsFolder}
+
+
+def target_kind(kind: str) -> type[Target]:
+    """The class of a kind of checkpoint, which knows sizes before there is a folder; UsageError for an unknown kind."""
+    if kind not in TARGETS:
+        raise UsageError(f"unknown kind of checkpoint {kind!r}", hint=f"one of {', '.join(TARGETS)}")
+    return TARGETS[kind]
 
 
 def open_target(kind: str, folder: Path, max_shard_bytes: int) -> Target:
     """A checkpoint of that kind, to be written into a folder; UsageError for an unknown kind."""
-    if kind not in TARGETS:
-        raise UsageError(f"unknown kind of checkpoint {kind!r}", hint=f"one of {', '.join(TARGETS)}")
-    return TARGETS[kind](folder, max_shard_bytes)
+    return target_kind(kind)(folder, max_shard_bytes)

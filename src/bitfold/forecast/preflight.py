@@ -16,7 +16,7 @@ from torch import nn
 
 from bitfold.calibration.session import in_ranges
 from bitfold.checkpoints import Source
-from bitfold.checkpoints.shards import plan_shards
+from bitfold.checkpoints.targets import FOLDER, target_kind
 from bitfold.errors import ResourceError
 from bitfold.forecast.ceiling import MemoryUse
 from bitfold.forecast.memory import Stage, working_disk
@@ -125,7 +125,7 @@ class Asked:
 def preflight(source: Source, model: nn.Module | None, plan: Plan, economy: MemoryUse, asked: Asked) -> Preflight:
     """Estimate a run that goes about its memory as `economy` says."""
     calibration, numel = economy.calibration, plan.numel
-    output = plan_shards(plan.stored(), asked.max_shard_bytes).nbytes
+    output = target_kind(FOLDER).size(plan.contents(), asked.max_shard_bytes)
     timed = asked.timed or numel > _TIMED_FROM
     times = seconds(plan, calibration, model, asked.seed) if timed else {}
     return Preflight(

@@ -8,7 +8,6 @@ touched, and code of any family runs as it would.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from bitfold.models.eager_experts import eager_experts
 from bitfold.nn import QWeight
 
 Watcher = Callable[[Any, Sequence[Any], Mapping[str, Any], Any], None]
@@ -135,17 +135,3 @@ def _without_values(model: nn.Module) -> nn.Module:
     for weight in (m for m in trial.modules() if isinstance(m, QWeight)):
         weight.to_empty(device="meta")
     return trial
-
-
-@contextlib.contextmanager
-def eager_experts(model: nn.Module) -> Iterator[None]:
-    """Within this, transformers multiplies by one expert after the other."""
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    before = {key: c._experts_implementation for key, c in configs.items() if hasattr(c, "_experts_implementation")}
-    try:
-        for key in before:
-            configs[key]._experts_implementation = "eager"
-        yield
-    finally:
-        for key, value in before.items():
-            configs[key]._experts_implementation = value

@@ -99,7 +99,7 @@ def assign(
     left = [name for name, p in model.named_parameters() if p.is_meta]
     if left:
         raise ModelError(f"{len(left)} parameters were never given a value, the first is {left[0]}", where=str(folder))
-    _retie(model)
+    skeleton.retie(model)
 
 
 def _fill_aliases(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
@@ -128,15 +128,6 @@ def _check_shapes(model: nn.Module, state: dict[str, torch.Tensor], folder: Path
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ModelError(f"the tensors do not match the model: {'; '.join(problems[:5])}{more}", where=str(folder))
-
-
-def _retie(model: nn.Module) -> None:
-    for alias, name in skeleton.tied_names(model).items():
-        owner, _, attribute = alias.rpartition(".")
-        module = model.get_submodule(owner)
-        source, _, parameter = name.rpartition(".")
-        if attribute in module._parameters and parameter in model.get_submodule(source)._parameters:
-            module._parameters[attribute] = model.get_submodule(source)._parameters[parameter]
 
 
 def _finish(model: Any, folder: Path, config: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from bitfold.checkpoints.schema import Entry, describe
 from bitfold.checkpoints.staging import open_output, written_aside
-from bitfold.checkpoints.targets import open_target
+from bitfold.checkpoints.targets import FOLDER, open_target
 from bitfold.models.skeleton import tied_names, with_dtype
 from bitfold.nn import QWeight
 from bitfold.system.tensorinfo import TensorInfo
@@ -29,7 +29,7 @@ def save(model: nn.Module, folder: str | Path, *, max_shard_bytes: int = 4 << 30
     """
     tensors = _stored(model)
     with written_aside(open_output(folder)) as aside:
-        target = open_target("safetensors", aside, max_shard_bytes)
+        target = open_target(FOLDER, aside, max_shard_bytes)
         target.layout({name: TensorInfo(w.dtype, tuple(w.shape)) for name, w in tensors.items()})
         for name, w in tensors.items():
             target.write(name, [w])

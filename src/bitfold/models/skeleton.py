@@ -203,7 +203,10 @@ def retie(model: nn.Module) -> None:
     """Moving to meta gave each name a parameter of its own: tie what the model ties."""
     for alias, target in tied_names(model).items():
         owner, _, name = alias.rpartition(".")
-        model.get_submodule(owner)._parameters[name] = model.get_parameter(target)
+        path, _, parameter = target.rpartition(".")
+        places, sources = model.get_submodule(owner)._parameters, model.get_submodule(path)._parameters
+        if name in places and parameter in sources:  # packed weights are shared already
+            places[name] = sources[parameter]
 
 
 def untie(model: Any, alias: str) -> None:

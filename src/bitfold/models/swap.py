@@ -11,6 +11,7 @@ from torch import nn
 from bitfold.checkpoints.schema import Entry
 from bitfold.errors import BitfoldError, ModelError, UsageError
 from bitfold.methods.quantize import quantize_tensor
+from bitfold.models.eager_experts import one_expert_at_a_time
 from bitfold.models.sites import EMBEDDING, EXPERTS, Site, find_sites
 from bitfold.nn import QEmbedding, QLinear, QWeight, attach
 from bitfold.qtensor import QTensor
@@ -71,20 +72,13 @@ def _place(model: nn.Module, path: str, owner: nn.Module, parameter: str, weight
         owner._parameters.pop(parameter, None)  # gone already when a shared module comes by its second name
         attach(owner, weight, name=parameter)
         if len(weight.qshape) == 3:
-            _one_expert_at_a_time(owner)
+            one_expert_at_a_time(owner)
 
 
 def _replace(model: nn.Module, path: str, new: nn.Module) -> None:
     parent, _, child = path.rpartition(".")
     new.train(model.training)
     setattr(model.get_submodule(parent), child, new)
-
-
-def _one_expert_at_a_time(owner: nn.Module) -> None:
-    """transformers multiplies all experts at once where it can; with packed weights it must take them one by one."""
-    config = getattr(owner, "config", None)
-    if config is not None and hasattr(config, "_experts_implementation"):
-        config._experts_implementation = "eager"
 
 
 def swap_entries(model: nn.Module, entries: Mapping[str, Entry]) -> None:

@@ -7,10 +7,10 @@ Every stored tensor has one fate; bytes are counted in the files, independently 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from bitfold.checkpoints import Source
+from bitfold.checkpoints.base import Source, Target
 from bitfold.errors import AccountingError
 from bitfold.planning.decisions import Decision, Kept, Quantized, Tied, Unused
 from bitfold.planning.plan import Item, Plan
@@ -94,13 +94,13 @@ def _fate(name: str, nbytes: int, item: Item) -> Fate:
     return Fate(name, nbytes, QUANTIZED if isinstance(chosen, Quantized) else KEPT, into, chosen.reason)
 
 
-def check_written(plan: Plan, tensors: Iterable[TensorReport], stored: Mapping[str, int]) -> None:
+def check_written(plan: Plan, tensors: Iterable[TensorReport], target: Target) -> None:
     """Hold what was written against the plan.
 
     Args:
         plan: of the run.
         tensors: what the run reports.
-        stored: bytes of each tensor that the output's files hold, read back from their headers.
+        target: the output, which is read back.
 
     Raises:
         AccountingError: a tensor that was planned and not written, or written and not planned, or in other bytes.
@@ -109,14 +109,12 @@ def check_written(plan: Plan, tensors: Iterable[TensorReport], stored: Mapping[s
     planned = {d.tensor: d for d in plan.written}
     if different := sorted(set(written) ^ set(planned)):
         raise AccountingError("planned and not written, or the other way round", where=different[0], hint=_REPORT)
-    expected: dict[str, int] = {}
     for name, decision in planned.items():
-        fields = {field: info.nbytes for field, info in decision.stored().items()}
-        if written[name].bytes_after != sum(fields.values()):
+        if written[name].bytes_after != decision.nbytes():
             raise AccountingError("was not written in the planned size", where=name, hint=_REPORT)
-        expected |= fields
-    if expected != dict(stored):
-        name = min(k for k in {**expected, **stored} if expected.get(k) != stored.get(k))
+    expected = {name: info.nbytes for name, info in target.stored(plan.contents()).items()}
+    if expected != (held := target.held()):
+        name = min(k for k in {**expected, **held} if expected.get(k) != held.get(k))
         raise AccountingError("is not in the output as it was planned", where=name, hint=_REPORT)
 
 

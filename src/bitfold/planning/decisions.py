@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bitfold.checkpoints.schema import Entry
+from bitfold.checkpoints.schema import Content, Entry
 from bitfold.models.sites import Site
 from bitfold.models.swap import transform_of
 from bitfold.recipes.scheme import Scheme
@@ -31,13 +31,14 @@ class _Decided:
         """The format it is stored in; None = as it was."""
         return None
 
-    def stored(self) -> dict[str, TensorInfo]:
-        """The tensors of the output that it becomes, by name."""
-        return {self.tensor: self.info}
+    def content(self) -> Content | None:
+        """What it is stored as; None = nothing is stored."""
+        return self.info
 
     def nbytes(self) -> int:
         """Bytes it will take, exactly."""
-        return sum(info.nbytes for info in self.stored().values())
+        content = self.content()
+        return 0 if content is None else content.nbytes
 
     def report(
         self,
@@ -72,9 +73,9 @@ class Tied(_Decided):
 
     to: str
 
-    def stored(self) -> dict[str, TensorInfo]:
+    def content(self) -> None:
         """Nothing."""
-        return {}
+        return
 
 
 @dataclass(frozen=True)
@@ -106,13 +107,12 @@ class Quantized(_Decided):
         act = auto if scheme.activations.measured else scheme.activations.name
         return Entry(scheme.format, site.qshape, act, site.transposed, transform, site.experts is not None)
 
-    def stored(self) -> dict[str, TensorInfo]:
-        """Fields of the format, and what is stored beside them; one ordinary tensor for plain formats."""
+    def content(self) -> Content:
+        """Packed; numbers for plain formats."""
         entry = self.entry(0)
-        if entry is None:
-            layout = self.scheme.format.layout(self.site.qshape)
-            return {self.tensor: TensorInfo(layout["values"].dtype, self.info.shape)}
-        return {f"{self.tensor}.{field}": info for field, info in entry.layout().items()}
+        if entry is not None:
+            return entry
+        return TensorInfo(self.scheme.format.layout(self.site.qshape)["values"].dtype, self.info.shape)
 
 
 Decision = Kept | Tied | Unused | Quantized

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from bitfold.checkpoints import Source
-from bitfold.checkpoints.schema import Entry
+from bitfold.checkpoints.schema import Content, Entry
 from bitfold.errors import BitfoldError, FormatError, ModelError
 from bitfold.formats import rows_rescale, scaled_by_row
 from bitfold.methods.quantize import check_block
@@ -61,9 +61,10 @@ class Plan:
         """Numbers to be written."""
         return sum(d.info.numel for d in self.written)
 
-    def stored(self) -> dict[str, TensorInfo]:
-        """All tensors of the output, in the order of the source."""
-        return {name: info for d in self.decisions for name, info in d.stored().items()}
+    def contents(self) -> dict[str, Content]:
+        """What every tensor is stored as, in the order of the source."""
+        found = ((d.tensor, d.content()) for d in self.decisions)
+        return {name: content for name, content in found if content is not None}
 
     def entries(self, seed: int, auto: str = "float") -> dict[str, Entry]:
         """Entries of the quantized tensors; `auto` stands for activations that were left to measurement."""

@@ -21,12 +21,11 @@ from bitfold.calibration.runner import HESSIANS
 from bitfold.calibration.session import Outcome, Session, solve_blocks
 from bitfold.calibration.shared_input import Folded, Solved
 from bitfold.checkpoints import Source
-from bitfold.checkpoints.headers import read_header
 from bitfold.checkpoints.manifest import write_manifest
 from bitfold.checkpoints.safetensors import write_json
 from bitfold.checkpoints.schema import describe
 from bitfold.checkpoints.shards import written_error
-from bitfold.checkpoints.targets import open_target
+from bitfold.checkpoints.targets import FOLDER, open_target
 from bitfold.errors import AccountingError
 from bitfold.methods.anomalies import error_flags, kept_flags, weight_flags
 from bitfold.models import skeleton
@@ -111,8 +110,8 @@ class Writing:
         self, run: PlannedRun, work: Workspace, events: Events, options: RunOptions, times: Mapping[str, float]
     ) -> None:
         self.run, self.work, self._events, self._options, self._times = run, work, events, options, times
-        self._target = open_target("safetensors", work.result, run.job.max_shard_bytes)
-        self._target.layout(run.plan.stored())
+        self._target = open_target(FOLDER, work.result, run.job.max_shard_bytes)
+        self._target.layout(run.plan.contents())
         self.done = WrittenTensors()
         self._ceiling = Ceiling(options.max_memory)
         self.acts: ActivationCost | None = None
@@ -156,7 +155,7 @@ class Writing:
                 elif isinstance(solved, Fallback):
                     self._fell_back(solved)
                 elif isinstance(solved, Folded):
-                    yield self._finish(solved.decision, {solved.decision.tensor: solved.value})
+                    yield self._finish(solved.decision, solved.value)
                 else:
                     yield self._write_solved(solved)
                 del solved  # it holds the weight as it was
@@ -199,9 +198,9 @@ class Writing:
     def _write_solved(self, solved: Solved) -> TensorReport:
         decision, q = solved.decision, solved.qtensor
         error = relative_error(solved.weight, q)
-        fields = _stored_fields(decision, q, solved.sides)
         flags = (*weight_flags(solved.weight), *_error_flags(decision, error), *solved.flags)
-        return self._finish(decision, fields, error=error, output_error=solved.output_error, flags=flags)
+        value = _value(decision, q, solved.sides)
+        return self._finish(decision, value, error=error, output_error=solved.output_error, flags=flags)
 
     def _write_item(self, item: Item) -> Iterator[TensorReport]:
         only = next(iter(item.decisions.values()))
@@ -217,7 +216,7 @@ class Writing:
                 yield self._write_quantized(decision, w)
             else:
                 w = w.to(decision.info.dtype)
-                yield self._finish(decision, {name: w}, flags=tuple(kept_flags(w)))
+                yield self._finish(decision, w, flags=tuple(kept_flags(w)))
 
     def _write_pieces(self, item: Item, decision: Decision) -> TensorReport:
         """A tensor that is too large to be in memory at once without need."""
@@ -231,7 +230,7 @@ class Writing:
                 found.extend(kept_flags(w))
                 yield w.to(decision.info.dtype)
 
-        hashes = {decision.tensor: self._target.write(decision.tensor, rows())}
+        hashes = self._target.write(decision.tensor, rows())
         return self._note(decision, hashes, decision.info.nbytes, {"flags": tuple(found[:1])})
 
     def _write_quantized(self, decision: Quantized, w: torch.Tensor) -> TensorReport:
@@ -246,22 +245,24 @@ class Writing:
         sides = {} if entry is None or entry.transform is None else entry.transform.fields()
         if decision.scheme.activations.static:
             sides = {**sides, ACT_SCALE: torch.zeros(1)}  # no data: each token by itself
-        fields = _stored_fields(decision, q, sides)
-        return self._finish(decision, fields, error=error, flags=flags)
+        return self._finish(decision, _value(decision, q, sides), error=error, flags=flags)
 
     def _finish(
         self,
         decision: Decision,
-        fields: Mapping[str, torch.Tensor],
+        value: torch.Tensor | Mapping[str, torch.Tensor],
         *,
         error: float | None = None,
         output_error: float | None = None,
         flags: tuple[str, ...] = (),
     ) -> TensorReport:
-        """Write the fields, note it in the journal, tell of it."""
-        hashes = {name: self._target.write(name, [value]) for name, value in fields.items()}
-        nbytes = sum(value.numel() * value.element_size() for value in fields.values())
-        return self._note(decision, hashes, nbytes, {"error": error, "output_error": output_error, "flags": flags})
+        """Write a plain tensor, or the fields of a packed one; note it in the journal, tell of it."""
+        if isinstance(value, torch.Tensor):
+            hashes = self._target.write(decision.tensor, [value])
+        else:
+            hashes = self._target.pack(decision.tensor, value)
+        facts = {"error": error, "output_error": output_error, "flags": flags}
+        return self._note(decision, hashes, decision.nbytes(), facts)
 
     def _note(self, decision: Decision, hashes: dict[str, str], nbytes: int, facts: dict[str, Any]) -> TensorReport:
         """In the journal, and to whom it may concern."""
@@ -285,7 +286,7 @@ class Writing:
             self._complete(report)
         except OSError as error:
             raise written_error(error, self.work.result, "cannot be completed") from error
-        check_written(run.plan, report.tensors, _stored_bytes(self.work.result, report.files))
+        check_written(run.plan, report.tensors, self._target)
         write_manifest(self.work.result, run.account.totals())
         if self._options.strict and report.flagged:
             refuse_flagged(report)
@@ -299,12 +300,11 @@ class Writing:
         write_card(result, report)
 
 
-def _stored_fields(decision: Quantized, q: QTensor, sides: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors that a weight is stored as, by name."""
-    if q.format.plain:
-        values = q.fields["values"]
-        return {decision.tensor: decision.site.restored(values)}
-    return {f"{decision.tensor}.{name}": value for name, value in {**q.fields, **sides}.items()}
+def _value(
+    decision: Quantized, q: QTensor, sides: Mapping[str, torch.Tensor]
+) -> torch.Tensor | Mapping[str, torch.Tensor]:
+    """What is stored: fields and what stands beside them, the model's tensor for plain formats."""
+    return decision.site.restored(q.fields["values"]) if q.format.plain else {**q.fields, **sides}
 
 
 def _error_flags(decision: Quantized, error: float) -> list[str]:
@@ -320,11 +320,6 @@ def refuse_flagged(report: QuantizeReport) -> None:
     more = f" and {len(report.flagged) - 5} more" if len(report.flagged) > 5 else ""
     hint = "without --strict the same command finishes at once; or keep these tensors with --ignore"
     raise AccountingError(f"{len(report.flagged)} tensors are flagged: {first}{more}", where=report.source, hint=hint)
-
-
-def _stored_bytes(folder: Path, files: list[str]) -> dict[str, int]:
-    """What the files say that they hold, read back."""
-    return {name: info.nbytes for file in files for name, info in read_header(folder / file).items()}
 
 
 def _quantization(run: PlannedRun, report: QuantizeReport) -> dict[str, Any]:
