@@ -37,6 +37,7 @@ GRANITE = {
     "attention_multiplier": 0.2,
     "logits_scaling": 2.0,
 }
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 CONFIGS: dict[str, Any] = {
     "llama": lambda: hf.LlamaConfig(**WIDE, attention_bias=True, mlp_bias=True),
     "llama-scaled": lambda: hf.LlamaConfig(**SMALL, rope_parameters=LLAMA3, tie_word_embeddings=True),
@@ -47,6 +48,10 @@ CONFIGS: dict[str, Any] = {
     "gemma2": lambda: hf.Gemma2Config(**WIDE, sliding_window=32, query_pre_attn_scalar=32),
     "gemma3": lambda: hf.Gemma3TextConfig(**WIDE, sliding_window=32, sliding_window_pattern=2),
     "phi3": lambda: hf.Phi3Config(**SMALL, sliding_window=50),
+    "phi4": lambda: hf.Phi3Config(**{**WIDE, "num_attention_heads": 2}, partial_rotary_factor=0.75),
+    "mixtral": lambda: hf.MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2),
+    "qwen2-moe": lambda: hf.Qwen2MoeConfig(**SMALL, **EXPERTS, shared_expert_intermediate_size=64),
+    "qwen3-moe": lambda: hf.Qwen3MoeConfig(**WIDE, **EXPERTS, norm_topk_prob=True, mlp_only_layers=[1]),
     "granite": lambda: hf.GraniteConfig(**SMALL, **GRANITE),
     "olmo2": lambda: hf.Olmo2Config(**SMALL),
 }

@@ -11,6 +11,8 @@
 namespace {
 
 using bitfold::engine::Decoder;
+using bitfold::engine::Expert;
+using bitfold::engine::Experts;
 using bitfold::engine::Layer;
 using bitfold::engine::Norm;
 using bitfold::engine::Plan;
@@ -48,6 +50,17 @@ void bind_layer(nb::module_& m) {
       .def(
           "__init__", [](Norm* n, uintptr_t weight, float eps) { new (n) Norm{at<const float>(weight), eps}; },
           "weight"_a, "eps"_a);
+  nb::class_<Expert>(m, "Expert", "An MLP of a mixture.")
+      .def(nb::init<>())
+      .def_rw("gate_up", &Expert::gate_up)
+      .def_rw("down", &Expert::down);
+  nb::class_<Experts>(m, "Experts", "A mixture: in place of one MLP, those that a router chooses.")
+      .def(nb::init<>())
+      .def_rw("router", &Experts::router)
+      .def_rw("top", &Experts::top)
+      .def_rw("norm", &Experts::norm)
+      .def_rw("shared", &Experts::shared)
+      .def_rw("experts", &Experts::experts);
   nb::class_<Layer>(m, "Layer", "Attention and MLP of one layer.")
       .def(nb::init<>())
       .def_rw("before_attention", &Layer::before_attention)
@@ -61,6 +74,7 @@ void bind_layer(nb::module_& m) {
       .def_rw("out", &Layer::out)
       .def_rw("gate_up", &Layer::gate_up)
       .def_rw("down", &Layer::down)
+      .def_rw("mixture", &Layer::mixture)
       .def_rw("window", &Layer::window)
       .def(
           "turn",

@@ -16,14 +16,6 @@ const Scaled* scaled(const Product& p) {
       p.weight);
 }
 
-// What was prepared for one weight serves the other.
-bool same_input(const Product& a, const Product& b) {
-  if (!same_basis(a, b) || a.int8 != b.int8 || a.weight.index() != b.weight.index()) return false;
-  const Scaled *v = scaled(a), *w = scaled(b);
-  return !v || (v->k == w->k && v->bits == w->bits && v->offset == w->offset && v->group == w->group &&
-                v->groups == w->groups && v->integers == w->integers && !v->zero == !w->zero);
-}
-
 void number(List& list) {
   size_t inputs = 0;
   for (size_t i = 0; i < list.size(); ++i) {
@@ -40,9 +32,19 @@ bool same_basis(const Product& a, const Product& b) {
   return a.multiply == b.multiply && a.rotation.size == b.rotation.size && a.rotation.signs == b.rotation.signs;
 }
 
+bool same_input(const Product& a, const Product& b) {
+  if (!same_basis(a, b) || a.int8 != b.int8 || a.weight.index() != b.weight.index()) return false;
+  const Scaled *v = scaled(a), *w = scaled(b);
+  return !v || (v->k == w->k && v->bits == w->bits && v->offset == w->offset && v->group == w->group &&
+                v->groups == w->groups && v->integers == w->integers && !v->zero == !w->zero);
+}
+
 void number_inputs(Plan& plan) {
-  for (Layer& layer : plan.layers)
-    for (List* list : {&layer.qkv, &layer.out, &layer.gate_up, &layer.down}) number(*list);
+  for (Layer& layer : plan.layers) {
+    for (List* list : {&layer.qkv, &layer.out, &layer.gate_up, &layer.down, &layer.mixture.router}) number(*list);
+    for (Expert& e : layer.mixture.experts)
+      for (List* list : {&e.gate_up, &e.down}) number(*list);
+  }
   number(plan.head);
 }
 

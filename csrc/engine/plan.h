@@ -40,20 +40,36 @@ struct Norm {
 // Products of one input, their rows one after the other.
 using List = std::vector<Product>;
 
-// The same input in the same basis.
+// The same input in the same basis; what was prepared for one serves the other.
 bool same_basis(const Product& a, const Product& b);
+bool same_input(const Product& a, const Product& b);
+
+struct Expert {
+  List gate_up, down;
+};
+
+// In place of one MLP: the sum of those of the `top` most likely experts, times their probabilities.
+struct Experts {
+  List router;  // rows: experts, then one for the gate of the shared expert
+  size_t top = 0;
+  bool norm = false;    // probabilities of the chosen ones sum up to 1
+  bool shared = false;  // the last expert is everybody's, times the sigmoid of its gate
+  std::vector<Expert> experts;
+};
 
 struct Layer {
   Norm before_attention, after_attention, before_mlp, after_mlp;
   Norm query, key;  // of each head, or of all heads together if `whole_norm`
   bool whole_norm = false;
   List qkv, out, gate_up, down;
+  Experts mixture;                                 // with experts: instead of gate_up and down
   uint32_t window = 0;                             // positions that a token sees, itself included; 0: all
   const float *cosine = nullptr, *sine = nullptr;  // (positions, half)
 };
 
 struct Plan {
-  size_t hidden = 0, heads = 0, kv_heads = 0, dim = 0, ffn = 0, vocabulary = 0, positions = 0;
+  size_t hidden = 0, heads = 0, kv_heads = 0, dim = 0, vocabulary = 0, positions = 0;
+  size_t ffn = 0;   // the widest MLP
   size_t half = 0;  // pairs of a head that turn
   Activation activation = Activation::kSilu;
   float score_scale = 1, score_cap = 0, logit_cap = 0, logit_scale = 1, embedding_scale = 1, residual = 1;

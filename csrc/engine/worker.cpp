@@ -22,7 +22,8 @@ size_t widest(const Plan& plan) { return round_up(std::max({plan.hidden, plan.he
 size_t most_inputs(const Plan& plan) {
   size_t most = 1;
   for (const Layer& l : plan.layers)
-    for (const List* list : {&l.qkv, &l.out, &l.gate_up, &l.down}) most = std::max(most, list->size());
+    for (const List* list : {&l.qkv, &l.out, &l.gate_up, &l.down, &l.mixture.router})
+      most = std::max(most, list->size());
   return most;
 }
 
@@ -54,6 +55,7 @@ Decoder::Shared::Shared(const Plan& plan, int threads) : barrier(threads), input
   max.resize(most);
   sum.resize(most);
   seen.resize(most * plan.dim);
+  for (const Layer& l : plan.layers) choices = std::max(choices, l.mixture.top + l.mixture.shared);
 }
 
 void Decoder::Shared::take(const Plan& plan, const Token* next, size_t n, float* out) {
@@ -70,13 +72,17 @@ void Decoder::Shared::take(const Plan& plan, const Token* next, size_t n, float*
   grow(sum, n * plan.heads);
   grow(seen, n * plan.heads * plan.dim);
   grow(added, n * plan.hidden);
-  grow(gate_up, n * 2 * plan.ffn);
-  grow(activated, std::min(n, kAlone) * plan.ffn);
+  const size_t pairs = n * std::max<size_t>(choices, 1);
+  grow(gate_up, pairs * 2 * plan.ffn);
+  grow(activated, (choices ? pairs : std::min(n, kAlone)) * plan.ffn);
+  if (choices) grow(outputs, pairs * plan.hidden);
+  for (const Layer& l : plan.layers) grow(scores, n * (l.mixture.experts.size() + 1));
   if (n <= kAlone) return;
   grow(x, n * plan.hidden);
+  if (choices) grow(normed, n * plan.hidden);
   if (reserved) return;
   for (const Layer& l : plan.layers)
-    for (const List* list : {&l.qkv, &l.out, &l.gate_up, &l.down}) reserve(*list, inputs);
+    for (const List* list : {&l.qkv, &l.out, &l.gate_up, &l.down, &l.mixture.router}) reserve(*list, inputs);
   reserve(plan.head, inputs);
   reserved = true;
 }
@@ -94,6 +100,7 @@ Worker::Worker(Decoder& decoder, int thread)
   scores_.resize(queries * kPiece);
   from_.resize(queries);
   to_.resize(queries);
+  if (shared_.choices) normed_.resize(own_.size());
 }
 
 void Worker::few(size_t m) {
@@ -120,15 +127,10 @@ const float* Worker::in_basis(const Product& p, const float* x) {
   return x;
 }
 
-void Worker::times(const List& list, size_t m, size_t begin, size_t end, float* y) {
-  for (const Product& p : list) {
-    const size_t from = std::max(begin, p.first), to = std::min(end, p.first + p.n);
-    if (from >= to) continue;
-    float* out = y + m * p.first;
-    with_weight(p, [&](const auto& w) { prepared(w, p, m).times(from - p.first, to - p.first, out); });
-    for (size_t i = 0; p.bias && i < m; ++i)
-      for (size_t r = from - p.first; r < to - p.first; ++r) out[i * p.n + r] += p.bias[r];
-  }
+void Worker::times(const List& list, size_t m, Rows rows, float* y) {
+  each_part(list, m, rows, y, [&](const Product& p, size_t begin, size_t end, float* out) {
+    with_weight(p, [&](const auto& w) { prepared(w, p, m).times(begin, end, out); });
+  });
 }
 
 void Worker::run() {
@@ -137,7 +139,7 @@ void Worker::run() {
   for (size_t i = mine_.begin; i < mine_.end; ++i) embed(plan_, shared_.tokens[i].id, x_ + i * plan_.hidden);
   for (size_t l = 0; l < plan_.layers.size(); ++l) {
     attention(plan_.layers[l], l);
-    mlp(plan_.layers[l]);
+    plan_.layers[l].mixture.experts.empty() ? mlp(plan_.layers[l]) : mixture(plan_.layers[l]);
   }
   if (!shared_.wanted.empty()) head();
 }
@@ -150,7 +152,7 @@ const float* Worker::before(const Norm& norm, size_t i) {
 }
 
 void Worker::mlp(const Layer& layer) {
-  const size_t m = shared_.count, ffn = plan_.ffn;
+  const size_t m = shared_.count, ffn = layer.down.front().k;
   const Rows gate = share(ffn, kBandRows);
   float *y = shared_.gate_up.data(), *activated = shared_.activated.data();
   const auto activate = [&](size_t i, size_t begin, size_t end, float* out) {

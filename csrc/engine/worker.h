@@ -4,6 +4,7 @@
 // itself, and each has the same rows of every weight every time. More: tokens are shared out for that, and rows of
 // weights go to whoever has time.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <initializer_list>
 #include <vector>
@@ -36,6 +37,30 @@ struct Found {
   size_t place, pieces;
 };
 
+// Tokens that go through one expert, and where their inputs lie when they are prepared.
+struct Job {
+  const Expert* expert;
+  size_t first, count;                // pairs
+  std::vector<size_t> gate_up, down;  // offsets of the memory of inputs, by Product::input
+  bool prepares;                      // gate_up's is not that of the job before
+};
+
+// Which tokens go to which experts.
+struct Routing {
+  struct Choice {
+    uint32_t expert;
+    float weight;
+  };
+  struct Pair {
+    size_t token, choice;
+  };
+  std::vector<Choice> choices;  // (tokens, a token's experts)
+  std::vector<Pair> pairs;      // by expert
+  std::vector<size_t> pair_of;  // (tokens, a token's experts): index in pairs
+  std::vector<Job> jobs;
+  Scratch inputs;
+};
+
 // What threads write for each other, between barriers.
 struct Decoder::Shared {
   Shared(const Plan& plan, int threads);
@@ -53,7 +78,10 @@ struct Decoder::Shared {
     std::atomic<size_t> next{0};
   } turns[2];
   std::vector<float> x, qkv, seen, max, sum, added, gate_up, activated;
-  std::vector<Scratch> inputs;  // of products, prepared; by Product::input
+  std::vector<Scratch> inputs;                 // of products, prepared; by Product::input
+  size_t choices = 0;                          // experts of a token, at most
+  std::vector<float> normed, scores, outputs;  // of mixtures
+  Routing routing;
   bool reserved = false;
 };
 
@@ -71,6 +99,18 @@ class Worker {
   void look(const Layer& layer, size_t index, const Look& look);
   const float* gather(size_t i);  // what the heads of a token found -> h_
 
+  // experts.cpp
+  void mixture(const Layer& layer);
+  void choose(const Experts& mixture, size_t i, Routing::Choice* chosen);
+  void arrange(const Experts& mixture, Routing& routing);
+  template <class Input>
+  void prepare(Routing& routing, const List& list, const std::vector<size_t>& at, const Job& job, const Input& input);
+  void part(Routing& routing, const List& list, const std::vector<size_t>& at, const Job& job, Rows rows, float* y);
+  void combine(Routing& routing, size_t i, Rows rows);
+  // f(job, this thread's share of `of(job)` rows); with many tokens, shares go to whoever has time.
+  template <class Of, class F>
+  void each_job(Routing& routing, const Of& of, const F& f);
+
   void mlp(const Layer& layer);
   void head();
   const float* before(const Norm& norm, size_t i);  // token i, normed
@@ -86,7 +126,10 @@ class Worker {
     multiply(list, m, input, ranges, y, [](size_t, size_t) {});
   }
   const float* in_basis(const Product& p, const float* x);
-  void times(const List& list, size_t m, size_t begin, size_t end, float* y);
+  void times(const List& list, size_t m, Rows rows, float* y);
+  // f(product, x in its basis) for those of a list that prepare inputs.
+  template <class F>
+  void each_input(const List& list, const float* x, const F& f);
   // Memory of the prepared input of a product.
   template <class W>
   Prepared<W> prepared(const W& w, const Product& p, size_t m);
@@ -108,7 +151,8 @@ class Worker {
   Rows mine_{0, 0};
   size_t turn_ = 0;
   float* x_ = nullptr;  // (tokens, hidden)
-  std::vector<float> own_, h_, basis_, scratch_, scores_;
+  std::vector<float> own_, h_, basis_, scratch_, scores_, normed_, probabilities_;
+  Routing routing_;
   std::vector<Scratch> inputs_;
   std::vector<Look> looks_;
   std::vector<Found> found_;
@@ -139,6 +183,21 @@ void Worker::deal(size_t count, const F& f) {
   for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(i);
 }
 
+template <class Of, class F>
+void Worker::each_job(Routing& routing, const Of& of, const F& f) {
+  if (alone_) {
+    for (const Job& job : routing.jobs) f(job, share(of(job), kBandRows));
+    return;
+  }
+  const size_t parts = std::max<size_t>(1, 8 * static_cast<size_t>(threads_) / routing.jobs.size());
+  deal(routing.jobs.size() * parts, [&](size_t i) {
+    const Job& job = routing.jobs[i / parts];
+    const size_t units = (of(job) + kBandRows - 1) / kBandRows, p = i % parts;
+    f(job,
+      Rows{std::min(of(job), units * p / parts * kBandRows), std::min(of(job), units * (p + 1) / parts * kBandRows)});
+  });
+}
+
 template <class W>
 Prepared<W> Worker::prepared(const W& w, const Product& p, size_t m) {
   if (!alone_) return {w, m, p.int8, shared_.inputs[p.input].template get<char>(0)};
@@ -159,22 +218,41 @@ void with_weight(const Product& p, const F& f) {
       p.weight);
 }
 
+template <class F>
+void Worker::each_input(const List& list, const float* x, const F& f) {
+  const float* in = nullptr;
+  const Product* last = nullptr;
+  for (const Product& p : list) {
+    if (!p.prepares) continue;
+    if (!last || !same_basis(*last, p)) in = in_basis(p, x);
+    last = &p;
+    f(p, in);
+  }
+}
+
+// f(product, rows of it, where they go) for rows of a list, then biases.
+template <class F>
+void each_part(const List& list, size_t m, Rows rows, float* y, const F& f) {
+  for (const Product& p : list) {
+    const size_t from = std::max(rows.begin, p.first), to = std::min(rows.end, p.first + p.n);
+    if (from >= to) continue;
+    float* out = y + m * p.first;
+    f(p, from - p.first, to - p.first, out);
+    for (size_t i = 0; p.bias && i < m; ++i)
+      for (size_t r = from - p.first; r < to - p.first; ++r) out[i * p.n + r] += p.bias[r];
+  }
+}
+
 template <class Input, class After>
 void Worker::multiply(const List& list, size_t m, const Input& input, std::initializer_list<Rows> ranges, float* y,
                       const After& after) {
-  for (size_t i = mine_.begin; i < mine_.end; ++i) {
-    const float *x = input(i), *in = nullptr;
-    const Product* last = nullptr;
-    for (const Product& p : list) {
-      if (!p.prepares) continue;
-      if (!last || !same_basis(*last, p)) in = in_basis(p, x);
-      last = &p;
+  for (size_t i = mine_.begin; i < mine_.end; ++i)
+    each_input(list, input(i), [&](const Product& p, const float* in) {
       with_weight(p, [&](const auto& w) { prepared(w, p, m).row(i, in); });
-    }
-  }
+    });
   if (alone_) {
     for (const Rows& r : ranges) {
-      times(list, m, r.begin, r.end, y);
+      times(list, m, r, y);
       after(r.begin, r.end);
     }
     return;
@@ -184,7 +262,7 @@ void Worker::multiply(const List& list, size_t m, const Input& input, std::initi
   const size_t grain = round_up((rows + pieces - 1) / pieces, kRowGrain);
   deal((rows + grain - 1) / grain, [&](size_t i) {
     const size_t end = std::min(rows, (i + 1) * grain);
-    times(list, m, i * grain, end, y);
+    times(list, m, {i * grain, end}, y);
     after(i * grain, end);
   });
 }

@@ -14,6 +14,27 @@ Config = Any
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """Experts in place of an MLP, those that a router chooses; a layer whose `mlp` has none of them is an ordinary one.
+
+    The experts' weights are stacks (experts, rows, columns): `gate_up_proj`, both halves in its rows, and `down_proj`.
+
+    Args:
+        top: how many of them a token goes through.
+        norm: the probabilities of these are scaled so that they sum up to 1.
+        router, experts: names in the `mlp` of a layer.
+        shared, shared_gate: an expert that every token goes through, times the sigmoid of a product with that row.
+    """
+
+    top: Callable[[Config], int] = lambda config: int(config.num_experts_per_tok)
+    norm: Callable[[Config], bool] = lambda config: bool(config.norm_topk_prob)
+    router: str = "gate"
+    experts: str = "experts"
+    shared: str | None = None
+    shared_gate: str | None = None
+
+
+@dataclass(frozen=True)
 class Family:
     """One architecture.
 
@@ -23,6 +44,7 @@ class Family:
         head_norms: queries and keys are normed, by `q_norm` and `k_norm`.
         whole_norm: over all heads together, not each by itself.
         one_plus: a norm multiplies by one plus its weight.
+        mixture: where layers have experts.
         embedding_scale, residual, logit_scale: factors that the config asks for.
     """
 
@@ -35,6 +57,7 @@ class Family:
     head_norms: bool = False
     whole_norm: bool = False
     one_plus: bool = False
+    mixture: Mixture | None = None
     embedding_scale: Callable[[Config], float] = lambda config: 1.0
     residual: Callable[[Config], float] = lambda config: 1.0
     logit_scale: Callable[[Config], float] = lambda config: 1.0
@@ -58,6 +81,9 @@ FAMILIES: dict[str, Family] = {
     "MinistralForCausalLM": Family(),
     "Qwen2ForCausalLM": Family(),
     "Qwen3ForCausalLM": Family(head_norms=True),
+    "MixtralForCausalLM": Family(mixture=Mixture(norm=lambda config: True)),
+    "Qwen2MoeForCausalLM": Family(mixture=Mixture(shared="shared_expert", shared_gate="shared_expert_gate")),
+    "Qwen3MoeForCausalLM": Family(head_norms=True, mixture=Mixture()),
     "Gemma2ForCausalLM": Family(**_SANDWICH, one_plus=True, embedding_scale=_width),  # type: ignore[arg-type]
     "Gemma3ForCausalLM": Family(**_SANDWICH, head_norms=True, one_plus=True, embedding_scale=_width),  # type: ignore[arg-type]
     "Phi3ForCausalLM": Family(qkv=("qkv_proj",), gate_up=("gate_up_proj",)),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitfold.engine.families import FAMILIES, Family
+from bitfold.engine.families import FAMILIES, Family, Mixture
 from bitfold.kernels import dense
 from bitfold.nn import QLinear, QWeight
 from bitfold.system import native
@@ -52,13 +52,16 @@ class _Plan:
         """Rows `first` ... of the products of an input."""
         if type(module) not in (nn.Linear, QLinear) or module._forward_hooks or module._forward_pre_hooks:
             raise Unsupported(f"a layer of another kind, {type(module).__name__}, or one with hooks")  # adapters
-        weight = module.weight
-        self.nbytes += int(weight.nbytes)  # type: ignore[arg-type]
-        made = self._packed(weight, first) if isinstance(weight, QWeight) else self._plain(weight, first)  # type: ignore[arg-type]
+        made = self.rows(module.weight, first)
         bias = getattr(module, "bias", None)
         if bias is not None:
             made.add_bias(self.address(bias.float()))
         return made
+
+    def rows(self, weight: Any, first: int, often: float = 1.0) -> Any:
+        """The product with a weight (rows, columns); often: for how many of the tokens it is read."""
+        self.nbytes += round(int(weight.nbytes) * often)
+        return self._packed(weight, first) if isinstance(weight, QWeight) else self._plain(weight, first)
 
     def products(self, parent: nn.Module, names: tuple[str, ...]) -> list[Any]:
         found, first = [], 0
@@ -149,10 +152,11 @@ def _sizes(plan: Any, core: Any, family: Family, config: Any, body: Any, positio
     kind = getattr(config, "hidden_activation", None) or config.hidden_act
     if kind not in _ACTIVATIONS:
         raise Unsupported(f"the activation {kind}")
-    plan.hidden, plan.ffn, plan.vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
+    widths = {module.shape[-1] for layer in body.layers for module in _downs(layer.mlp)}
+    plan.hidden, plan.ffn, plan.vocabulary = config.hidden_size, max(widths), config.vocab_size
     plan.heads, plan.kv_heads, plan.dim = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
-    if plan.dim % _KEYS or plan.hidden % _KEYS or plan.ffn % _BAND:
-        raise Unsupported(f"heads of {plan.dim}, {plan.hidden} or {plan.ffn} channels")
+    if plan.dim % _KEYS or plan.hidden % _KEYS or any(width % _BAND for width in widths):
+        raise Unsupported(f"heads of {plan.dim}, {plan.hidden} or {', '.join(map(str, widths))} channels")
     if (plan.heads * plan.dim) % _BAND or (plan.kv_heads * plan.dim) % _BAND:
         raise Unsupported(f"{plan.heads} and {plan.kv_heads} heads of {plan.dim}")
     plan.positions = positions
@@ -163,6 +167,12 @@ def _sizes(plan: Any, core: Any, family: Family, config: Any, body: Any, positio
     scale = torch.tensor(family.embedding_scale(config))
     plan.embedding_scale = float(scale.to(body.embed_tokens.weight.dtype))  # as transformers rounds it
     plan.residual, plan.logit_scale = family.residual(config), family.logit_scale(config)
+
+
+def _downs(mlp: nn.Module) -> list[Any]:
+    """Weights that lead out of an MLP, or out of those of a mixture: (..., hidden, channels)."""
+    found = [m.down_proj for m in mlp.modules() if hasattr(m, "down_proj")]
+    return [getattr(x, "weight", x) if isinstance(x, nn.Linear | QLinear) else x for x in found]
 
 
 class _Angles:
@@ -213,10 +223,42 @@ def _layer(made: _Plan, config: Any, module: Any, index: int, angles: _Angles) -
         layer.key = made.norm(attention.k_norm, config, one_plus=family.one_plus)
         layer.whole_norm = family.whole_norm
     layer.qkv, layer.out = made.products(attention, family.qkv), made.products(attention, ("o_proj",))
-    layer.gate_up, layer.down = made.products(module.mlp, family.gate_up), made.products(module.mlp, ("down_proj",))
+    if family.mixture is not None and hasattr(module.mlp, family.mixture.experts):
+        layer.mixture = _mixture(made, config, module.mlp, family.mixture)
+    else:
+        layer.gate_up, layer.down = made.products(module.mlp, family.gate_up), made.products(module.mlp, ("down_proj",))
     layer.window = _window(config, angles.kind(index))
     layer.turn(*angles.of(index))
     return layer
+
+
+def _mixture(made: _Plan, config: Any, module: Any, family: Mixture) -> Any:
+    mixture, stacks = made.core.Experts(), getattr(module, family.experts)
+    router, gate_up, down = getattr(module, family.router).weight, stacks.gate_up_proj, stacks.down_proj
+    if any(m._forward_hooks or m._forward_pre_hooks for m in module.modules()):
+        raise Unsupported("a mixture of experts with hooks")
+    if any(name not in ("gate_up_proj", "down_proj") for name, _ in stacks.named_parameters(recurse=False)):
+        raise Unsupported("experts with biases")
+    count = gate_up.shape[0]
+    mixture.top, mixture.norm, mixture.shared = family.top(config), family.norm(config), family.shared is not None
+    often, lists = mixture.top / count, []
+    mixture.router = [made.rows(router, 0)]
+    for i in range(count):
+        lists.append(_expert(made, [made.rows(gate_up[i], 0, often)], [made.rows(down[i], 0, often)]))
+    if family.shared is not None and family.shared_gate is not None:
+        everybody = getattr(module, family.shared)
+        mixture.router = [*mixture.router, made.product(getattr(module, family.shared_gate), count)]
+        lists.append(
+            _expert(made, made.products(everybody, made.family.gate_up), made.products(everybody, ("down_proj",)))
+        )
+    mixture.experts = lists
+    return mixture
+
+
+def _expert(made: _Plan, gate_up: list[Any], down: list[Any]) -> Any:
+    expert = made.core.Expert()
+    expert.gate_up, expert.down = gate_up, down
+    return expert
 
 
 def _window(config: Any, kind: str | None) -> int:
