@@ -26,7 +26,7 @@ FLOORS = (
     ("checkpoints",),
     ("models", "records"),
     ("engine", "evaluation", "planning", "workspace"),
-    ("calibration", "reporting"),
+    ("calibration", "reporting", "serving"),
     ("forecast",),
     ("integrations", "run"),
     ("cli",),

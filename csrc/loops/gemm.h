@@ -279,8 +279,7 @@ void gemm(const W& w, const Act& a, size_t begin, size_t end, float* y, uint8_t*
           tile_scales<S>(w, g, row + t * N, first + i, scales + (t * chunks + i) * 2 * N);
       decode(w, row, tiles, k, depth, g.stride, panel);
       const bool last = k + g.depth >= a.padded;
-      Fetch fetch(w, last ? row + g.tiles * N : row, g.tiles * N, last ? 0 : k + g.depth, g.depth,
-                  tiles * g.blocks * depth / 4);
+      Fetch fetch(w, last ? row + g.tiles * N : row, g.tiles * N, last ? 0 : k + g.depth, g.depth, tiles * depth / 4);
       for (size_t t = 0; t < tiles; ++t)
         for (size_t b = 0; b < g.blocks; ++b) {
           const size_t at = (b * g.chunks + first) * R;

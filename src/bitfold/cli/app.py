@@ -28,7 +28,7 @@ _ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if
 # As they are used.
 _ORDER = (
     *("quantize", "eval", "layers", "compare", "report"),
-    *("generate", "chat", "inspect", "verify", "formats", "methods", "convert", "upload"),
+    *("generate", "chat", "serve", "inspect", "verify", "formats", "methods", "convert", "upload"),
 )
 
 
@@ -154,4 +154,4 @@ def _one_line_warning(message: Warning | str, category: type[Warning], *_: Any, 
 
 def print_json(data: Mapping[str, Any]) -> None:
     """One JSON object on stdout."""
-    print(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
+    print(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False), flush=True)

@@ -14,7 +14,7 @@ from torch import nn
 
 from bitfold.engine.decoder import Unsupported
 from bitfold.engine.grammar import Guide
-from bitfold.engine.loop import Loop, OnToken, by_transformers, end_tokens, require_plain
+from bitfold.engine.loop import Loop, OnToken, by_transformers, end_tokens, require_plain, stop_texts
 from bitfold.engine.sampling import Sampler, Sampling
 from bitfold.engine.stream import TextStream
 from bitfold.errors import BitfoldError, ModelError, UsageError
@@ -153,7 +153,7 @@ class Writer:
             raise UsageError(f"{ids.shape[1]} tokens are more than the model can take, {self.longest}", hint=hint)
         config = self._config(min(room, sampling.max_new_tokens))
         sampler = self._sampler(ids, sampling)
-        text = _Text(self.tokenizer, (*sampling.stop, *_stops(self.model.generation_config)), on_text)
+        text = _Text(self.tokenizer, (*sampling.stop, *stop_texts(self.model.generation_config)), on_text)
         start = time.monotonic()
         try:
             with torch.no_grad():
@@ -209,12 +209,6 @@ class Writer:
             end = config.eos_token_id
             config.pad_token_id = end[0] if isinstance(end, list) and end else end
         return config
-
-
-def _stops(config: Any) -> tuple[str, ...]:
-    """Stop texts of a generation config."""
-    stops = getattr(config, "stop_strings", None) or ()
-    return (stops,) if isinstance(stops, str) else tuple(stops)
 
 
 @contextlib.contextmanager

@@ -56,6 +56,12 @@ def end_tokens(config: Any) -> frozenset[int]:
     return frozenset() if ends is None else frozenset(ends if isinstance(ends, (list, tuple)) else [int(ends)])
 
 
+def stop_texts(config: Any) -> tuple[str, ...]:
+    """Texts that end a text, of a generation config."""
+    stops = getattr(config, "stop_strings", None) or ()
+    return (stops,) if isinstance(stops, str) else tuple(stops)
+
+
 class Loop:
     """Generates with one model; keeps the cache, so that a text that goes on is not read again.
 

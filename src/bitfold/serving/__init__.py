@@ -1,0 +1,1 @@
+"""A server with OpenAI's interface: texts side by side on one decoder. Needs the extra `serve`."""

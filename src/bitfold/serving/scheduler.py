@@ -1,0 +1,221 @@
+"""Many texts on one decoder: one thread owns it and gives every text that is being written a token in each pass.
+
+A pass reads one token of each such text, and a part of the prompts of those that have just come: as much as keeps the
+pass short, so that running texts do not stall. Texts wait in a queue for one of the decoder's sequences, in the order
+in which they came; what a sequence still holds of an earlier text is not read again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bitfold.errors import BitfoldError
+from bitfold.serving.job import Job, Piece
+from bitfold.serving.metrics import Metrics
+from bitfold.serving.protocol import Steps, common
+
+_LOG = logging.getLogger("bitfold.serving")
+_ALONE = 256  # tokens of prompts in a pass in which nothing is written
+_LEAST = 16  # and at least in a pass in which something is
+_STALL = 0.15  # seconds that reading prompts may take in such a pass
+
+
+class QueueFull(BitfoldError):
+    """There are as many texts waiting as may wait."""
+
+
+class Closed(BitfoldError):
+    """The server is shutting down."""
+
+
+@dataclass
+class _Slot:
+    """A sequence of the decoder, and who has it."""
+
+    number: int
+    job: Job | None = None
+    unread: list[int] = field(default_factory=list)  # of the prompt
+    last: int | None = None  # the token that is read next, once the prompt is read
+    used: int = 0  # when it was given away last
+
+
+class Scheduler:
+    """Runs texts; its own thread is the only one that touches the decoder.
+
+    Args:
+        decoder: whose sequences are shared out.
+        metrics: what is counted.
+        waiting: texts that may wait, at most.
+    """
+
+    def __init__(self, decoder: Steps, metrics: Metrics, waiting: int = 256) -> None:
+        self._decoder, self._metrics, self._most = decoder, metrics, waiting
+        self._slots = [_Slot(i) for i in range(len(decoder.texts))]
+        self._queue: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._given = 0
+        self._token_seconds: float | None = None  # of a token of a prompt
+        self._thread = threading.Thread(target=self._run, name="bitfold-scheduler", daemon=True)
+        self._thread.start()
+
+    def submit(self, *jobs: Job) -> None:
+        """Queue texts: all of them or none.
+
+        Raises:
+            QueueFull, Closed: none.
+        """
+        with self._changed:
+            if self._closed:
+                raise Closed("the server is shutting down")
+            if len(self._queue) + len(jobs) > self._most + sum(slot.job is None for slot in self._slots):
+                raise QueueFull(f"{len(self._queue)} requests are waiting already")
+            for job in jobs:
+                job.clock["asked"] = time.monotonic()
+                self._queue.append(job)
+            self._count()
+            self._changed.notify()
+
+    def cancel(self, job: Job) -> None:
+        """Nobody wants a text any more: it leaves the queue now, or its sequence before the next pass."""
+        with self._changed:
+            job.gone = True
+            if job in self._queue:
+                self._queue.remove(job)
+                self._count()
+            self._changed.notify()
+
+    def idle(self) -> bool:
+        """Whether nothing is waiting or being written."""
+        with self._changed:
+            return not self._queue and all(slot.job is None for slot in self._slots)
+
+    def close(self) -> None:
+        """End: what is still running is given up with `Closed`."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        with torch.no_grad():
+            while self._admit():
+                self._pass()
+        left = [*self._queue, *(slot.job for slot in self._slots if slot.job is not None)]
+        for job in left:
+            job.send(Piece(error=Closed("the server is shutting down")))
+
+    def _admit(self) -> bool:
+        """Give free sequences to who waits; sleeps while there is nothing to do. False: it is over."""
+        with self._changed:
+            while True:
+                for slot in self._slots:
+                    if slot.job is not None and slot.job.gone:
+                        self._metrics.ended(slot.job, "cancelled")
+                        self._free(slot)
+                while self._queue and any(slot.job is None for slot in self._slots):
+                    self._place(self._queue.popleft())
+                self._count()
+                if self._closed:
+                    return False
+                if any(slot.job is not None for slot in self._slots):
+                    return True
+                self._changed.wait()
+
+    def _place(self, job: Job) -> None:
+        """A free sequence for a text: the one that holds the longest beginning of it, or the one unused for longest.
+
+        What another sequence holds is copied if it is more: a sequence whose text would lose much is left as it is.
+        """
+        ids, texts = job.asked.ids, self._decoder.texts
+        alike = [common(text, ids) for text in texts]
+        best = max(range(len(texts)), key=alike.__getitem__)
+        if self._slots[best].job is None and 2 * alike[best] >= len(texts[best]):
+            slot = self._slots[best]
+        else:
+            slot = min((s for s in self._slots if s.job is None), key=lambda s: (s.used, s.number))
+            if alike[best] > alike[slot.number]:
+                self._decoder.copy(best, slot.number, alike[best])
+        self._given += 1
+        job.reused = self._decoder.keep(ids, slot.number)
+        slot.job, slot.unread, slot.last, slot.used = job, list(ids[job.reused :]), None, self._given
+        job.clock["begun"] = time.monotonic()
+        self._metrics.began(job)
+
+    def _pass(self) -> None:
+        writing = [slot for slot in self._slots if slot.job is not None and not slot.unread]
+        work = [(slot.number, [slot.last]) for slot in writing if slot.last is not None]
+        room = self._room(bool(writing))
+        reading: list[_Slot] = []
+        for slot in sorted((s for s in self._slots if s.job is not None and s.unread), key=lambda s: s.used):
+            if room > 0:
+                part, slot.unread = slot.unread[:room], slot.unread[room:]
+                room -= len(part)
+                work.append((slot.number, part))
+                reading.append(slot)
+        start = time.monotonic()
+        try:
+            logits = self._decoder.step(work)
+        except Exception as error:  # whatever it is, the others must not wait for ever
+            self._fail([*writing, *reading], error)
+            return
+        advancing = [(s, row) for s, row in zip([*writing, *reading], logits, strict=True) if not s.unread]
+        self._metrics.passed(time.monotonic() - start, len(advancing))
+        self._note(time.monotonic() - start, sum(len(ids) for _, ids in work) - len(writing))
+        for slot, row in advancing:
+            self._advance(slot, row)
+
+    def _room(self, writing: bool) -> int:
+        """Tokens of prompts in the next pass."""
+        if not writing or self._token_seconds is None:
+            return _ALONE if not writing else _LEAST
+        return max(_LEAST, min(_ALONE, int(_STALL / self._token_seconds)))
+
+    def _note(self, seconds: float, read: int) -> None:
+        if read >= _LEAST:  # an upper bound where something was written, too
+            found = seconds / read
+            self._token_seconds = found if self._token_seconds is None else 0.8 * self._token_seconds + 0.2 * found
+
+    def _advance(self, slot: _Slot, logits: Tensor) -> None:
+        job = slot.job
+        assert job is not None
+        if job.gone:
+            return
+        if not job.made:
+            job.clock["first"] = time.monotonic()
+        try:
+            slot.last = job.advance(logits)
+        except Exception as error:  # of one text: logits that are no numbers, a grammar that got too complex
+            self._fail([slot], error)
+            return
+        if slot.last is None:
+            self._end(slot)
+
+    def _fail(self, slots: Sequence[_Slot], error: Exception) -> None:
+        _LOG.error("a text failed: %s", error, exc_info=None if isinstance(error, BitfoldError) else error)
+        for slot in slots:
+            assert slot.job is not None
+            slot.job.send(Piece(error=error))
+            self._decoder.keep([], slot.number)  # nobody knows what it holds
+            self._end(slot, "failed")
+
+    def _end(self, slot: _Slot, how: str = "finished") -> None:
+        assert slot.job is not None
+        self._metrics.ended(slot.job, how)
+        with self._changed:
+            self._free(slot)
+
+    def _free(self, slot: _Slot) -> None:
+        slot.job, slot.unread, slot.last = None, [], None
+
+    def _count(self) -> None:
+        self._metrics.waiting = len(self._queue)
+        self._metrics.running = sum(slot.job is not None for slot in self._slots)

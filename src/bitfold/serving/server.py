@@ -1,0 +1,184 @@
+"""`bitfold serve`: a model opened, its memory told, and requests answered until the program is asked to end."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from torch import nn
+
+from bitfold.engine.decoder import Decoder, Unsupported
+from bitfold.engine.loop import require_plain
+from bitfold.errors import UsageError
+from bitfold.models.model_ref import Model, ModelRef, read_dtype
+from bitfold.serving.app import Service, make_app
+from bitfold.serving.metrics import Metrics
+from bitfold.serving.module import ModuleDecoder
+from bitfold.serving.preparing import Preparer
+from bitfold.serving.protocol import Steps
+from bitfold.serving.scheduler import Scheduler
+from bitfold.system import progress
+from bitfold.system.units import size_text
+
+CONTEXT = 4096  # tokens, where neither the user nor the model says less
+_GRACE = 30  # seconds that texts have to end when the program is asked to end
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How a model is served.
+
+    Args:
+        host, port: where; 0: any free port.
+        context: tokens of a text, prompt included; None: as many as the model takes, at most 4096.
+        sequences: texts that are written side by side.
+        queue: texts that may wait beside them.
+        name: of the model, as clients call it; None: the name of its folder or repository.
+        key: that clients must send; None: none.
+        origins: of web pages that may ask.
+        dtype: of the activations.
+        revision: of the Hub repository.
+
+    Raises:
+        UsageError: a number that makes no sense.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    context: int | None = None
+    sequences: int = 4
+    queue: int = 256
+    name: str | None = None
+    key: str | None = None
+    origins: tuple[str, ...] = ()
+    dtype: str = "auto"
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.context is not None and self.context < 2:
+            raise UsageError("a text has at least two tokens", where="--context")
+        if self.sequences < 1 or self.queue < 0:
+            raise UsageError("at least one text at a time, and a queue of 0 or more", where="--sequences, --queue")
+        if not 0 <= self.port < 65536:
+            raise UsageError("a port is 0 to 65535", where="--port")
+        if self.key == "":
+            raise UsageError("an empty key protects nothing", where="--api-key")
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a server is when it begins to listen.
+
+    Args:
+        model: as clients call it.
+        url: where the paths of OpenAI's clients begin.
+        context, sequences: tokens of a text, and texts side by side.
+        weight_bytes, cache_bytes: memory of the weights, and of all keys and values.
+    """
+
+    model: str
+    url: str
+    context: int
+    sequences: int
+    weight_bytes: int
+    cache_bytes: int
+
+
+def serve(model: Model, options: ServerOptions, on_ready: Callable[[Ready], None] | None = None) -> None:
+    """Serve a model until SIGINT or SIGTERM.
+
+    Args:
+        model: a folder, a Hub repository or a GGUF file.
+        options: how.
+        on_ready: is told when it listens.
+
+    Raises:
+        ModelError: it does not go on with a text.
+        CheckpointError, HubError, UsageError: it cannot be found, read or fetched; the place is taken.
+    """
+    listening = _listen(options.host, options.port)  # before minutes of loading
+    try:
+        service, ready = open_service(model, options, listening.getsockname())
+    except BaseException:
+        listening.close()
+        raise
+    try:
+        progress.say(f"{service.name}: {ready.url}")
+        if on_ready is not None:
+            on_ready(ready)
+        config = uvicorn.Config(
+            make_app(service), log_level="warning", timeout_graceful_shutdown=_GRACE, lifespan="off", access_log=False
+        )
+        uvicorn.Server(config).run(sockets=[listening])
+    finally:  # uvicorn lets texts end, and then passes on the signal that ended it
+        service.scheduler.close()
+        listening.close()
+
+
+def open_service(model: Model, options: ServerOptions, address: Sequence[Any]) -> tuple[Service, Ready]:
+    """Load it, and say what memory it takes; `address`: host and port. Errors as `serve`."""
+    ref = ModelRef.of(model, revision=options.revision)
+    ref.require_causal("the server takes causal language models")
+    tokenizer = ref.tokenizer()
+    longest = ref.longest
+    context = options.context or min(CONTEXT, longest or CONTEXT)
+    if longest is not None and context > longest:
+        raise UsageError(f"the model takes {longest} tokens, not {context}", where="--context")
+    loaded: Any = ref.load("AutoModelForCausalLM", read_dtype(options.dtype))
+    decoder = _decoder(loaded, context, options.sequences)
+    host, port = address[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    name, sequences = options.name or _name(ref), options.sequences
+    ready = Ready(name, url, context, sequences, _nbytes(loaded), decoder.cache_bytes)
+    weights, cache = size_text(ready.weight_bytes), size_text(ready.cache_bytes)
+    progress.say(f"weights {weights}, keys and values {cache} for {sequences} texts of {context} tokens side by side")
+    metrics = Metrics()
+    service = Service(
+        name,
+        tokenizer,
+        Preparer(tokenizer, loaded.generation_config, context, decoder.vocabulary),
+        Scheduler(decoder, metrics, options.queue),
+        metrics,
+        context,
+        options.key,
+        options.origins,
+    )
+    return service, ready
+
+
+def _decoder(model: nn.Module, context: int, sequences: int) -> Steps:
+    try:
+        require_plain(model.generation_config)
+        return Decoder(model, context, sequences=sequences)
+    except Unsupported as reason:
+        progress.say(f"text comes from transformers' model, one after the other, which is slower: {reason}")
+        return ModuleDecoder(model, context, sequences)
+
+
+def _nbytes(model: nn.Module) -> int:
+    """Memory of the weights, each counted once."""
+    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    return sum(tensors.values())
+
+
+def _name(ref: ModelRef) -> str:
+    path = Path(ref.name)
+    return path.stem if path.suffix == ".gguf" else path.resolve().name
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    found = socket.socket(family)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((host, port))
+        found.listen(2048)
+    except OSError as error:
+        found.close()
+        what = f"cannot listen on {host}:{port}: {error.strerror or error}"
+        raise UsageError(what, where="--host, --port", hint="--port 0 takes any free one") from error
+    return found
