@@ -59,6 +59,7 @@ NB_MODULE(_native, m) {
   bind_rotation(m);
   bind_dense(m);
   bind_trellis(m);
+  bind_ggml(m);
   bind_lattice(m);
   bind_engine(m);
 }

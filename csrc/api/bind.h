@@ -8,6 +8,7 @@
 
 void bind_dense(nanobind::module_& m);
 void bind_trellis(nanobind::module_& m);
+void bind_ggml(nanobind::module_& m);
 void bind_lattice(nanobind::module_& m);
 void bind_rounding(nanobind::module_& m);
 void bind_rotation(nanobind::module_& m);

@@ -10,7 +10,7 @@ namespace {
 const Scaled* scaled(const Product& p) {
   return std::visit(
       [](const auto& w) -> const Scaled* {
-        if constexpr (std::is_pointer_v<std::decay_t<decltype(w)>>) return w;
+        if constexpr (std::is_convertible_v<decltype(w), const Scaled*>) return w;
         return nullptr;
       },
       p.weight);

@@ -8,6 +8,7 @@
 #include "loops/few.h"
 #include "loops/gemm.h"
 #include "loops/gemv.h"
+#include "loops/ggml.h"
 #include "loops/hadamard.h"
 #include "loops/rounding.h"
 #include "loops/trellis.h"

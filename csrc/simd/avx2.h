@@ -91,6 +91,38 @@ struct Simd {
   static I zero() { return _mm256_setzero_si256(); }
   static I set8(int8_t x) { return _mm256_set1_epi8(x); }
   static I sub8(I a, I b) { return _mm256_sub_epi8(a, b); }
+  static I xor8(I a, I b) { return _mm256_xor_si256(a, b); }
+  static I and8(I a, I b) { return _mm256_and_si256(a, b); }
+  static I or8(I a, I b) { return _mm256_or_si256(a, b); }
+  // Every byte moved N bits down (up, if negative); what comes from its neighbours is the caller's to mask.
+  template <int N>
+  static I shifted(I x) {
+    return N < 0 ? _mm256_slli_epi16(x, N < 0 ? -N : 0) : _mm256_srli_epi16(x, N < 0 ? 0 : N);
+  }
+  // 16 bytes twice, moved A and B bits down.
+  template <int A, int B>
+  static I twice(const uint8_t* p) {
+    const I x = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_srlv_epi64(x, _mm256_setr_epi64x(A, A, B, B));
+  }
+  // codes + 16 where a bit is set.
+  static I raise(I codes, const uint8_t* bits) {
+    const I byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+    const I bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201u));
+    const I set = _mm256_and_si256(_mm256_shuffle_epi8(broadcast4(bits), byte), bit);
+    return _mm256_or_si256(codes, _mm256_and_si256(_mm256_cmpeq_epi8(set, bit), _mm256_set1_epi8(16)));
+  }
+  static I times128(I x) { return _mm256_slli_epi32(x, 7); }
+  static F half(const void* p) {
+    uint16_t h;
+    memcpy(&h, p, 2);
+    return _mm256_cvtph_ps(_mm_set1_epi16(static_cast<int16_t>(h)));
+  }
+  static float half1(const void* p) {
+    uint16_t h;
+    memcpy(&h, p, 2);
+    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h)));
+  }
   static I table16(const uint8_t* t) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(t)));
   }

@@ -56,6 +56,64 @@ struct Simd {
   static I zero() { return _mm512_setzero_si512(); }
   static I set8(int8_t x) { return _mm512_set1_epi8(x); }
   static I sub8(I a, I b) { return _mm512_sub_epi8(a, b); }
+  static I xor8(I a, I b) { return _mm512_xor_si512(a, b); }
+  static I and8(I a, I b) { return _mm512_and_si512(a, b); }
+  static I or8(I a, I b) { return _mm512_or_si512(a, b); }
+  // Every byte moved N bits down (up, if negative); what comes from its neighbours is the caller's to mask.
+  template <int N>
+  static I shifted(I x) {
+    return N < 0 ? _mm512_slli_epi16(x, N < 0 ? -N : 0) : _mm512_srli_epi16(x, N < 0 ? 0 : N);
+  }
+  // 32 bytes twice, moved A and B bits down: byte i of a word is the 8 bits from 8 i + A on.
+  template <int A, int B>
+  static I twice(const uint8_t* p) {
+    constexpr int64_t a = bytes_from(A), b = bytes_from(B);
+    const I x = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_multishift_epi64_epi8(_mm512_setr_epi64(a, a, a, a, b, b, b, b), x);
+  }
+  static constexpr int64_t bytes_from(int first) {
+    uint64_t x = 0;
+    for (int i = 0; i < 8; ++i) x |= static_cast<uint64_t>((8 * i + first) & 63) << (8 * i);
+    return static_cast<int64_t>(x);
+  }
+  // The nibbles of 16 bytes at a and of 16 at b, low ones first.
+  static I nibble_pair(const uint8_t* a, const uint8_t* b) {
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a));
+    const __m128i y = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b));
+    const I both = _mm512_mask_broadcast_i32x4(_mm512_broadcast_i32x4(x), 0xff00, y);
+    return _mm512_and_si512(_mm512_srlv_epi64(both, _mm512_setr_epi64(0, 0, 4, 4, 0, 0, 4, 4)), _mm512_set1_epi8(15));
+  }
+  static I load_pair(const uint8_t* a, const uint8_t* b) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(x), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)), 1);
+  }
+  // codes + 16 where a bit is set, of 32 at a and 32 at b.
+  static I raise_pair(I codes, const uint8_t* a, const uint8_t* b) {
+    uint32_t x, y;
+    memcpy(&x, a, 4);
+    memcpy(&y, b, 4);
+    return _mm512_mask_add_epi8(codes, x | static_cast<uint64_t>(y) << 32, codes, _mm512_set1_epi8(16));
+  }
+  static I times128(I x) { return _mm512_slli_epi32(x, 7); }
+  static float half1(const void* p) {
+    uint16_t h;
+    memcpy(&h, p, 2);
+    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h)));
+  }
+  // The half-precision numbers at bytes A and B behind p, each over half of the lanes; B + 30 bytes (32, for a small B)
+  // are read.
+  template <int A, int B>
+  static F half_pair(const uint8_t* p) {
+    constexpr int64_t a = A / 2 * 0x0001000100010001, b = B / 2 * 0x0001000100010001;
+    if constexpr (B + 2 <= 32) {
+      const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+      return _mm512_cvtph_ps(_mm256_permutexvar_epi16(_mm256_setr_epi64x(a, a, b, b), x));
+    } else {
+      const I at = _mm512_setr_epi64(a, a, b, b, a, a, b, b);
+      return _mm512_cvtph_ps(_mm512_castsi512_si256(_mm512_permutexvar_epi16(at, _mm512_loadu_si512(p))));
+    }
+  }
+  static F set_pair(float a, float b) { return _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(a), _mm512_set1_ps(b)); }
   static I table16(const uint8_t* t) {
     return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(t)));
   }

@@ -76,6 +76,27 @@ struct Simd {
   static I zero() { return vdupq_n_u8(0); }
   static I set8(int8_t x) { return vdupq_n_u8(static_cast<uint8_t>(x)); }
   static I sub8(I a, I b) { return vsubq_u8(a, b); }
+  static I xor8(I a, I b) { return veorq_u8(a, b); }
+  static I and8(I a, I b) { return vandq_u8(a, b); }
+  static I or8(I a, I b) { return vorrq_u8(a, b); }
+  // Every byte moved N bits down (up, if negative); what comes from its neighbours is the caller's to mask.
+  template <int N>
+  static I shifted(I x) {
+    return vshlq_u8(x, vdupq_n_s8(-N));
+  }
+  // codes + 16 where a bit is set.
+  static I raise(I codes, const uint8_t* bits) {
+    const I byte = vcombine_u8(vdup_n_u8(bits[0]), vdup_n_u8(bits[1]));
+    const I bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201u));
+    return vorrq_u8(codes, vandq_u8(vtstq_u8(byte, bit), vdupq_n_u8(16)));
+  }
+  static I times128(I x) { return bytes(vshlq_n_s32(words(x), 7)); }
+  static F half(const void* p) {
+    uint16_t h;
+    memcpy(&h, p, 2);
+    return vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(h)));
+  }
+  static float half1(const void* p) { return vgetq_lane_f32(half(p), 0); }
   static I table16(const uint8_t* t) { return vld1q_u8(t); }
   static I lookup(I table, I codes) { return vqtbl1q_u8(table, codes); }
   static I broadcast4(const void* p) {

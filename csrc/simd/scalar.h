@@ -43,6 +43,40 @@ struct Simd {
     for (int i = 0; i < 16; ++i) a.b[i] = static_cast<uint8_t>(a.b[i] - b.b[i]);
     return a;
   }
+  static I xor8(I a, I b) {
+    for (int i = 0; i < 16; ++i) a.b[i] ^= b.b[i];
+    return a;
+  }
+  static I and8(I a, I b) {
+    for (int i = 0; i < 16; ++i) a.b[i] &= b.b[i];
+    return a;
+  }
+  static I or8(I a, I b) {
+    for (int i = 0; i < 16; ++i) a.b[i] |= b.b[i];
+    return a;
+  }
+  // Every byte moved N bits down (up, if negative); what comes from its neighbours is the caller's to mask.
+  template <int N>
+  static I shifted(I x) {
+    for (int i = 0; i < 16; ++i)
+      x.b[i] = static_cast<uint8_t>(N < 0 ? x.b[i] << (N < 0 ? -N : 0) : x.b[i] >> (N < 0 ? 0 : N));
+    return x;
+  }
+  // codes + 16 where a bit is set.
+  static I raise(I codes, const uint8_t* bits) {
+    for (int i = 0; i < 16; ++i) codes.b[i] = static_cast<uint8_t>(codes.b[i] | (bits[i / 8] >> i % 8 & 1) << 4);
+    return codes;
+  }
+  static I times128(I x) {
+    for (int i = 0; i < 4; ++i) x.w[i] *= 128;
+    return x;
+  }
+  static float half1(const void* p) {
+    uint16_t h;
+    memcpy(&h, p, 2);
+    return half_to_float(h);
+  }
+  static F half(const void* p) { return set(half1(p)); }
   static I table16(const uint8_t* t) { return load(t); }
   static I lookup(I table, I codes) {
     for (int i = 0; i < 16; ++i) codes.b[i] = table.b[codes.b[i] & 15];

@@ -92,6 +92,17 @@ inline void unpack_words(const uint8_t* packed, size_t groups, uint8_t* out) {
   }
 }
 
+// A half-precision number (IEEE 754), exactly.
+inline float half_to_float(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, size = h & 0x7fffu;
+  uint32_t bits = sign | ((size << 13) + 0x38000000u);
+  if (size >= 0x7c00u) bits = sign | size << 13 | 0x7f800000u;
+  float x;
+  memcpy(&x, &bits, 4);
+  if (size < 0x0400u) x = static_cast<float>(size) * (sign ? -5.9604644775390625e-8f : 5.9604644775390625e-8f);
+  return x;
+}
+
 // The bitwise or of the 8 bytes of a word.
 inline uint8_t or_bytes(uint64_t x) {
   x |= x >> 32;

@@ -9,6 +9,7 @@
 #include "weights/activations.h"
 #include "weights/dense/rounding.h"
 #include "weights/dense/weight.h"
+#include "weights/ggml/weight.h"
 #include "weights/trellis/weight.h"
 
 namespace bitfold {
@@ -25,6 +26,19 @@ struct Products {
   // it is the last.
   void (*gemm8)(const W& w, const Act8& a, size_t begin, size_t end, float* y, void* scratch);
   void (*gemmf)(const W& w, const ActF& a, size_t begin, size_t end, float* y, void* scratch);
+};
+
+// Products by ggml's blocks, see loops/ggml.h.
+struct GgmlProducts {
+  // One row of activations -> a row of a.
+  void (*round)(const float* x, size_t k, const GgmlActs& a, size_t row);
+  // Rows [begin, end) of the weight times a few rows of activations.
+  void (*few)(const GgmlWeight& w, const GgmlActs& a, size_t begin, size_t end, float* y);
+  // Times many, arranged by arrangef of the table; scratch: so many bytes for so many rows.
+  void (*gemm)(const GgmlWeight& w, const ActF& a, size_t begin, size_t end, float* y, float* scratch);
+  size_t (*scratch)(size_t m);
+  // Rows [begin, end) as float32.
+  void (*decode)(const GgmlWeight& w, size_t begin, size_t end, float* out);
 };
 
 struct Table {
@@ -53,6 +67,7 @@ struct Table {
   size_t (*gemm_scratchf)(const Scaled& w, size_t m, size_t padded);
   Products<DenseWeight> dense;
   Products<TrellisWeight> trellis;
+  GgmlProducts ggml;
 
   // One row of the weight out of its unpacked codes; rows [begin, end) out of trellis tiles.
   void (*decode)(const DenseWeight& w, size_t row, const uint8_t* codes, float* out);

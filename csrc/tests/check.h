@@ -21,6 +21,7 @@ void test_packing(const char* isa);
 void test_linear(const char* isa);
 void test_viterbi(const char* isa);
 void test_trellis(const char* isa);
+void test_ggml(const char* isa);
 void test_lattice(const char* isa);
 void test_rounding(const char* isa);
 void test_engine(const char* isa);

@@ -38,6 +38,7 @@ int main(int argc, char** argv) {
     test_linear(name.c_str());
     test_viterbi(name.c_str());
     test_trellis(name.c_str());
+    test_ggml(name.c_str());
     test_lattice(name.c_str());
     test_rounding(name.c_str());
     test_engine(name.c_str());

@@ -8,6 +8,7 @@
 #include "system/dispatch.h"
 #include "system/scratch.h"
 #include "weights/dense/weight.h"
+#include "weights/ggml/weight.h"
 #include "weights/trellis/weight.h"
 
 namespace bitfold {
@@ -111,6 +112,53 @@ class Prepared {
   float *scale_ = nullptr, *sums_ = nullptr;
   char* x_ = nullptr;
   int32_t* start_ = nullptr;
+};
+
+// A few rows are rounded to 15 bits (of 8 bits, that loses nothing more); many stay float32.
+template <>
+class Prepared<GgmlWeight> {
+ public:
+  static size_t bytes(const GgmlWeight& w, size_t m, bool int8) {
+    return round_up(GgmlActs::bytes(m, w.k), 64) + Prepared(w, m, int8, nullptr).rows_ * GgmlActs::padded_of(w.k) * 4;
+  }
+
+  Prepared(const GgmlWeight& w, size_t m, bool int8, void* memory)
+      : w_(w), t_(table()), m_(m), rows_(round_up(m, t_.block_rowsf(m))), int8_(int8), acts_(memory, m, w.k) {
+    floats_ = static_cast<float*>(memory);
+    shape_.k = w.k;
+  }
+
+  void row(size_t i, const float* x) const {
+    RowMemory& memory = RowMemory::mine();
+    if (int8_) {
+      int8_t* codes = memory.codes.get<int8_t>(w_.k);
+      float* floats = memory.floats.get<float>(w_.k);
+      const float scale = t_.quantize(x, w_.k, w_.k, codes);
+      for (size_t c = 0; c < w_.k; ++c) floats[c] = codes[c] * scale;
+      x = floats;
+    }
+    if (m_ <= kFew) return t_.ggml.round(x, w_.k, acts_, i);
+    t_.arrangef(shape_, x, m_, acts_.padded, i, floats_, nullptr);
+    for (size_t r = m_; i + 1 == m_ && r < rows_; ++r)
+      t_.arrangef(shape_, nullptr, m_, acts_.padded, r, floats_, nullptr);
+  }
+
+  void times(size_t begin, size_t end, float* y) const {
+    if (m_ <= kFew) return t_.ggml.few(w_, acts_, begin, end, y);
+    ActF a;
+    a.m = m_, a.padded = acts_.padded, a.x = floats_;
+    t_.ggml.gemm(w_, a, begin, end, y, RowMemory::mine().panel.get<float>(t_.ggml.scratch(m_) / sizeof(float)));
+  }
+
+ private:
+  static constexpr size_t kFew = 8;
+  const GgmlWeight& w_;
+  const Table& t_;
+  const size_t m_, rows_;
+  const bool int8_;
+  const GgmlActs acts_;
+  float* floats_;
+  Scaled shape_;
 };
 
 // Unquantized rows take activations as they are.

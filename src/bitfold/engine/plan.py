@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bitfold.engine.families import FAMILIES, Family, Mixture
-from bitfold.kernels import dense
+from bitfold.kernels import KERNELS
 from bitfold.nn import QLinear, QWeight
 from bitfold.system import native
 from bitfold.transforms import Diagonal, Hadamard, Transform
@@ -17,6 +17,7 @@ from bitfold.transforms.activations import read_act
 from bitfold.transforms.rotation import rotation_plan
 
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_LOOPS = (KERNELS["cpu"], KERNELS["ggml"])  # kernels whose state has a native `weight`
 _BAND = 32  # rows of a weight that one thread takes at least
 _KEYS = 16  # a head must be a multiple of it
 _DYNAMIC = ("dynamic", "longrope")  # rotary angles that change with the length of the text
@@ -75,9 +76,10 @@ class _Plan:
         act = read_act(weight.act)
         if act.static or act.threshold is not None:
             raise Unsupported(f"activations {weight.act} are not among what it rounds")
-        if weight.transposed or not dense.accepts(weight.qtensor, act.kernel):
+        loops = None if weight.transposed else next((k for k in _LOOPS if k.accepts(weight.qtensor, act.kernel)), None)
+        if loops is None:
             raise Unsupported(f"it has no loops for {weight.format.name}")
-        state = dense.prepack(weight.qtensor, act.kernel)
+        state = loops.prepack(weight.qtensor, act.kernel)
         self.alive.append(state)
         made = self.core.Product(state.weight, first, state.int8)
         self._turn(made, weight.transform, inverse=False)

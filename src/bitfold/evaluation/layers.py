@@ -125,7 +125,7 @@ def layer_errors(
     start = text_start(tokenizer, start_token)
     context = min(context, max_tokens, against.longest or context)
     windows = texts.cut(ids, context, None, max_tokens, start)
-    original = against.load("AutoModelForCausalLM", read_dtype(dtype))
+    original = against.load("AutoModelForCausalLM", read_dtype(dtype), decoded=True)
     refuse_unknown_tokens(original, windows.ids, tokenizer)
     sites = _matching(original, source, subject.name)
     result = LayerErrors(texts.text_name(text), start_name(start, tokenizer), windows.ids.numel())

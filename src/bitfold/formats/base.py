@@ -88,7 +88,7 @@ class Format:
     grid: Grid
     scale: Scale | None = None
     plain = False
-    code = books = magnitudes = None
+    code = books = magnitudes = ggml = None
 
     @property
     def levels(self) -> int:

@@ -77,6 +77,11 @@ class AnyFormat(Protocol):
         """The table that the low byte of a lattice's codes looks up."""
         ...
 
+    @property
+    def ggml(self) -> str | None:
+        """The ggml type whose blocks the one field `blocks` holds."""
+        ...
+
     # What it can do beyond the verbs.
     @property
     def coder(self) -> Callable[[Tensor, Params | None], Coder] | None:

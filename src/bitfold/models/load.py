@@ -1,4 +1,4 @@
-"""Load a quantized folder: a skeleton on the meta device, quantized layers swapped in, tensors assigned."""
+"""Load a quantized folder or a GGUF file: a skeleton on the meta device, quantized layers swapped in, tensors given."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ import torch
 from torch import nn
 
 from bitfold.checkpoints.bitfold_folder import quantization_config, stored_tensors
+from bitfold.checkpoints.gguf.source import GgufSource
 from bitfold.checkpoints.hub.transfer import resolve
 from bitfold.checkpoints.safetensors import read_config
 from bitfold.checkpoints.schema import Entry, read_entries
 from bitfold.checkpoints.untrusted import read_json_object
 from bitfold.errors import CheckpointError, ModelError
 from bitfold.models import skeleton
-from bitfold.models.opening import untie_stored
-from bitfold.models.sites import find_sites
-from bitfold.models.swap import swap_entries
+from bitfold.models.mapping import Target, map_names
+from bitfold.models.opening import open_skeleton, untie_stored
+from bitfold.models.sites import Site, find_sites
+from bitfold.models.swap import swap, swap_entries
+from bitfold.nn import set_tensor
+from bitfold.qtensor import QTensor
 
 
 def load(
@@ -28,11 +32,13 @@ def load(
     revision: str | None = None,
     token: str | None = None,
 ) -> nn.Module:
-    """The model of a quantized folder or Hub repository.
+    """The model of a quantized folder, a Hub repository or a GGUF file.
 
     Args:
-        path: a folder that `bitfold quantize` or `bitfold.save` wrote, or the id of a repository that holds one.
-        module: the skeleton to fill, for models that transformers does not know; its weights are replaced.
+        path: a folder that `bitfold quantize` or `bitfold.save` wrote, the id of a repository that holds one, or a GGUF
+            file, whose blocks stay as they are, mapped from the file.
+        module: the skeleton to fill, for models that transformers does not know; its weights are replaced. Not for
+            GGUF files.
         dtype: of the tensors that are not quantized, and so of the activations; default: as stored.
         revision, token: of the repository.
 
@@ -44,7 +50,10 @@ def load(
         ModelError: tensors are missing, superfluous or misshapen; they are named.
         HubError: the repository cannot be fetched.
     """
-    return load_folder(resolve(str(path), revision=revision, token=token), module=module, dtype=dtype)
+    found = resolve(str(path), revision=revision, token=token)
+    if found.is_file() and module is None:
+        return load_file(found, dtype)
+    return load_folder(found, module=module, dtype=dtype)
 
 
 def load_folder(folder: Path, *, module: nn.Module | None = None, dtype: torch.dtype | None = None) -> nn.Module:
@@ -61,6 +70,54 @@ def load_folder(folder: Path, *, module: nn.Module | None = None, dtype: torch.d
     assign(model, folder, entries, unused=set(config.get("unused", ())), dtype=dtype)
     _finish(model, folder, config)
     return model.eval()
+
+
+def load_file(path: Path, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model of a GGUF file; linear layers and embeddings multiply by its blocks, which are not copied.
+
+    Args:
+        path: the file, or any of its parts.
+        dtype: of all that is not stored in blocks, and so of the activations; None: what suits the file.
+
+    Raises:
+        CheckpointError: a damaged file, or one of an architecture or a type of blocks that is not supported.
+        ModelError: transformers cannot build it, or tensors are missing.
+    """
+    source = GgufSource(path)
+    try:
+        model: Any = open_skeleton(source, dtype=dtype)
+        assert model is not None  # an architecture that GgufSource reads is one of transformers'
+        sites = {name: site for site in find_sites(model) for name in (site.tensor, *site.aliases)}
+        for target in map_names(source.names(), model):
+            if target.used:
+                _fill(model, target, source, sites, dtype)
+        skeleton.retie(model)
+        skeleton.give_generation(model, source.generation_config, str(path))
+    finally:
+        source.close()
+    _require_all(model, str(path))
+    module: nn.Module = model.eval()
+    return module
+
+
+def _fill(
+    model: nn.Module, target: Target, source: GgufSource, sites: dict[str, Site], dtype: torch.dtype | None
+) -> None:
+    """Give the model one tensor of the file, in its blocks if the model has a place for them."""
+    first = target.names[0]
+    found = source.packed(target.sources[0]) if target.converter is None else None
+    if isinstance(found, QTensor) and first in sites:
+        swap(model, sites[first], found)
+        return
+    stored = {first: found} if isinstance(found, torch.Tensor) else target.read(source.read, model)
+    for name, w in stored.items():
+        set_tensor(model, name, w.to(dtype or model.get_parameter(name).dtype) if w.is_floating_point() else w)
+
+
+def _require_all(model: nn.Module, where: str) -> None:
+    left = [name for name, p in model.named_parameters() if p.is_meta]
+    if left:
+        raise ModelError(f"{len(left)} parameters were never given a value, the first is {left[0]}", where=where)
 
 
 def _skeleton(folder: Path, dtype: torch.dtype | None) -> nn.Module:
@@ -96,9 +153,7 @@ def assign(
     for parameter in model.parameters():
         if not parameter.is_floating_point():
             parameter.requires_grad_(False)
-    left = [name for name, p in model.named_parameters() if p.is_meta]
-    if left:
-        raise ModelError(f"{len(left)} parameters were never given a value, the first is {left[0]}", where=str(folder))
+    _require_all(model, str(folder))
     skeleton.retie(model)
 
 

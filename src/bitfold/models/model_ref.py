@@ -19,6 +19,7 @@ from bitfold.checkpoints.safetensors import read_config
 from bitfold.errors import ModelError, UsageError
 from bitfold.models import skeleton
 from bitfold.models.limits import positions
+from bitfold.models.load import load_file, load_folder
 from bitfold.models.mapping import map_names
 from bitfold.models.opening import open_skeleton
 from bitfold.nn import set_tensor
@@ -142,12 +143,13 @@ class ModelRef:
         finally:
             source.close()
 
-    def load(self, auto_class: str, dtype: torch.dtype | None) -> nn.Module:
+    def load(self, auto_class: str, dtype: torch.dtype | None, *, decoded: bool = False) -> nn.Module:
         """The model, in evaluation mode.
 
         Args:
             auto_class: how transformers calls the kind of model, such as "AutoModelForCausalLM".
             dtype: what plain weights are computed in; None: as they are stored.
+            decoded: a GGUF file becomes a model of ordinary parameters, in place of one of its blocks.
 
         Raises:
             ModelError: transformers cannot build it, or tensors are missing.
@@ -156,8 +158,9 @@ class ModelRef:
             return self.module.eval()
         assert self.path is not None
         if is_bitfold(self.config):
-            return _load_bitfold(self.path, dtype)
-        model = _load_plain(self.path, self.config, auto_class, dtype)
+            return load_folder(self.path, dtype=dtype)
+        blocks = self.path.is_file() and not decoded
+        model = load_file(self.path, dtype) if blocks else _load_plain(self.path, self.config, auto_class, dtype)
         if auto_class == _CAUSAL:
             _require_text_alone(model, self.name)
         return model
@@ -190,12 +193,6 @@ def weight_files(path: Path) -> list[Path]:
         return part_paths(path)
     files = sorted(path.glob("*.safetensors"))
     return files or sorted(f for f in path.iterdir() if f.suffix in (".bin", ".gguf", ".pt"))
-
-
-def _load_bitfold(path: Path, dtype: torch.dtype | None) -> nn.Module:
-    from bitfold.models.load import load_folder
-
-    return load_folder(path, dtype=dtype)
 
 
 def _load_plain(path: Path, config: Mapping[str, Any], auto_class: str, dtype: torch.dtype | None) -> nn.Module:

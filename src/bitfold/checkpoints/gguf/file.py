@@ -96,6 +96,7 @@ class GgufFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._map = _open_map(self.path)
+        self._views: mmap.mmap | None = None
         self.size = len(self._map)
         try:
             cursor = _Cursor(self._map, self.path)
@@ -121,6 +122,19 @@ class GgufFile:
             raise CheckpointError(f"cannot read tensor {tensor.name!r}: {error}", where=str(self.path)) from error
         return data
 
+    def view(self, tensor: GgufTensor) -> memoryview:
+        """Bytes of a tensor in the file, mapped: nothing is read before it is used, and other processes share it.
+
+        What is written to them stays in this process. The map lives as long as a view of it.
+        """
+        if self._views is None:
+            try:
+                with self.path.open("rb") as file:
+                    self._views = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_COPY)
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"cannot be mapped: {error}", where=str(self.path)) from error
+        return memoryview(self._views)[tensor.start : tensor.start + tensor.nbytes]
+
     def data_bytes(self) -> int:
         """Bytes between the first tensor and the end of the file, less the padding that the alignment explains.
 
@@ -141,8 +155,9 @@ class GgufFile:
         return int(self.metadata.get("general.alignment", 32))
 
     def close(self) -> None:
-        """Release the map."""
+        """Release the map, but for views of it."""
         self._map.close()
+        self._views = None
 
     def _read_header(self, cursor: _Cursor) -> int:
         if cursor.take(4, "magic") != b"GGUF":

@@ -50,6 +50,10 @@ class GgufParts:
         """See `GgufFile.raw`."""
         return self._owner[tensor.name].raw(tensor, start, length)
 
+    def view(self, tensor: GgufTensor) -> memoryview:
+        """See `GgufFile.view`."""
+        return self._owner[tensor.name].view(tensor)
+
     def place(self, tensor: GgufTensor) -> tuple[int, int]:
         """Number of its file, and where in it the tensor begins."""
         return self.files.index(self._owner[tensor.name]), tensor.start

@@ -26,6 +26,7 @@ from bitfold.checkpoints.gguf.tokenizer import generation_config, tokenizer_of
 from bitfold.checkpoints.safetensors import file_facts, write_json
 from bitfold.errors import CheckpointError
 from bitfold.formats.families.ggml import GGML
+from bitfold.qtensor import QTensor
 from bitfold.system.tensorinfo import TensorInfo, require_rows
 from bitfold.text.tokenizer import read_tokenizer
 
@@ -101,6 +102,24 @@ class GgufSource:
             w = w - self._arch.norm_offset
         heads = self._heads(tensor)
         return self._unpermute(tensor, w, heads) if heads else w
+
+    def packed(self, name: str) -> QTensor | Tensor:
+        """The tensor as it lies in the file: blocks that are not decoded, or plain numbers.
+
+        It is a view of the mapped file, but for rows that come in another order than the model's.
+        """
+        self.info(name)
+        tensor = self._names[name]
+        dtype, heads = _PLAIN.get(tensor.type), self._heads(tensor)
+        if self._noise is not None or (self._arch.norm_offset and tensor.name.endswith("norm.weight")):
+            return self.read(name)
+        raw = torch.frombuffer(self._file.view(tensor), dtype=dtype or torch.uint8)
+        if dtype is not None:
+            w = raw.view(tensor.shape)
+            return self._unpermute(tensor, w, heads) if heads else w
+        ggml = GGML[tensor.type]
+        blocks = raw.view(ggml.layout(tensor.shape)["blocks"].shape)
+        return QTensor(ggml, tensor.shape, {"blocks": self._unpermute(tensor, blocks, heads) if heads else blocks})
 
     def read_rows(self, name: str, rows: Tensor) -> Tensor:
         """`read(name)[rows]` of a matrix or a stack; only the bytes of these rows are read.

@@ -47,6 +47,11 @@ class Ggml:
     grid = code = books = magnitudes = coder = rescaled = decode_columns = None
 
     @property
+    def ggml(self) -> str:
+        """Name of the type."""
+        return self.name
+
+    @property
     def bits(self) -> Fraction:
         """Bits of a code, scales not counted (8/5 for five ternary digits in a byte)."""
         return Fraction(8, 5) if self.levels == 3 and self.bpw < 2 else Fraction((self.levels - 1).bit_length())
