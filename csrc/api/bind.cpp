@@ -22,6 +22,9 @@ void bind_system(nb::module_& m) {
       },
       "rounds"_a, "Make dot products of four bytes out of registers, for measuring the peak; returns their number.");
   m.def(
+      "split_rows", [] { return bitfold::table().split_rows; },
+      "Rows of float activations up to which products by integers run as bytes, in three planes.");
+  m.def(
       "read_memory",
       [](uintptr_t data, size_t bytes, int threads) {
         nb::gil_scoped_release released;

@@ -110,10 +110,126 @@ struct AmxBlock {
   }
 };
 
+// Weights with one scale for a row. Sums of products stay integers until a row is whole: tiles are loaded and stored,
+// and nothing else is done, between one panel and the next. 32 columns of a panel and 32 rows of activations lie in the
+// first-level cache together.
+template <class S, class T, class W>
+class AmxWhole {
+ public:
+  static constexpr size_t kRows = 32, kDepth = 512;
+  // Sums of so many products of bytes fit 32 bits.
+  static bool fits(const Scaled& w, size_t padded) { return w.group == 0 && padded <= 65536; }
+
+  static size_t scratch(size_t m) {
+    return kTiles * 2 * S::L * (kDepth + sizeof(int32_t) * round_to(m) + 2 * sizeof(float));
+  }
+
+  AmxWhole(const W& w, const Act8& a, float* y, void* scratch)
+      : w_(w), a_(a), y_(y), decode_(w), blocks_(round_to(a.m) / kRows), panel_(static_cast<uint8_t*>(scratch)) {
+    sums_ = reinterpret_cast<int32_t*>(panel_ + kTiles * kStride);
+    scales_ = reinterpret_cast<float*>(sums_ + kTiles * blocks_ * kRows * kWide);
+  }
+
+  void run(size_t begin, size_t end) {
+    T::configure(64);
+    for (size_t row = begin; row < end; row += kTiles * kWide) {
+      const size_t tiles = smaller(kTiles, (end - row + kWide - 1) / kWide);
+      for (size_t k = 0; k < a_.padded; k += kDepth) {
+        const size_t depth = smaller(kDepth, a_.padded - k);
+        decode_(w_, row, tiles, k, depth, kStride, panel_);
+        const bool last = k + kDepth >= a_.padded;
+        Fetch fetch(w_, last ? row + kTiles * kWide : row, kTiles * kWide, last ? 0 : k + kDepth, kDepth,
+                    tiles * blocks_ * depth / 64);
+        for (size_t t = 0; t < tiles; ++t)
+          for (size_t b = 0; b < blocks_; ++b) block(t, b, k, depth, fetch);
+      }
+      write(row, end, tiles);
+    }
+    T::release();
+  }
+
+ private:
+  static constexpr size_t kWide = 2 * S::L, kStride = kWide * kDepth, kPanelStride = 2 * 64;
+
+  static size_t round_to(size_t m) { return (m + kRows - 1) / kRows * kRows; }
+  int32_t* sums(size_t t, size_t b) { return sums_ + (t * blocks_ + b) * kRows * kWide; }
+
+  void block(size_t t, size_t b, size_t k, size_t depth, Fetch& fetch) {
+    const uint8_t* tile = panel_ + t * kStride;
+    const int8_t* x = a_.x + (b * a_.padded + k) * kRows;
+    int32_t* c = sums(t, b);
+    if (k == 0) {
+      T::template zero<0>();
+      T::template zero<1>();
+      T::template zero<2>();
+      T::template zero<3>();
+    } else {
+      T::template load<0>(c, 128);
+      T::template load<1>(c + 16, 128);
+      T::template load<2>(c + 16 * 32, 128);
+      T::template load<3>(c + 16 * 32 + 16, 128);
+    }
+    for (size_t i = depth / 64; i > 0; --i, tile += 16 * kPanelStride, x += kRows * 64) {
+      T::template load<4>(x, 64);
+      T::template load<6>(tile, kPanelStride);
+      T::template load<7>(tile + 64, kPanelStride);
+      T::template dot<0, 4, 6>();
+      T::template dot<1, 4, 7>();
+      T::template load<5>(x + 16 * 64, 64);
+      T::template dot<2, 5, 6>();
+      T::template dot<3, 5, 7>();
+      fetch.some<S>();
+    }
+    T::template store<0>(c, 128);
+    T::template store<1>(c + 16, 128);
+    T::template store<2>(c + 16 * 32, 128);
+    T::template store<3>(c + 16 * 32 + 16, 128);
+  }
+
+  // (sums + start) * scale - sum of x * scale * zero, times the scale of the activations: of each row of activations
+  // all that is there, for rows of y lie pages apart.
+  void write(size_t row, size_t end, size_t tiles) {
+    const Plan g = Plan::of<S>(w_, a_.m, a_.padded, kRows);
+    for (size_t t = 0; t < tiles; ++t) tile_scales<S>(w_, g, row + t * kWide, 0, scales_ + t * 2 * kWide);
+    for (size_t i = 0; i < a_.m; ++i) {
+      const size_t at = i / kRows * g.chunks * kRows + i % kRows;
+      int32_t start = 0;
+      float sum = 0;
+      for (size_t j = 0; j < g.chunks; ++j) {
+        start += a_.start[at + j * kRows];
+        if (w_.zero) sum += a_.sums[at + j * kRows];
+      }
+      for (size_t t = 0; t < tiles; ++t) {
+        const int32_t* c = sums(t, i / kRows) + i % kRows * kWide;
+        const size_t n = row + t * kWide;
+        float out[kWide], *to = y_ + i / a_.planes * w_.n + n;
+        const bool direct = n + kWide <= end && i % a_.planes == 0;
+        finish(c, start, sum, scales_ + t * 2 * kWide, a_.scale[i], direct ? to : out);
+        if (!direct) write_row(out, 1.0f, smaller(kWide, end - n), i % a_.planes != 0, to);
+      }
+    }
+  }
+
+  static void finish(const int32_t* c, int32_t start, float sum, const float* scales, float scale, float* out) {
+    for (size_t j = 0; j < kWide; ++j)
+      out[j] = (static_cast<float>(c[j] + start) * scales[j] - sum * scales[kWide + j]) * scale;
+  }
+
+  const W& w_;
+  const Act8& a_;
+  float* y_;
+  const Panels<S, W> decode_;
+  const size_t blocks_;
+  uint8_t* panel_;
+  int32_t* sums_;
+  float* scales_;
+};
+
 template <class S>
 size_t amx_scratch(const Scaled& w, size_t m, size_t padded) {
   const size_t few = few_scratch<S>(w, m, padded), panel = gemm_scratch<S, amx_rows<S>>(w, m, padded);
-  return few > panel ? few : panel;
+  const size_t most = few > panel ? few : panel, whole = AmxWhole<S, void, DenseWeight>::scratch(m);
+  return most > whole ? most : whole;
 }
 
 template <class S, class T, class W>
@@ -123,6 +239,7 @@ void amx_gemm8(const W& w, const Act8& a, size_t begin, size_t end, float* y, vo
     if (!few8<S>(w, a, begin, end, y, scratch)) gemm_bytes<S>(w, a, begin, end, y, scratch);
     return;
   }
+  if (a.m > 16 && AmxWhole<S, T, W>::fits(w, a.padded)) return AmxWhole<S, T, W>(w, a, y, scratch).run(begin, end);
   if (amx_rows<S>(a.m) == 16) return gemm<S, 16, AmxBlock<S, T, 16>>(w, a, begin, end, y, panel);
   gemm<S, 32, AmxBlock<S, T, 32>>(w, a, begin, end, y, panel);
 }

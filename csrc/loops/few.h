@@ -125,8 +125,8 @@ struct FewRows {
   void write(size_t row, size_t end, float* y) const {
     for (size_t i = 0; i < a.m; ++i) {
       float out[V * S::L];
-      for (size_t v = 0; v < V; ++v) S::storef(out + v * S::L, S::mul(f[i][v], S::set(a.scale[i])));
-      for (size_t n = row; n < smaller(row + V * S::L, end); ++n) y[i * w.n + n] = out[n - row];
+      for (size_t v = 0; v < V; ++v) S::storef(out + v * S::L, f[i][v]);
+      write_row(out, a.scale[i], smaller(V * S::L, end - row), i % a.planes != 0, y + i / a.planes * w.n + row);
     }
   }
 };
@@ -198,8 +198,8 @@ struct FewTrellis {
       for (size_t i = 0; i < a.m; ++i) {
         float out[kBand];
         for (size_t v = 0; v < V; ++v) S::storef(out + v * S::L, S::to_float(acc[i][v]));
-        for (size_t n = row; n < smaller(row + kBand, end); ++n)
-          y[i * w.n + n] = out[n - row] * param(w.scale, n, true) * a.scale[i];
+        for (size_t n = row; n < smaller(row + kBand, end); ++n) out[n - row] *= param(w.scale, n, true);
+        write_row(out, a.scale[i], smaller(kBand, end - row), i % a.planes != 0, y + i / a.planes * w.n + row);
       }
     }
   }

@@ -246,17 +246,25 @@ size_t gemm_scratch(const Scaled& w, size_t m, size_t padded) {
   return g.tiles * (g.stride + 2 * S::L * sizeof(float) * (2 * g.depth / g.chunk + g.blocks * R));
 }
 
+// to = from * scale, or what is there and that.
+inline void write_row(const float* from, float scale, size_t count, bool more, float* to) {
+  if (more) {
+    for (size_t j = 0; j < count; ++j) to[j] += from[j] * scale;
+  } else {
+    for (size_t j = 0; j < count; ++j) to[j] = from[j] * scale;
+  }
+}
+
 // The rows of c that are wanted; scale: of the activations, or null.
 template <class S>
-void write_panel(const Scaled& w, const Plan& g, size_t m, size_t R, const float* scale, size_t row, size_t tiles,
-                 const float* c, float* y) {
+void write_panel(const Scaled& w, const Plan& g, size_t m, size_t R, size_t planes, const float* scale, size_t row,
+                 size_t tiles, const float* c, float* y) {
   constexpr size_t N = 2 * S::L;
   for (size_t i = 0; i < m; ++i)
     for (size_t t = 0; t < tiles; ++t) {
       const float* from = c + ((i / R * g.tiles + t) * R + i % R) * N;
       const size_t n = row + t * N, count = smaller(w.n - n, N);
-      const float s = scale ? scale[i] : 1.0f;
-      for (size_t j = 0; j < count; ++j) y[i * w.n + n + j] = from[j] * s;
+      write_row(from, scale ? scale[i] : 1.0f, count, i % planes != 0, y + i / planes * w.n + n);
     }
 }
 
@@ -279,7 +287,8 @@ void gemm(const W& w, const Act& a, size_t begin, size_t end, float* y, uint8_t*
           tile_scales<S>(w, g, row + t * N, first + i, scales + (t * chunks + i) * 2 * N);
       decode(w, row, tiles, k, depth, g.stride, panel);
       const bool last = k + g.depth >= a.padded;
-      Fetch fetch(w, last ? row + g.tiles * N : row, g.tiles * N, last ? 0 : k + g.depth, g.depth, tiles * depth / 4);
+      Fetch fetch(w, last ? row + g.tiles * N : row, g.tiles * N, last ? 0 : k + g.depth, g.depth,
+                  tiles * g.blocks * depth / 4);
       for (size_t t = 0; t < tiles; ++t)
         for (size_t b = 0; b < g.blocks; ++b) {
           const size_t at = (b * g.chunks + first) * R;
@@ -288,7 +297,7 @@ void gemm(const W& w, const Act& a, size_t begin, size_t end, float* y, uint8_t*
                 c + (b * g.tiles + t) * R * N, fetch);
         }
     }
-    write_panel<S>(w, g, a.m, R, a.scale, row, tiles, c, y);
+    write_panel<S>(w, g, a.m, R, a.planes, a.scale, row, tiles, c, y);
   }
 }
 

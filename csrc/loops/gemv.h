@@ -8,8 +8,8 @@
 namespace bitfold {
 namespace BITFOLD_NS {
 
-template <class S>
-float quantize_row(const float* x, size_t k, size_t padded, int8_t* out) {
+// Of |x|; infinity or NaN if there is one.
+inline float largest(const float* x, size_t k) {
   uint32_t top = 0;  // the bits of |x| order like |x|, and those of infinity and NaN are above all others
   for (size_t i = 0; i < k; ++i) {
     uint32_t bits;
@@ -19,8 +19,14 @@ float quantize_row(const float* x, size_t k, size_t padded, int8_t* out) {
   }
   float absmax;
   memcpy(&absmax, &top, 4);
+  return absmax;
+}
+
+template <class S>
+float quantize_row(const float* x, size_t k, size_t padded, int8_t* out) {
+  const float absmax = largest(x, k);
   memset(out, 0, padded);
-  if (top >= 0x7f800000u) return absmax - absmax;  // NaN
+  if (!(absmax - absmax == 0)) return absmax - absmax;  // NaN
   const float inverse = absmax > 1e-36f ? 127.0f / absmax : 0.0f;
   for (size_t i = 0; i < k; ++i) {
     const float shifted = x[i] * inverse + 12582912.0f;  // 1.5 * 2^23: rounds to even, the integer in the low bits
@@ -29,6 +35,32 @@ float quantize_row(const float* x, size_t k, size_t padded, int8_t* out) {
     out[i] = static_cast<int8_t>(bits);
   }
   return absmax / 127.0f;
+}
+
+// One row as kPlanes rows of bytes and their scales; an error is at most 2^-24 of the largest number.
+template <class S>
+void split_row(const float* x, size_t k, size_t padded, int8_t* out, float* scales) {
+  const float absmax = largest(x, k), most = 127.0f * 65536.0f;
+  memset(out, 0, kPlanes * padded);
+  const float unit = absmax / most;
+  scales[0] = unit * 65536.0f;
+  scales[1] = unit * 256.0f;
+  scales[2] = unit;
+  if (!(absmax - absmax == 0)) {
+    for (size_t p = 0; p < kPlanes; ++p) scales[p] = absmax - absmax;  // NaN
+    return;
+  }
+  const float inverse = absmax > 1e-30f ? most / absmax : 0.0f;
+  for (size_t i = 0; i < k; ++i) {
+    const float scaled = x[i] * inverse;
+    const int32_t all = static_cast<int32_t>(scaled + (scaled < 0 ? -0.5f : 0.5f));
+    const int8_t low = static_cast<int8_t>(all);
+    const int32_t rest = (all - low) >> 8;
+    const int8_t middle = static_cast<int8_t>(rest);
+    out[2 * padded + i] = low;
+    out[padded + i] = middle;
+    out[i] = static_cast<int8_t>((rest - middle) >> 8);
+  }
 }
 
 // x (padded) in 8 bits -> start, and sums (groups) if the weight has zero points.

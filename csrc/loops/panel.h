@@ -16,13 +16,14 @@ constexpr size_t kPanelDepth = 1024;  // columns of a panel at most
 struct Fetch {
   const uint8_t* at;
   size_t stride = 64, rows = ~size_t{0};  // bytes from row to row, rows that are read side by side
-  size_t row = 0, left, step;
+  size_t row = 0, left, step;             // lines that are left, and those of one call
+  size_t every = 1, waited = 0;           // calls from one that fetches to the next
 
   // `depth` columns of `count` rows, from `first` and `column` on; `steps`: how often `some` will be called, at least.
   Fetch(const DenseWeight& w, size_t first, size_t count, size_t column, size_t depth, size_t steps)
       : at(w.codes + first * w.row_bytes + column / 8 * static_cast<size_t>(w.bits)), stride(w.row_bytes), rows(count) {
     left = count * ((depth / 8 * static_cast<size_t>(w.bits) + 63) / 64);
-    step = (left + steps - 1) / steps;
+    share(steps);
   }
 
   // Of the first 32 rows: the others are fetched by decoding itself.
@@ -30,11 +31,18 @@ struct Fetch {
     const size_t bits = static_cast<size_t>(w.code.bits);
     at = w.tiles + first / 32 * w.band_bytes + column * 4 * bits;
     left = depth * 4 * bits / 64;
+    share(steps);
+  }
+
+  void share(size_t steps) {
     step = (left + steps - 1) / steps;
+    every = left && steps / left > 1 ? steps / left : 1;
   }
 
   template <class S>
   BITFOLD_INLINE void some() {
+    if (++waited < every) return;
+    waited = 0;
     size_t now = smaller(step, left);
     left -= now;
     for (; now != 0; --now) {

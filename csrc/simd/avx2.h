@@ -66,7 +66,8 @@ struct Simd {
   static constexpr int kGemmRows = 4;
   static constexpr size_t kGemmColumns = 4;  // of a dot product
   static constexpr int kRegisters = 16;
-  static constexpr bool kFew = false;  // few.h has the registers it needs
+  static constexpr size_t kSplitRows = 0;  // table.h
+  static constexpr bool kFew = false;      // few.h has the registers it needs
   using I = __m256i;
   using F = __m256;
 

@@ -37,7 +37,8 @@ struct Simd {
   static constexpr int kGemmRows = 12;       // rows of activations held in registers by gemm
   static constexpr size_t kGemmColumns = 4;  // of a dot product
   static constexpr int kRegisters = 32;
-  static constexpr bool kFew = true;  // few.h has the registers it needs
+  static constexpr size_t kSplitRows = ~size_t{0};  // table.h
+  static constexpr bool kFew = true;                // few.h has the registers it needs
   using I = __m512i;
   using F = __m512;
 

@@ -42,7 +42,8 @@ struct Simd {
   static constexpr size_t kGemmColumns = 4;
 #endif
   static constexpr int kRegisters = 32;
-  static constexpr bool kFew = false;  // few.h has the registers it needs
+  static constexpr size_t kSplitRows = 0;  // table.h
+  static constexpr bool kFew = false;      // few.h has the registers it needs
   using I = uint8x16_t;
   using F = float32x4_t;
 

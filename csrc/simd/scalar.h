@@ -11,7 +11,8 @@ struct Simd {
   static constexpr int kGemmRows = 4;
   static constexpr size_t kGemmColumns = 4;  // of a dot product
   static constexpr int kRegisters = 16;
-  static constexpr bool kFew = false;  // few.h has the registers it needs
+  static constexpr size_t kSplitRows = 0;  // table.h
+  static constexpr bool kFew = false;      // few.h has the registers it needs
   union I {
     uint8_t b[16];
     int32_t w[4];

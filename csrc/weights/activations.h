@@ -5,9 +5,13 @@
 
 namespace bitfold {
 
+// A number in three bytes, the products of which are added: 65536, 256 and 1 times the unit of a row.
+constexpr size_t kPlanes = 3;
+
 // In 8 bits.
 struct Act8 {
   size_t m = 0, padded = 0;  // padded: columns, a multiple of kPad
+  size_t planes = 1;         // so many rows after one another are parts of one: their products are added
   const int8_t* x = nullptr;
   const float* scale = nullptr;    // (m)
   const int32_t* start = nullptr;  // -offset * (sums of x), where accumulators start; gemv: by lane, gemm: by chunk
@@ -16,6 +20,7 @@ struct Act8 {
 
 struct ActF {
   size_t m = 0, padded = 0;
+  static constexpr size_t planes = 1;
   const float* x = nullptr;
   const float* scale = nullptr;  // (m) of rounded activations, or null
   static constexpr const int32_t* start = nullptr;

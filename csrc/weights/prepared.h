@@ -25,7 +25,8 @@ struct RowMemory {
 };
 
 // With int8, a row is rounded to 8 bits with one scale (codes = round(x * 127 / absmax)); one that holds NaN or
-// infinity gives NaN.
+// infinity gives NaN. Floats are split into kPlanes rows of bytes where that is faster: then their products are
+// integers, too, and a code is decoded once for all of them.
 template <class W>
 class Prepared {
  public:
@@ -34,9 +35,15 @@ class Prepared {
 
   // memory: aligned to 64 bytes.
   Prepared(const W& w, size_t m, bool int8, void* memory)
-      : w_(w), t_(table()), m_(m), padded_(round_up(w.k, kPad)), int8_(int8), bytes_in_(int8 && w.integers) {
-    const size_t block = m == 1 ? 1 : bytes_in_ ? t_.block_rows(m) : t_.block_rowsf(m);
-    rows_ = round_up(m, block);
+      : w_(w),
+        t_(table()),
+        planes_(!int8 && splits(w, m, t_) ? kPlanes : 1),
+        m_(m * planes_),
+        padded_(round_up(w.k, kPad)),
+        int8_(int8),
+        bytes_in_(w.integers && (int8 || planes_ > 1)) {
+    const size_t block = m_ == 1 ? 1 : bytes_in_ ? t_.block_rows(m_) : t_.block_rowsf(m_);
+    rows_ = round_up(m_, block);
     char* at = static_cast<char*>(memory);
     const auto take = [&](size_t size) {
       char* mine = at;
@@ -46,7 +53,7 @@ class Prepared {
     };
     // Numbers kept for every row and chunk (chunks are at least as long as the shortest group), or lane by lane.
     const size_t chunks = (rows_ * (padded_ / 16 + 1) + padded_ / 4 + t_.lanes) * 4;
-    scale_ = reinterpret_cast<float*>(take(m * sizeof(float)));
+    scale_ = reinterpret_cast<float*>(take(m_ * sizeof(float)));
     x_ = take(rows_ * padded_ * (bytes_in_ ? 1 : sizeof(float)));
     start_ = reinterpret_cast<int32_t*>(take(bytes_in_ ? chunks : 0));
     sums_ = reinterpret_cast<float*>(take(w.zero ? chunks : 0));
@@ -56,6 +63,12 @@ class Prepared {
   // Row i, of w.k numbers; the last one brings along what fills up its block.
   void row(size_t i, const float* x) const {
     RowMemory& memory = RowMemory::mine();
+    if (planes_ > 1) {
+      int8_t* codes = memory.codes.get<int8_t>(planes_ * padded_);
+      t_.split(x, w_.k, padded_, codes, scale_ + i * planes_);
+      for (size_t p = 0; p < planes_; ++p) arrange(i * planes_ + p, codes + p * padded_);
+      return;
+    }
     if (int8_) {
       int8_t* codes = m_ == 1 && bytes_in_ ? reinterpret_cast<int8_t*>(x_) : memory.codes.get<int8_t>(padded_);
       scale_[i] = t_.quantize(x, w_.k, padded_, codes);
@@ -72,7 +85,7 @@ class Prepared {
     const Products<W>& products = t_.products<W>();
     if (bytes_in_) {
       Act8 a;
-      a.m = m_, a.padded = padded_, a.x = reinterpret_cast<const int8_t*>(x_), a.scale = scale_;
+      a.m = m_, a.planes = planes_, a.padded = padded_, a.x = reinterpret_cast<const int8_t*>(x_), a.scale = scale_;
       a.start = start_, a.sums = sums_;
       if (m_ == 1) return products.gemv8(w_, a, begin, end, y);
       const size_t scratch = t_.gemm_scratch(w_, m_, padded_);
@@ -106,8 +119,14 @@ class Prepared {
 
   const W& w_;
   const Table& t_;
-  const size_t m_, padded_;
-  const bool int8_, bytes_in_;  // rounded; and multiplied as bytes
+  // Sums of products of so many columns fit 32 bits. One row by short groups is faster as it is: what is done for each
+  // group is done for every plane.
+  static bool splits(const W& w, size_t m, const Table& t) {
+    return w.integers && m <= t.split_rows && w.k <= 1 << 16 && (m > 1 || w.group == 0);
+  }
+
+  const size_t planes_, m_, padded_;  // m: rows of bytes or floats, planes of each
+  const bool int8_, bytes_in_;        // rounded; multiplied as bytes
   size_t rows_ = 0, bytes_ = 0;
   float *scale_ = nullptr, *sums_ = nullptr;
   char* x_ = nullptr;

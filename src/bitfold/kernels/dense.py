@@ -1,7 +1,8 @@
 """The native kernel: weights are read from memory once, in their packed layout, and decoded in registers.
 
-    float activations   a few rows: decode and multiply in float32. Many rows: some rows of the weight at a time are
-                        decoded into the cache and PyTorch multiplies.
+    float activations   integers, where the CPU multiplies bytes fast: activations are split into three of them, 23
+                        bits below the largest of a token. Else a few rows: decode and multiply in float32; many: some
+                        rows of the weight at a time are decoded into the cache and PyTorch multiplies.
     int8 activations    rounded for each token, products in integers, one multiplication by the scale for each group.
 
 `bitfold::linear` is the same as an operator of PyTorch, for torch.compile and autograd.
@@ -70,7 +71,7 @@ def _run(x: Tensor, weight: Any, w: Layout, int8: bool) -> Tensor:
     x = x.detach().to(torch.float32).contiguous()
     m = x.shape[0]
     y = torch.empty(m, w.n, dtype=torch.float32)
-    if m <= _FLOAT_ROWS or (int8 and w.spec.integers):
+    if m <= _FLOAT_ROWS or (w.spec.integers and (int8 or m <= core.split_rows())):
         core.matmul(weight, x.data_ptr(), m, int8, y.data_ptr(), native.threads())
         return y
     scale = None
