@@ -33,6 +33,14 @@ def test_generate(bitfold: Bitfold, model: Path, quantized: Path) -> None:
     assert not answer.out.startswith("Hello")
 
 
+def test_an_error_before_the_first_word(bitfold: Bitfold, quantized: Path) -> None:
+    """The prompt is not shown as if something were to follow."""
+    failed = bitfold("generate", quantized, "Line " * 200)
+    assert failed.code == 2
+    assert failed.out == ""
+    assert "more than the model can take" in failed.err
+
+
 def test_generation_is_greedy_by_default(bitfold: Bitfold, model: Path) -> None:
     """The same as taking the most likely token by hand."""
     result = bitfold("generate", model, "Line 1", "--max-new-tokens", 6, "--json").json

@@ -102,7 +102,7 @@ def _encoder_decoder(said: bool) -> nn.Module:
 @pytest.mark.parametrize("said", [True, False])
 def test_encoder_decoders_are_refused_in_words(said: bool, tmp_path: Path):
     folder = tiny_lm.folder(tmp_path / "t5", _encoder_decoder(said))
-    with pytest.raises(ModelError, match="T5ForConditionalGeneration is an encoder-decoder"):
+    with pytest.raises(ModelError, match=r"T5ForConditionalGeneration is an encoder-decoder(.|\n)*bitfold generate"):
         bitfold.evaluate(folder)
 
 

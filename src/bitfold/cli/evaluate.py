@@ -32,6 +32,9 @@ TextOption = Annotated[
         help="A file of text or data, or a Hub data set (org/name). Default: 100 kB of WikiText-2's test split.",
     ),
 ]
+TextColumnOption = Annotated[
+    str | None, typer.Option(help="The column of the data that holds the text or the messages.", show_default=False)
+]
 MetricOption = Annotated[
     Metric,
     typer.Option(
@@ -85,6 +88,7 @@ def evaluate(
     model: ModelArgument,
     reference: ReferenceOption = None,
     text: TextOption = None,
+    text_column: TextColumnOption = None,
     metric: MetricOption = Metric.lm,
     context: ContextOption = None,
     stride: StrideOption = None,
@@ -104,6 +108,9 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure perplexity, and what was lost against a reference."""
+    from bitfold.text.documents import with_column
+
+    text = with_column(text, text_column)
     limits = {"max_kl": max_kl, "max_perplexity": max_perplexity, "min_top1": min_top1}
     if metric is Metric.embedding:
         if tasks or save or update_card or any(limit is not None for limit in limits.values()):

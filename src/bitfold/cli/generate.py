@@ -136,10 +136,15 @@ def generate(
     if json:
         print_json(write(given[0], sampling).to_dict())
         return
-    if not chat and not writer.answers:
-        _show(given[0])
-    result = write(given[0], sampling, _show)
-    print()
+    begin = "" if chat or writer.answers else given[0]
+    shown: list[str] = []
+
+    def show(piece: str) -> None:  # with the first word: what goes wrong before it is an error, and no text
+        _show(piece if shown else begin + piece)
+        shown.append(piece)
+
+    result = write(given[0], sampling, show)
+    print("" if shown else begin)
     if result.tokens_per_second is not None:
         print(f"{result.tokens} tokens, {result.tokens_per_second:.1f} a second", file=sys.stderr)
 

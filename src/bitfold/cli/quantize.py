@@ -42,6 +42,9 @@ TransformOption = Annotated[str | None, typer.Option(help="Basis of the inputs: 
 CalibrationOption = Annotated[
     str | None, typer.Option(help="For calibrated methods: a file of text or data, a Hub data set, self, or default.")
 ]
+TextColumnOption = Annotated[
+    str | None, typer.Option(help="The column of the data that holds the text or the messages.", show_default=False)
+]
 NsamplesOption = Annotated[int, typer.Option(help="Samples of calibration text.")]
 SeqlenOption = Annotated[int | None, typer.Option(help="Tokens of a sample (default: 2048, or what fits).")]
 StartTokenOption = Annotated[
@@ -100,6 +103,7 @@ def quantize(
     method: MethodOption = None,
     transform: TransformOption = None,
     calibration: CalibrationOption = None,
+    text_column: TextColumnOption = None,
     nsamples: NsamplesOption = 32,
     seqlen: SeqlenOption = None,
     start_token: StartTokenOption = True,
@@ -131,11 +135,13 @@ def quantize(
     from bitfold.recipes.options import MethodOptions
     from bitfold.run.driver import run
     from bitfold.run.options import Request, RunOptions
+    from bitfold.text.documents import with_column
 
     wanted = MethodOptions(
         bits, format, group_size, fit, method, transform, act, prune, tuple(ignore or ()), recipe=recipe
     )
-    text = settings(method, calibration, nsamples, seqlen, drift, fisher, columns, refit, start_token)
+    text_of = with_column(calibration, text_column)
+    text = settings(method, text_of, nsamples, seqlen, drift, fisher, columns, refit, start_token)
     ceiling = None if max_memory is None else parse_size(max_memory, where="--max-memory")
     options = RunOptions(
         seed, shard_bytes, ceiling, dry_run, restart, strict, events, revision, upload_repo=upload_repo

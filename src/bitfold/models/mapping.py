@@ -8,6 +8,7 @@ Without a known model class the names stay as they are.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from torch import nn
 from bitfold.errors import ModelError
 from bitfold.models.skeleton import may_be_absent, tied_names
 
+_WRAPPERS = {"module.": "DistributedDataParallel", "_orig_mod.": "torch.compile"}
+_NUMBER = re.compile(r"\.(\d+)\.")
 Read = Callable[[str], torch.Tensor]
 
 
@@ -134,8 +137,28 @@ def _check_complete(
     if missing:
         raise ModelError(
             f"the checkpoint lacks {len(missing)} tensors of {type(model).__name__}, the first is {missing[0]}",
-            hint="`architectures` in config.json must name the class that was saved",
+            hint=_why_incomplete(missing, {name for name in made if name in stored}, targets.values()),
         )
+
+
+def _why_incomplete(missing: list[str], made: set[str], targets: Iterable[Target]) -> str:
+    """What most likely went wrong, and what to do."""
+    strange = [name for target in targets if not target.used for name in target.sources]
+    for wrapper, origin in _WRAPPERS.items():
+        named = next((name for name in strange if f".{wrapper}" in f".{name}"), None)
+        if named is not None and f".{named}".replace(f".{wrapper}", ".")[1:] in missing:
+            return f"its tensors have {wrapper!r} in their names ({named}), as {origin} leaves it: save them without it"
+    for name in missing:
+        prefix = next((s.removesuffix(name) for s in strange if s.endswith(f".{name}")), None)
+        if prefix is not None:
+            return f"its tensors begin with {prefix!r}, which the model's do not: save them without it"
+    layers = [{int(n) for name in some for n in _NUMBER.findall(name)[:1]} for some in (missing, made)]
+    if all(layers) and min(layers[0]) > max(layers[1]) and all(_NUMBER.search(name) for name in missing):
+        wanted, have = max(layers[0]) + 1, max(layers[1]) + 1
+        return (
+            f"config.json asks for {wanted} layers, the files have {have}: mend the number of layers, or fetch the rest"
+        )
+    return "`architectures` in config.json must name the class that was saved"
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -36,6 +36,10 @@ _STREAMED = ("AutoModelForCausalLM", "AutoModelForMaskedLM")
 _CAUSAL = _STREAMED[0]
 # Endings of classes that predict the next token; some of them look at pictures as well.
 _PREDICT = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForVisionText2Text", "ForImageTextToText")
+_ANSWERS = (
+    "what was lost stands in the folder, tensor by tensor (bitfold report); what it writes can be compared with what"
+    " the original writes (bitfold generate)"
+)
 _NOT_CAUSAL = "masked language models: bitfold eval --metric masked; other encoders: --metric embedding"
 
 
@@ -97,7 +101,7 @@ class ModelRef:
             return
         if self.encodes_first():
             what = f"{name} is an encoder-decoder: it answers a text, and does not go on with it"
-            raise ModelError(what, where=self.name, hint=hint)
+            raise ModelError(what, where=self.name, hint=_ANSWERS)
         if not name.endswith(_PREDICT):
             raise ModelError(f"{name} does not predict the next token", where=self.name, hint=hint)
 

@@ -33,21 +33,21 @@ class Renderer:
             raise UsageError(what, where=where, hint="give plain text, or a column `text`")
         messages = list(conversation.messages)
         try:
-            written = self._written(messages)
+            written = self._written(messages, conversation.tools)
         except UsageError as error:
             if messages[0]["role"] != "system" or len(messages) < 2:
                 raise UsageError(f"{error.what} {name}", where=where) from error
             first = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
             try:  # templates such as Gemma's know no system
-                written = self._written([first, *messages[2:]])
+                written = self._written([first, *messages[2:]], conversation.tools)
             except UsageError:
                 raise UsageError(f"{error.what} {name}", where=where) from error
         return written.removeprefix(self._start)
 
-    def _written(self, messages: list[dict[str, Any]]) -> str:
+    def _written(self, messages: list[dict[str, Any]], tools: tuple[Any, ...]) -> str:
         sound = [{**m, "content": sound_text(m["content"])} for m in messages]
         try:
-            return str(self._tokenizer.apply_chat_template(sound, tokenize=False))
+            return str(self._tokenizer.apply_chat_template(sound, tools=list(tools) or None, tokenize=False))
         except Exception as error:  # a template is a program, and raises what it likes
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UsageError(f"the chat template refuses ({first})") from error

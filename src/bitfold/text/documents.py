@@ -16,8 +16,8 @@ from typing import Any
 
 from bitfold.errors import BitfoldError, CheckpointError, HubError, UsageError
 from bitfold.text.encodings import characters, first_bytes
-from bitfold.text.kinds import JSON, PROSE, WINDOW, kind_of
-from bitfold.text.rows import ARROW, Named, arrow_rows, json_rows, table_rows
+from bitfold.text.kinds import JSON, PROSE, WINDOW, YAML, kind_of, table_with
+from bitfold.text.rows import ARROW, Named, arrow_rows, json_rows, table_rows, yaml_rows
 from bitfold.text.shapes import Conversation, document
 
 BETWEEN = "\n\n"  # documents; conversations follow one another as their template ends them
@@ -46,7 +46,7 @@ def text_pieces(spec: str | PathLike[str], *, split: str, render: Render) -> Ite
         spec: a file: prose in UTF-8 (or with a byte order mark), JSON, JSON lines, CSV, TSV, parquet or arrow, perhaps
             compressed by gzip, bzip2 or xz; a folder that the library `datasets` can read; a data set of the Hub,
             "org/name", "org/name:configuration" or "org/name:configuration:split"; or the text itself, where it has a
-            line break or is longer than a path.
+            line break or is longer than a path. A column of data may be named behind a "#": "rows.csv#story".
         split: of a data set, where the name does not say; the only one of a data set that has no other.
         render: writes conversations out.
 
@@ -58,12 +58,13 @@ def text_pieces(spec: str | PathLike[str], *, split: str, render: Render) -> Ite
     """
     if is_text(spec):
         return iter([str(spec)])
+    spec, column = split_column(spec)
     path, name = Path(spec).expanduser(), str(spec)
     kind = _kind(path)
     if kind is not None and stat.S_ISREG(kind):
-        return _file(path, split, render)
+        return _file(path, split, render, column)
     if kind is not None and stat.S_ISDIR(kind) and name:
-        return _joined(_rows(str(path), split, str(path)), str(path), render)
+        return _joined(_rows(str(path), split, str(path)), str(path), render, column)
     if kind is not None and name:
         raise UsageError("is no ordinary file", where=name, hint="write it to a file first")
     if _URL.match(name):
@@ -71,9 +72,27 @@ def text_pieces(spec: str | PathLike[str], *, split: str, render: Render) -> Ite
         raise UsageError("is an address, and texts are read from files", where=name, hint=hint)
     if _HUB.fullmatch(name) and not name.startswith(".") and path.suffix not in _FILES:
         repo, configuration, own_split = [*name.split(":"), "", ""][:3]
-        return _joined(_rows(name, own_split or split, repo, configuration or None), name, render)
+        return _joined(_rows(name, own_split or split, repo, configuration or None), name, render, column)
     hint = "a text in UTF-8, JSON lines, CSV or parquet, or a data set of the Hub: org/name"
     raise UsageError("no such text file", where=name, hint=hint)
+
+
+def split_column(spec: str | PathLike[str]) -> tuple[str | PathLike[str], str | None]:
+    """What names a text, and the column of it that is meant, where one is named: FILE#COLUMN."""
+    name, _, column = str(spec).rpartition("#")
+    if is_text(spec) or not name or not column or _kind(Path(spec).expanduser()) is not None:
+        return spec, None
+    return name, column
+
+
+def with_column(spec: str | None, column: str | None) -> str | None:
+    """What names a text and a column of it; UsageError where the text has no columns."""
+    if column is None:
+        return spec
+    if spec is None or spec in ("default", "self") or is_text(spec):
+        hint = "name the file or data set that has it"
+        raise UsageError("a column of what?", where=f"--text-column {column}", hint=hint)
+    return f"{spec}#{column}"
 
 
 def is_text(spec: str | PathLike[str] | None) -> bool:
@@ -91,10 +110,10 @@ def _kind(path: Path) -> int | None:
         return None
 
 
-def _file(path: Path, split: str, render: Render) -> Iterator[str]:
+def _file(path: Path, split: str, render: Render, column: str | None) -> Iterator[str]:
     begin = first_bytes(path)
     if begin.startswith(ARROW):
-        yield from _joined(arrow_rows(path, begin), str(path), render)
+        yield from _joined(arrow_rows(path, begin, column), str(path), render, column)
         return
     blocks = characters(path)
     window = ""
@@ -104,20 +123,24 @@ def _file(path: Path, split: str, render: Render) -> Iterator[str]:
             break
     rest = next(blocks, None)
     kind = kind_of(window, whole=rest is None, where=str(path))
+    if column is not None and kind is PROSE:
+        kind = table_with(window, column, str(path))
     pieces = itertools.chain([window], [] if rest is None else [rest], blocks)
     if kind is PROSE:
         yield from pieces
     elif kind is JSON:
-        yield from _joined(json_rows(pieces, str(path), split), str(path), render)
+        yield from _joined(json_rows(pieces, str(path), split, column), str(path), render, column)
+    elif kind is YAML:
+        yield from _joined(yaml_rows(pieces, str(path), split, column), str(path), render, column)
     else:
-        yield from _joined(table_rows(pieces, kind.delimiter, str(path)), str(path), render)
+        yield from _joined(table_rows(pieces, kind.delimiter, str(path), column), str(path), render, column)
 
 
-def _joined(rows: Iterable[Named], where: str, render: Render) -> Iterator[str]:
+def _joined(rows: Iterable[Named], where: str, render: Render, column: str | None) -> Iterator[str]:
     """Documents with an empty line between them, conversations one after the other."""
     between = ""
     for name, row in rows:
-        found = document(row, where, name)
+        found = document(row, where, name, column)
         if found is None:
             continue
         written = render(found, where, name) if isinstance(found, Conversation) else None

@@ -24,6 +24,9 @@ _LIST = re.compile(rf'\[\s*(\[\s*\{{|"(\\.|[^"\\])*"\s*,\s*"|({_NUMBERS},){{16}}
 _NUMBER = re.compile(r"-?\d+([.]\d*)?([eE][+-]?\d+)?")
 _MARKUP = re.compile(r"\s*<(\?xml|!doctype\b|html\b|svg\b|rss\b|feed\b|mediawiki\b)", re.IGNORECASE)
 _ELEMENT = re.compile(r"\s*<([A-Za-z][\w.-]*)[^<>]*>")
+_ITEM = re.compile(r"\s*-\s+[\"']?(?P<name>[A-Za-z_]\w*)[\"']?\s*:(\s|$)")
+_OUTER = re.compile(r"(---|\.\.\.|#|-(\s|$)|[\"']?[A-Za-z_][\w-]*[\"']?\s*:(\s|$))")
+_IN_YAML = {*TEXTS, *CHATS, *(name for pair in PAIRS for name in pair), "role", "from", "speaker", "system"}
 _DELIMITERS = ",\t;|"
 
 
@@ -32,7 +35,7 @@ class Kind:
     """What a file is.
 
     Args:
-        name: "prose", "json" (values one after the other, or a list of them) or "table".
+        name: "prose", "json" (values one after the other, or a list of them), "yaml" or "table".
         delimiter: between the fields of a table.
     """
 
@@ -40,7 +43,7 @@ class Kind:
     delimiter: str = ""
 
 
-PROSE, JSON = Kind("prose"), Kind("json")
+PROSE, JSON, YAML = Kind("prose"), Kind("json"), Kind("yaml")
 
 
 def kind_of(window: str, *, whole: bool, where: str) -> Kind:
@@ -64,6 +67,8 @@ def kind_of(window: str, *, whole: bool, where: str) -> Kind:
     lines = lines if len(lines) <= 1 or whole else lines[:-1]
     if _is_json(begin, lines, whole=whole):
         return JSON
+    if _is_yaml(window, whole=whole):
+        return YAML
     braces = sum(line[0] == "{" and line.rstrip(",")[-1] == "}" and ":" in line for line in lines)
     if lines and 2 * braces > len(lines):
         hint = "JSON wants double quotes, true, false and null; json.dumps writes it"
@@ -96,6 +101,24 @@ def _is_object(line: str) -> bool:
         return some or (isinstance(value, list) and len(value) > 1)
     except (ValueError, RecursionError):
         return False
+
+
+def table_with(window: str, column: str, where: str) -> Kind:
+    """The table of which that is a column; UsageError where the first line names no such column."""
+    first = next((line for line in window.splitlines() if line.strip()), "")
+    for delimiter in _DELIMITERS:
+        if column in [field.strip() for field in next(csv.reader([first], delimiter=delimiter), [])]:
+            return Kind("table", delimiter)
+    raise UsageError(f"is prose, or its first line names no column {column!r}", where=where)
+
+
+def _is_yaml(window: str, *, whole: bool) -> bool:
+    """Items or keys and what is indented below them in every line, and an item or list by a name that data has."""
+    lines = [line for line in window.splitlines()[: _LINES + 1] if line.strip()]
+    lines = lines if len(lines) <= 1 or whole else lines[:-1]
+    outer = [line for line in lines if not line[0].isspace()]
+    named = any(match["name"] in _IN_YAML for line in lines if (match := _ITEM.match(line)))
+    return named and len(outer) < len(lines) and all(_OUTER.match(line) for line in outer)
 
 
 def _is_table(window: str, lines: list[str], delimiter: str, *, whole: bool) -> bool:

@@ -17,13 +17,14 @@ _SPEAKERS = ("system", "developer", "user", "assistant", "tool", "human", "gpt")
 _FIELD = 1 << 30  # characters of a field of a table
 
 
-def json_rows(pieces: Iterator[str], where: str, split: str) -> Iterator[Named]:
+def json_rows(pieces: Iterator[str], where: str, split: str, column: str | None = None) -> Iterator[Named]:
     """Rows of JSON lines, of values one after the other, of a list, or of an object that holds a list or columns.
 
     Args:
         pieces: the text of the file.
         where: its name, for errors.
         split: which list to take from an object with one for each split.
+        column: the one that is wanted, whatever it is called; messages are then no rows of their own.
 
     Raises:
         UsageError: damaged JSON, by line.
@@ -31,14 +32,49 @@ def json_rows(pieces: Iterator[str], where: str, split: str) -> Iterator[Named]:
     reader, said = _Values(pieces, where), list[Any]()
     while reader.peek():
         name = f"line {reader.line}"
-        found = _list(reader) if reader.peek() == "[" else ((name, row) for row in _rows_of(reader.value(), split))
+        if reader.peek() == "[":
+            found = _list(reader, whole=column is None)
+        else:
+            found = ((name, row) for row in _rows_of(reader.value(), split, column))
         for row_name, row in found:
-            if is_message(row) and str(row.get("role", row.get("from"))).lower() in _SPEAKERS:
+            if column is None and is_message(row) and _speaks(row):
                 said.append(row)  # a conversation, a message a line
                 continue
             yield row_name, row
     if said:
         yield "the conversation", said
+
+
+def _speaks(row: Mapping[str, Any]) -> bool:
+    return str(row.get("role", row.get("from"))).lower() in _SPEAKERS
+
+
+def yaml_rows(pieces: Iterator[str], where: str, split: str, column: str | None = None) -> Iterator[Named]:
+    """Rows of YAML: a list of them, an object that holds one, or documents one after the other.
+
+    Raises:
+        UsageError: damaged YAML, by line.
+    """
+    import yaml  # type: ignore[import-untyped]
+
+    # Plain values: dates and numbers of a text stay as they are written.
+    loader = yaml.CBaseLoader if hasattr(yaml, "CBaseLoader") else yaml.BaseLoader
+    try:
+        for document in yaml.load_all("".join(pieces), Loader=loader):
+            for number, row in enumerate(_items(document, split, column), 1):
+                yield f"item {number}", row
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = "it" if mark is None else f"line {mark.line + 1}"
+        what = getattr(error, "problem", None) or "damaged"
+        raise UsageError(f"{line} is not YAML, unlike what is around it: {what}", where=where) from error
+
+
+def _items(document: Any, split: str, column: str | None) -> list[Any]:
+    if isinstance(document, list):
+        whole = column is None and bool(document) and all(map(is_message, document))
+        return [document] if whole else document
+    return [] if document is None else list(_rows_of(document, split, column))
 
 
 class _Values:
@@ -105,15 +141,15 @@ class _Values:
         self._at += count
 
 
-def _list(reader: _Values) -> Iterator[Named]:
-    """The items of a list, or the list itself where it is a conversation."""
+def _list(reader: _Values, *, whole: bool) -> Iterator[Named]:
+    """The items of a list; `whole`: or the list itself where it is a conversation."""
     name, said = f"line {reader.line}", list[Any]()
     reader.skip()
     number = 0
     while reader.peek() != "]":
         number += 1
         item = reader.value()
-        if is_message(item):
+        if whole and is_message(item):
             said.append(item)
         else:
             yield f"item {number}", item
@@ -126,13 +162,13 @@ def _list(reader: _Values) -> Iterator[Named]:
         yield name, said
 
 
-def _rows_of(value: Any, split: str) -> Iterable[Any]:
+def _rows_of(value: Any, split: str, column: str | None) -> Iterable[Any]:
     """The rows of an object: itself, where it is one; columns, a list, rows by number, a list for each split."""
     if not isinstance(value, Mapping) or is_known(value) or is_message(value):
         return [value]
     columns = {key: list(v.values()) if isinstance(v, Mapping) else v for key, v in value.items()}
     columns = {key: v for key, v in columns.items() if isinstance(v, list)}
-    wanted = [key for key in columns if key in _WANTED and len(columns[key]) > 0]
+    wanted = [key for key in columns if key in (_WANTED if column is None else (column,)) and len(columns[key]) > 0]
     lengths = {len(v) for v in columns.values()}
     if wanted and (len(lengths) == 1 or is_texts(columns[wanted[0]])):
         size = len(columns[wanted[0]])
@@ -153,7 +189,7 @@ def _is_row(value: Any) -> bool:
     return not isinstance(value, str) and is_known(value)
 
 
-def table_rows(pieces: Iterator[str], delimiter: str, where: str) -> Iterator[Named]:
+def table_rows(pieces: Iterator[str], delimiter: str, where: str, column: str | None = None) -> Iterator[Named]:
     """Rows of a table, columns by the names in its first line; fields may hold line breaks in quotes.
 
     Raises:
@@ -163,7 +199,7 @@ def table_rows(pieces: Iterator[str], delimiter: str, where: str) -> Iterator[Na
     try:
         reader = csv.reader(_lines(pieces), delimiter=delimiter, strict=True)
         header = [name.strip() for name in next(reader)]
-        names = [name.lower() if name.lower() in _WANTED else name for name in header]
+        names = header if column in header else [n.lower() if n.lower() in _WANTED else n for n in header]
         for row in reader:
             if not row:
                 continue
@@ -190,8 +226,8 @@ def _lines(pieces: Iterator[str]) -> Iterator[str]:
         yield last
 
 
-def arrow_rows(path: Path, begin: bytes) -> Iterator[Named]:
-    """Rows of a parquet or arrow file, some at a time; only columns whose names are known are read.
+def arrow_rows(path: Path, begin: bytes, column: str | None = None) -> Iterator[Named]:
+    """Rows of a parquet or arrow file, some at a time; only columns whose names are known, or wanted, are read.
 
     Raises:
         UsageError: without pyarrow, or no such column.
@@ -204,12 +240,12 @@ def arrow_rows(path: Path, begin: bytes) -> Iterator[Named]:
         raise UsageError(
             f"is {kind}, which needs pyarrow", where=str(path), hint="pip install 'bitfold[eval]'"
         ) from error
-    number = 0
+    number, wanted = 0, {*_WANTED, column}
     try:
         if begin.startswith(b"PAR1"):
             file = parquet.ParquetFile(path)
             names = file.schema_arrow.names
-            batches = file.iter_batches(batch_size=64, columns=[name for name in names if name in _WANTED] or None)
+            batches = file.iter_batches(batch_size=64, columns=[n for n in names if n in wanted] or None)
         else:
             opened = pyarrow.memory_map(str(path))
             reader = ipc.open_file(opened) if begin.startswith(b"ARROW1") else ipc.open_stream(opened)

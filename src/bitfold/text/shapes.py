@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bitfold.errors import UsageError
@@ -54,10 +54,12 @@ class Conversation:
     Args:
         messages: each with `role` and `content`.
         plain: how it reads where there is no template; None: only as a conversation.
+        tools: that could be called, as JSON schemas.
     """
 
     messages: tuple[dict[str, Any], ...]
     plain: str | None = None
+    tools: tuple[Any, ...] = ()
 
 
 Document = str | Conversation
@@ -82,16 +84,19 @@ def is_messages(value: Any) -> bool:
     return isinstance(value, Sequence) and bool(value) and all(is_message(message) for message in value)
 
 
-def document(row: Any, where: str, name: str) -> Document | None:
+def document(row: Any, where: str, name: str, column: str | None = None) -> Document | None:
     """The document of a row; None for one that is empty.
 
     Args:
         row: a text, a conversation, or columns by name.
         where, name: of the file, and of the row in it, for errors.
+        column: which holds the text, or the conversation; None: found by its name.
 
     Raises:
-        UsageError: no shape that is known; the message names the columns.
+        UsageError: no shape that is known, or no such column; the message names the columns.
     """
+    if column is not None:
+        return _of_column(row, column, where, name)
     if isinstance(row, str):
         return row
     if is_messages(row):
@@ -102,9 +107,9 @@ def document(row: Any, where: str, name: str) -> Document | None:
             f"{name} {found}, neither a text nor columns by name", where=where, hint=f"expected: {EXPECTED}"
         )
     if (chat := _chat_column(row)) is not None:
-        made = conversation(_messages(row[chat]))
+        made = replace(conversation(_messages(row[chat])), tools=_tools(row))
         if isinstance(row.get("system"), str) and row["system"] and made.messages[0]["role"] != "system":
-            return Conversation(({"role": "system", "content": row["system"]}, *made.messages))
+            return replace(made, messages=({"role": "system", "content": row["system"]}, *made.messages))
         return made
     if (column := _text_column(row)) is not None:
         return row[column] or None
@@ -116,6 +121,22 @@ def document(row: Any, where: str, name: str) -> Document | None:
         return None
     raise UsageError(f"{name} has no text that is known by its name; its columns: {columns}", where=where,
                      hint=f"expected: {EXPECTED}")  # fmt: skip
+
+
+def _of_column(row: Any, column: str, where: str, name: str) -> Document | None:
+    if not isinstance(row, Mapping) or column not in row:
+        columns = ", ".join(f"`{key}`" for key in list(row)[:12]) if isinstance(row, Mapping) else "none"
+        raise UsageError(f"{name} has no column `{column}`; its columns: {columns}", where=where)
+    value = row[column]
+    if value is None or value == "" or value == []:
+        return None
+    if isinstance(value, Sequence) and not isinstance(value, str) and is_texts(value) and column not in CHATS:
+        return "\n".join(value)
+    if messages := _messages(value):
+        return replace(conversation(messages), tools=_tools(row))
+    if not isinstance(value, str):
+        raise UsageError(f"{name} has {_kind(value)} in the column `{column}`, not a text", where=where)
+    return value
 
 
 def conversation(messages: Sequence[Mapping[str, Any]]) -> Conversation:
@@ -132,7 +153,40 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
         ]
         said = "\n".join(part for part in parts if part)
     rest = {key: value for key, value in message.items() if key not in (*_ROLES, *_SAID) and value is not None}
+    rest |= {"tool_calls": _called(rest["tool_calls"])} if "tool_calls" in rest else {}
     return {**rest, "role": _SPEAKERS.get(role.lower(), role), "content": "" if said is None else str(said)}
+
+
+def _tools(row: Row) -> tuple[Any, ...]:
+    """What could be called: a list, or JSON of one."""
+    found = _decoded(row.get("tools"))
+    return tuple(found) if isinstance(found, list) and all(isinstance(tool, Mapping) for tool in found) else ()
+
+
+def _called(calls: Any) -> Any:
+    """Calls of tools with their arguments as objects, as chat templates want them; OpenAI's API has JSON there."""
+    if not isinstance(calls, Sequence) or isinstance(calls, str):
+        return calls
+    return [_call(call) if isinstance(call, Mapping) else call for call in calls]
+
+
+def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+    inner = call.get("function")
+    found = {key: value for key, value in call.items() if value is not None}
+    if isinstance(inner, Mapping):
+        return {**found, "function": _call(inner)}
+    arguments = _decoded(call.get("arguments"))
+    return {**found, "arguments": arguments} if isinstance(arguments, Mapping) else found
+
+
+def _decoded(value: Any) -> Any:
+    """What JSON says; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
 
 
 def _chat_column(row: Row) -> str | None:

@@ -18,7 +18,7 @@ import torch
 
 from bitfold.errors import UsageError
 from bitfold.text.chat import Renderer
-from bitfold.text.documents import is_text, text_pieces
+from bitfold.text.documents import is_text, split_column, text_pieces
 from bitfold.text.start import start_name, text_start
 from bitfold.text.stream import token_pieces
 
@@ -128,11 +128,13 @@ def text_digest(text: str) -> str:
 
     Windows are taken from the start; of a file larger than 64 MiB the rest counts by its size.
     """
-    path = Path(text).expanduser()
+    named, column = split_column(text)
+    path = Path(named).expanduser()
     if is_text(text) or not path.is_file():
         return text
     with path.open("rb") as stream:
-        return hashlib.sha256(f"{path.stat().st_size} ".encode() + stream.read(_DIGESTED)).hexdigest()
+        digest = hashlib.sha256(f"{path.stat().st_size} ".encode() + stream.read(_DIGESTED)).hexdigest()
+    return digest if column is None else f"{digest}#{column}"
 
 
 def text_name(text: str | os.PathLike[str] | None) -> str:
