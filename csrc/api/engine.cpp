@@ -149,11 +149,26 @@ void bind_engine(nb::module_& m) {
           [](Decoder& d, const std::vector<Span>& spans, const std::vector<uint32_t>& ids, uintptr_t logits) {
             const std::vector<Token> tokens = tokens_of(d, spans, ids);
             nb::gil_scoped_release released;
-            d.run(tokens.data(), tokens.size(), at<float>(logits));
+            bitfold::engine::Output output;
+            output.logits = at<float>(logits);
+            d.run(tokens.data(), tokens.size(), output);
           },
           "spans"_a, "ids"_a, "logits"_a,
           "Tokens of sequences; spans: (sequence, position, tokens, how many of the last are wanted); logits float32 "
           "(wanted, vocabulary).")
+      .def(
+          "best",
+          [](Decoder& d, const std::vector<Span>& spans, const std::vector<uint32_t>& ids, size_t top, uintptr_t values,
+             uintptr_t found) {
+            const std::vector<Token> tokens = tokens_of(d, spans, ids);
+            if (top < 1 || top > d.plan().vocabulary) throw std::out_of_range("more tokens than there are");
+            nb::gil_scoped_release released;
+            bitfold::engine::Output output;
+            output.top = top, output.values = at<float>(values), output.ids = at<uint32_t>(found);
+            d.run(tokens.data(), tokens.size(), output);
+          },
+          "spans"_a, "ids"_a, "top"_a, "values"_a, "found"_a,
+          "The same, but of the logits only the largest: values float32 and tokens uint32 (wanted, top).")
       .def(
           "copy",
           [](Decoder& d, size_t source, size_t target, size_t tokens) {

@@ -36,11 +36,14 @@ Decoder::Decoder(Plan plan, int threads, size_t sequences)
 
 Decoder::~Decoder() = default;
 
-void Decoder::run(const Token* tokens, size_t count, float* logits) {
+void Decoder::run(const Token* tokens, size_t count, Output output) {
   for (size_t done = 0; done < count; done += kMostTokens) {
-    shared_->take(plan_, tokens + done, std::min(count - done, kMostTokens), logits);
+    shared_->take(plan_, tokens + done, std::min(count - done, kMostTokens), output);
     run_team(threads_, [&](int t) { workers_[static_cast<size_t>(t)]->run(); });
-    logits += shared_->wanted.size() * plan_.vocabulary;
+    const size_t wanted = shared_->wanted.size();
+    output.logits += output.top ? 0 : wanted * plan_.vocabulary;
+    output.values += wanted * output.top;
+    output.ids += wanted * output.top;
   }
 }
 

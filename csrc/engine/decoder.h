@@ -16,14 +16,22 @@ struct Token {
   bool wanted = false;  // the logits behind it
 };
 
+// What is made of the wanted tokens: logits (wanted, vocabulary), or the `top` largest of each, largest first.
+struct Output {
+  float* logits = nullptr;
+  size_t top = 0;
+  float* values = nullptr;  // (wanted, top)
+  uint32_t* ids = nullptr;  // (wanted, top)
+};
+
 class Decoder {
  public:
   Decoder(Plan plan, int threads, size_t sequences);
   ~Decoder();
 
   // Tokens of some sequences, those of each side by side and in the order of their positions; what is behind them in
-  // the cache is forgotten. logits: (wanted, vocabulary), in the order of the tokens.
-  void run(const Token* tokens, size_t count, float* logits);
+  // the cache is forgotten. The output is in the order of the tokens.
+  void run(const Token* tokens, size_t count, Output output);
 
   // The first `count` positions of one sequence become those of another.
   void copy(size_t from, size_t to, size_t count) { cache_.copy(from, to, count); }

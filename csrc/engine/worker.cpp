@@ -58,8 +58,8 @@ Decoder::Shared::Shared(const Plan& plan, int threads) : barrier(threads), input
   for (const Layer& l : plan.layers) choices = std::max(choices, l.mixture.top + l.mixture.shared);
 }
 
-void Decoder::Shared::take(const Plan& plan, const Token* next, size_t n, float* out) {
-  tokens = next, count = n, logits = out;
+void Decoder::Shared::take(const Plan& plan, const Token* next, size_t n, const Output& wanted_of) {
+  tokens = next, count = n, output = wanted_of;
   spans.clear(), span_of.clear(), wanted.clear();
   for (size_t i = 0; i < n; ++i) {
     if (i == 0 || tokens[i].sequence != tokens[i - 1].sequence) spans.push_back({i, 0});
@@ -72,6 +72,7 @@ void Decoder::Shared::take(const Plan& plan, const Token* next, size_t n, float*
   grow(sum, n * plan.heads);
   grow(seen, n * plan.heads * plan.dim);
   grow(added, n * plan.hidden);
+  if (output.top) grow(logits, wanted.size() * plan.vocabulary);
   const size_t pairs = n * std::max<size_t>(choices, 1);
   grow(gate_up, pairs * 2 * plan.ffn);
   grow(activated, (choices ? pairs : std::min(n, kAlone)) * plan.ffn);
@@ -185,23 +186,6 @@ void Worker::add(const Norm& norm) {
     }
     for (size_t c = 0; c < plan_.hidden; ++c) x[c] += added[c] * plan_.residual;
   }
-}
-
-void Worker::head() {
-  if (!alone_) wait();  // the tokens' rows are other threads'
-  const size_t m = shared_.wanted.size(), vocabulary = plan_.vocabulary;
-  few(m);
-  float* logits = shared_.logits;
-  const auto finish = [&](size_t begin, size_t end) {
-    for (size_t i = 0; i < m; ++i)
-      for (float* y = logits + i * vocabulary + begin; y < logits + i * vocabulary + end; ++y) {
-        *y *= plan_.logit_scale;
-        if (plan_.logit_cap > 0) *y = plan_.logit_cap * std::tanh(*y / plan_.logit_cap);
-      }
-  };
-  multiply(
-      plan_.head, m, [&](size_t i) { return before(plan_.last, shared_.wanted[i]); }, {share(vocabulary, kBandRows)},
-      logits, finish);
 }
 
 }  // namespace engine

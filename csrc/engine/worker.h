@@ -61,23 +61,28 @@ struct Routing {
   Scratch inputs;
 };
 
+struct Best {
+  float value;
+  uint32_t id;
+};
+
 // What threads write for each other, between barriers.
 struct Decoder::Shared {
   Shared(const Plan& plan, int threads);
   // The next tokens to be run, and memory for them.
-  void take(const Plan& plan, const Token* next, size_t count, float* logits);
+  void take(const Plan& plan, const Token* next, size_t count, const Output& output);
 
   Barrier barrier;
   const Token* tokens = nullptr;
   size_t count = 0;
-  float* logits = nullptr;
+  Output output;
   std::vector<Span> spans;
   std::vector<size_t> span_of, wanted;  // span_of: (tokens); wanted: which tokens
   // What is dealt out next; one is set back while the other is in use.
   struct alignas(64) Turn {
     std::atomic<size_t> next{0};
   } turns[2];
-  std::vector<float> x, qkv, seen, max, sum, added, gate_up, activated;
+  std::vector<float> x, qkv, seen, max, sum, added, gate_up, activated, logits;
   std::vector<Scratch> inputs;                 // of products, prepared; by Product::input
   size_t choices = 0;                          // experts of a token, at most
   std::vector<float> normed, scores, outputs;  // of mixtures
@@ -112,7 +117,10 @@ class Worker {
   void each_job(Routing& routing, const Of& of, const F& f);
 
   void mlp(const Layer& layer);
+  // head.cpp
   void head();
+  void merge_best(size_t i);
+
   const float* before(const Norm& norm, size_t i);  // token i, normed
   void add(const Norm& norm);                       // x += norm(shared added)
 
@@ -154,6 +162,7 @@ class Worker {
   std::vector<float> own_, h_, basis_, scratch_, scores_, normed_, probabilities_;
   Routing routing_;
   std::vector<Scratch> inputs_;
+  std::vector<Best> best_;
   std::vector<Look> looks_;
   std::vector<Found> found_;
   std::vector<uint32_t> from_, to_;

@@ -31,6 +31,20 @@ inline float exp_of(float x) {
 
 inline float tanh_of(float x) { return 1.0f - 2.0f / (exp_of(2.0f * x) + 1.0f); }
 
+// The largest of n > 0 numbers.
+template <class S>
+float largest(const float* x, size_t n) {
+  constexpr size_t kSide = 16;  // neighbours: a loop over them becomes vectors by itself
+  float top[kSide];
+  for (size_t l = 0; l < kSide; ++l) top[l] = x[l < n ? l : 0];
+  size_t i = kSide;
+  for (; i + kSide <= n; i += kSide)
+    for (size_t l = 0; l < kSide; ++l) top[l] = x[i + l] > top[l] ? x[i + l] : top[l];
+  for (; i < n; ++i) top[0] = x[i] > top[0] ? x[i] : top[0];
+  for (size_t l = 1; l < kSide; ++l) top[0] = top[l] > top[0] ? top[l] : top[0];
+  return top[0];
+}
+
 template <class S>
 float sum_squares(const float* x, size_t n) {
   typename S::F acc[4] = {S::zerof(), S::zerof(), S::zerof(), S::zerof()};

@@ -86,6 +86,7 @@ struct Table {
   size_t (*dots)(size_t rounds);
 
   // loops/engine.h, in one thread.
+  float (*largest)(const float* x, size_t n);
   float (*sum_squares)(const float* x, size_t n);
   void (*weighted)(const float* x, float scale, const float* weight, size_t n, float* out);
   void (*gated)(Activation kind, const float* gate, const float* up, size_t n, float* out);

@@ -96,6 +96,22 @@ def test_what_begins_alike_is_copied(model):
     assert decoder.ids == ids
 
 
+@pytest.mark.parametrize("sequences", [1, 3, 9])
+@pytest.mark.parametrize("top", [1, 5, 300])
+def test_the_best_are_found_by_the_threads(model, sequences, top):
+    work = [(i, ids_of(9 + i, seed=i)) for i in range(sequences)]
+    wanted = Decoder(model, 64, 3, sequences).step(work).topk(top)
+    values, tokens = Decoder(model, 64, 3, sequences).best(work, top)
+    assert torch.equal(values, wanted.values)
+    assert torch.equal(tokens, wanted.indices)
+
+
+def test_of_equal_logits_the_first_is_the_best():
+    model = build("qwen2")
+    nn.init.zeros_(model.lm_head.weight)
+    assert Decoder(model, 64, 3).best([(0, [5])], 4)[1].tolist() == [[0, 1, 2, 3]]
+
+
 def test_what_cannot_be_done_is_said(model):
     with pytest.raises(UsageError, match="at least one sequence"):
         Decoder(model, 64, sequences=0)
@@ -109,6 +125,9 @@ def test_what_cannot_be_done_is_said(model):
     ):
         with pytest.raises(UsageError, match=words):
             decoder.step(work)
+    for top in (0, 301):
+        with pytest.raises(UsageError, match="of 300 tokens"):
+            decoder.best([(0, [1])], top)
     for source, target, tokens in ((0, 0, 0), (0, 1, 1)):
         with pytest.raises(UsageError, match="cannot copy"):
             decoder.copy(source, target, tokens)

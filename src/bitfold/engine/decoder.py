@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,8 @@ from bitfold.errors import UsageError
 from bitfold.system import native
 
 __all__ = ["Decoder", "Unsupported"]
+
+_Span = tuple[int, int, int, int]  # sequence, position, tokens, of which the last are wanted
 
 CHUNK = 256  # tokens in one call: between calls Ctrl-C is heard
 
@@ -119,15 +121,47 @@ class Decoder:
         return self._read([(sequence, ids)], [len(ids)])
 
     def _read(self, work: Sequence[tuple[int, Sequence[int]]], wanted: Sequence[int]) -> Tensor:
+        out = torch.empty(sum(wanted), self.vocabulary)
+        self._each(work, wanted, lambda spans, ids, row: self._native.run(spans, ids, out[row:].data_ptr()))
+        return out
+
+    def best(self, work: Sequence[tuple[int, Sequence[int]]], top: int = 1) -> tuple[Tensor, Tensor]:
+        """As `step`, but of the logits only the largest, which the threads find while they make them.
+
+        Args:
+            work: as for `step`.
+            top: how many.
+
+        Returns:
+            float32 logits (len(work), top), largest first, and int64 tokens; of equal ones the first.
+
+        Raises:
+            UsageError: as `step`, or more than there are tokens.
+        """
+        if not 1 <= top <= self.vocabulary:
+            raise UsageError(f"cannot choose {top} of {self.vocabulary} tokens")
+        values, found = torch.empty(len(work), top), torch.empty(len(work), top, dtype=torch.int32)
+
+        def run(spans: list[_Span], ids: list[int], row: int) -> None:
+            self._native.best(spans, ids, top, values[row:].data_ptr(), found[row:].data_ptr())
+
+        self._each(work, [1] * len(work), run)
+        return values, found.long()
+
+    def _each(
+        self,
+        work: Sequence[tuple[int, Sequence[int]]],
+        wanted: Sequence[int],
+        run: Callable[[list[_Span], list[int], int], None],
+    ) -> None:
         self._check(work)
-        out, done = torch.empty(sum(wanted), self.vocabulary), 0
+        row = 0
         for pieces in _chunks(work, wanted):
             spans = [(p.sequence, len(self.texts[p.sequence]), len(p.ids), p.wanted) for p in pieces]
-            self._native.run(spans, [token for p in pieces for token in p.ids], out[done:].data_ptr())
+            run(spans, [token for p in pieces for token in p.ids], row)
             for p in pieces:
                 self.texts[p.sequence] += p.ids
-                done += p.wanted
-        return out
+                row += p.wanted
 
     def _check(self, work: Sequence[tuple[int, Sequence[int]]]) -> None:
         if not work or not all(ids for _, ids in work):

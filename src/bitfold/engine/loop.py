@@ -96,11 +96,11 @@ class Loop:
         lookup = Lookup(ids) if guesses else None
         made: list[int] = []
         guessed: list[int] = []
-        rows, start = self._decoder.extend(list(ids[self._decoder.keep(ids) :]))[None], 0.0
+        rows, start = self._read(list(ids[self._decoder.keep(ids) :]), sampler), 0.0
         while True:
             before = len(made)
             for row, guess in zip(rows, [*guessed, None], strict=True):
-                token = sampler.choose(row)
+                token = sampler.choose(row) if isinstance(row, Tensor) else sampler.choose_of(*row)
                 made.append(token)
                 if on_token(token) or token in ends or sampler.complete or len(made) >= limit:
                     self._forget(len(ids) + len(made) - 1)
@@ -115,7 +115,14 @@ class Loop:
             start = time.perf_counter()
             guessed = [] if lookup is None else lookup.guess(min(payoff.wanted(), limit - len(made) - 1))
             new = [made[-1], *guessed]
-            rows = self._decoder.logits(new) if guessed else self._decoder.extend(new)[None]
+            rows = list(self._decoder.logits(new)) if guessed else self._read(new, sampler)
+
+    def _read(self, new: list[int], sampler: Sampler) -> list[Tensor | tuple[Tensor, Tensor]]:
+        """Logits of what follows the last of them, or as many of the largest as are enough."""
+        if sampler.enough is None or sampler.enough > self._decoder.vocabulary:
+            return [self._decoder.extend(new)]
+        values, tokens = self._decoder.best([(0, new)], sampler.enough)
+        return [(values[0], tokens[0])]
 
     def _forget(self, length: int) -> None:
         """Tokens that were guessed and are not part of the text."""

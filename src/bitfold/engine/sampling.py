@@ -133,13 +133,36 @@ class Sampler:
             ModelError: no token can be chosen, since logits are not numbers.
             UsageError: a bias for a token that there is not.
         """
-        scores = self.scores(logits)
+        token = self._chosen(self.scores(logits))
+        self._note(token)
+        return token
+
+    @property
+    def enough(self) -> int | None:
+        """How many of the largest logits are enough to choose by, see `choose_of`; None: all are needed."""
+        asked = self._asked
+        plain = asked.repetition_penalty in (None, 1.0) and not (asked.presence_penalty or asked.frequency_penalty)
+        if not plain or asked.logit_bias or self._matcher is not None:
+            return None
+        return 1 if asked.temperature == 0 else asked.top_k or None
+
+    def choose_of(self, values: Tensor, tokens: Tensor) -> int:
+        """As `choose`, by the `enough` largest logits.
+
+        Args:
+            values: float32 (enough).
+            tokens: int64 (enough), whose they are.
+        """
+        tokens, order = tokens.sort()  # as in the whole vocabulary: the same seed draws the same
+        values = values[order]
+        scores = _filtered(values, self._asked) if self._asked.temperature > 0 else values
+        return int(tokens[self._chosen(scores)])
+
+    def _chosen(self, scores: Tensor) -> int:
         best, at = scores.max(0)
         if not math.isfinite(best):
             raise ModelError(f"the model's best logit is {float(best)}: no token can be chosen")
-        token = _draw(scores - best, self._generator) if self._asked.temperature > 0 else int(at)
-        self._note(token)
-        return token
+        return _draw(scores - best, self._generator) if self._asked.temperature > 0 else int(at)
 
     def _note(self, token: int) -> None:
         if self._seen is not None:
