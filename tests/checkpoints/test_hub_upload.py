@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bitfold.checkpoints.hub import transfer as hub
+from bitfold.checkpoints.hub import fetch, upload
 from bitfold.errors import CheckpointError, HubError
 from hub_repos import INDEX, model, names, sharded, write
 from hub_server import Fault, HubServer
@@ -25,38 +25,38 @@ def folder(tmp_path: Path) -> Path:
 
 def test_upload_and_fetch_again(server: HubServer, folder: Path) -> None:
     write(folder, {".hidden": b"x", "model-c.safetensors.tmp": b"x"})
-    url = hub.upload(folder, "alice/new", token="hf_good", commit_message="first")
+    url = upload.upload(folder, "alice/new", token="hf_good", commit_message="first")
     assert url == f"{server.url}/alice/new"
     assert server.repos["alice/new"].messages[-1] == "first"
-    fetched = hub.resolve("alice/new")
+    fetched = fetch.resolve("alice/new")
     assert names(fetched) == {"config.json", INDEX, "model-a.safetensors", "model-b.safetensors", "README.md"}
     assert all((fetched / name).read_bytes() == (folder / name).read_bytes() for name in names(fetched))
 
 
 def test_upload_again_sends_nothing_and_deletes_stale_shards(server: HubServer, folder: Path, tmp_path: Path) -> None:
-    hub.upload(folder, "new", token="hf_good")
+    upload.upload(folder, "new", token="hf_good")
     sent = len(server.seen("PUT", "/lfs/"))
-    hub.upload(folder, "alice/new", token="hf_good")
+    upload.upload(folder, "alice/new", token="hf_good")
     assert len(server.seen("PUT", "/lfs/")) == sent == 2
-    hub.upload(write(tmp_path / "one", model()), "alice/new", token="hf_good")
-    assert names(hub.resolve("alice/new")) == {"config.json", "model.safetensors", "README.md"}
+    upload.upload(write(tmp_path / "one", model()), "alice/new", token="hf_good")
+    assert names(fetch.resolve("alice/new")) == {"config.json", "model.safetensors", "README.md"}
 
 
 def test_upload_to_a_branch(server: HubServer, folder: Path) -> None:
-    url = hub.upload(folder, "alice/new", token="hf_good", revision="3bit")
+    url = upload.upload(folder, "alice/new", token="hf_good", revision="3bit")
     assert url.endswith("/alice/new/tree/3bit")
-    assert hub.resolve("alice/new", revision="3bit").is_dir()
+    assert fetch.resolve("alice/new", revision="3bit").is_dir()
     with pytest.raises(HubError):
-        hub.resolve("alice/new")
+        fetch.resolve("alice/new")
 
 
 def test_private_upload(server: HubServer, folder: Path) -> None:
-    hub.upload(folder, "alice/secret", token="hf_good", private=True)
+    upload.upload(folder, "alice/secret", token="hf_good", private=True)
     assert server.repos["alice/secret"].private
-    hub.upload(folder, "alice/open", token="hf_good")
+    upload.upload(folder, "alice/open", token="hf_good")
     commits = len(server.repos["alice/open"].commits)
     with pytest.raises(HubError, match="exists and is public"):
-        hub.upload(folder, "alice/open", token="hf_good", private=True)
+        upload.upload(folder, "alice/open", token="hf_good", private=True)
     assert len(server.repos["alice/open"].commits) == commits
 
 
@@ -76,19 +76,19 @@ def test_upload_outlasts_a_failing_server(
 ) -> None:
     server.add_repo("alice/new", {".gitattributes": b""})
     server.fail(method, path, fault)
-    hub.upload(folder, "alice/new", token="hf_good")
-    assert names(hub.resolve("alice/new")) >= {"config.json", "model-a.safetensors", "model-b.safetensors"}
+    upload.upload(folder, "alice/new", token="hf_good")
+    assert names(fetch.resolve("alice/new")) >= {"config.json", "model-a.safetensors", "model-b.safetensors"}
 
 
 def test_upload_refused(server: HubServer, folder: Path) -> None:
     with pytest.raises(HubError, match="needs a login"):
-        hub.upload(folder, "alice/new")
+        upload.upload(folder, "alice/new")
     with pytest.raises(HubError, match="invalid or has expired"):
-        hub.upload(folder, "alice/new", token="hf_expired")
+        upload.upload(folder, "alice/new", token="hf_expired")
     with pytest.raises(HubError, match=r"forbids it.*right to write"):
-        hub.upload(folder, "someone-else/new", token="hf_good")
+        upload.upload(folder, "someone-else/new", token="hf_good")
     with pytest.raises(HubError, match="not a valid repository name"):
-        hub.upload(folder, "alice/new--name", token="hf_good")
+        upload.upload(folder, "alice/new--name", token="hf_good")
     assert server.repos == {}
 
 
@@ -140,5 +140,5 @@ def test_an_incomplete_folder_is_not_uploaded(
 ) -> None:
     spoil(folder)
     with pytest.raises(CheckpointError, match=message):
-        hub.upload(folder, "alice/new", token="hf_good")
+        upload.upload(folder, "alice/new", token="hf_good")
     assert server.log == []

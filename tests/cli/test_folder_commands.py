@@ -49,14 +49,12 @@ def test_convert_dequantizes(bitfold: Bitfold, quantized: Path, tmp_path: Path) 
 
 
 def test_upload(bitfold: Bitfold, quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bitfold.checkpoints.hub import transfer as hub
-
     def record(folder: Path, repo: str, **options: object) -> str:
         assert (folder, repo) == (quantized, "me/q")
         assert options == {"private": True, "revision": "v1", "commit_message": "first"}
         return "https://hub/me/q"
 
-    monkeypatch.setattr(hub, "upload", record)
+    monkeypatch.setattr("bitfold.checkpoints.hub.upload.upload", record)
     args = ("upload", quantized, "me/q", "--private", "--revision", "v1", "--message", "first")
     assert bitfold(*args).out == "https://hub/me/q\n"
     result = bitfold(*args, "--json").json

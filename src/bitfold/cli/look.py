@@ -42,7 +42,7 @@ def inspect(
         return
     if len(model) != 1:
         raise UsageError("one checkpoint at a time", where="MODEL", hint="several only with --activations")
-    from bitfold.checkpoints.hub.transfer import resolve
+    from bitfold.checkpoints.hub.fetch import resolve
     from bitfold.checkpoints.inspection import inspect as run
 
     result = run(resolve(model[0], revision=revision))

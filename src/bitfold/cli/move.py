@@ -32,7 +32,7 @@ def convert(
     """Write any readable checkpoint as an ordinary folder of floating-point weights."""
     shard_bytes = parse_size(max_shard_size, where="--max-shard-size")
     from bitfold.checkpoints import convert as run
-    from bitfold.checkpoints.hub.transfer import resolve
+    from bitfold.checkpoints.hub.fetch import resolve
     from bitfold.checkpoints.inspection import inspect
 
     local = resolve(source, revision=revision)
@@ -57,7 +57,7 @@ def upload(
     json: Json = False,
 ) -> None:
     """Publish a model folder on the Hugging Face Hub."""
-    from bitfold.checkpoints.hub.transfer import upload as run
+    from bitfold.checkpoints.hub.upload import upload as run
 
     url = run(folder, repo, private=private, revision=revision, commit_message=message)
     if json:

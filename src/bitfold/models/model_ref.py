@@ -70,7 +70,7 @@ class ModelRef:
             return cls(None, model)
         if not isinstance(model, (str, Path)):
             raise UsageError(f"a model is a folder, a repository or a module, not {type(model).__name__}")
-        from bitfold.checkpoints.hub.transfer import resolve
+        from bitfold.checkpoints.hub.fetch import resolve
 
         path = resolve(model, revision=revision)
         source = open_source(path)  # before texts are read or a tokenizer is asked for

@@ -59,7 +59,7 @@ class Forecast:
 
 def check(request: Request, options: RunOptions) -> None:
     """Raise what can be known before anything is opened: options, places to write to, the login."""
-    from bitfold.checkpoints.hub.transfer import check_login
+    from bitfold.checkpoints.hub.upload import check_login
 
     rules = choose_recipe(request.wanted)
     if not request.wanted.leaves_the_choice:
@@ -80,7 +80,7 @@ def open_model(request: Request, options: RunOptions) -> Iterator[Opened]:
     Raises:
         CheckpointError: it cannot be read, or is quantized already.
     """
-    from bitfold.checkpoints.hub.transfer import resolve
+    from bitfold.checkpoints.hub.fetch import resolve
 
     source = open_source(resolve(request.source, revision=options.revision, token=options.token))
     try:
@@ -210,7 +210,7 @@ def record(report: QuantizeReport, job: Job, options: RunOptions, started: float
         options: how.
         started: when, by `time.perf_counter()`.
     """
-    from bitfold.checkpoints.hub.transfer import upload
+    from bitfold.checkpoints.hub.upload import upload
 
     report = replace(report, seconds=time.perf_counter() - started, peak_memory=peak_memory())
     if options.dry_run:

@@ -1,34 +1,28 @@
-"""Fetch models from the Hugging Face Hub and publish folders there, through `huggingface_hub`.
+"""Fetch models from the Hugging Face Hub, through `huggingface_hub`.
 
 `huggingface_hub` does the transfers, the cache and the login. This module adds what a program needs around them: one
 rule for "is this a path or a repository", only the files that bitfold reads (weights once, in one format), bounded
-patience with a server that is busy or down, and errors that say what to do. Two behaviours of the library are not
-passed on: it answers a failing server with whatever an older download left in the cache, and it uploads half a
-checkpoint as gladly as a whole one.
+patience with a server that is busy or down, and errors that say what to do. One behaviour of the library is not passed
+on: it answers a failing server with whatever an older download left in the cache.
 """
 
 from __future__ import annotations
 
 import difflib
 import glob
-import json
-import os
 import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
 from bitfold.checkpoints.gguf.parts import part_names
+from bitfold.checkpoints.hub.client import endpoint, has_token, open_client
+from bitfold.checkpoints.hub.completeness import read_json, require_complete
 from bitfold.checkpoints.hub.errors import NotFound, Patience, Unreachable, patiently
 from bitfold.checkpoints.side_files import PICKLES, is_weights, module_folders, side_files
 from bitfold.checkpoints.weight_files import INDEX, SINGLE
 from bitfold.errors import CheckpointError, HubError, UsageError
 
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
-NOT_UPLOADED = [".*", "*/.*", "*.tmp", "*.partial", "*.incomplete", "__pycache__/*"]
 # Never fetched: code, which nobody runs; pickles by any name; pictures and films of the card, which can be large.
 _NOT_FETCHED = (
     *(".py", ".ipynb", ".sh", ".so", ".dll", ".zip", ".tar", ".gz", ".parquet"),
@@ -148,10 +142,10 @@ class _Fetch:
 
     @property
     def patience(self) -> Patience:
-        return Patience(self.where, has_token=_has_token(self.token))
+        return Patience(self.where, has_token=has_token(self.token))
 
     def _download(self) -> Path:
-        api = _api(self.token)
+        api = open_client(self.token)
         info = patiently(lambda: api.model_info(self.name.repo_id, revision=self.revision, timeout=30), self.patience)
         files = [sibling.rfilename for sibling in info.siblings or []]
         if self.name.file is not None:
@@ -187,7 +181,7 @@ class _Fetch:
                     revision=revision,
                     token=self.token,
                     cache_dir=self.cache_dir,
-                    endpoint=_endpoint(),
+                    endpoint=endpoint(),
                     allow_patterns=[glob.escape(name) for name in names],
                     local_files_only=local,
                     library_name="bitfold",
@@ -255,143 +249,5 @@ def _weights(folder: Path, files: list[str]) -> list[str]:
     if SINGLE in files:
         return [SINGLE]
     if INDEX in files:
-        return [INDEX, *sorted(set(_read_json(folder / INDEX)["weight_map"].values()))]
+        return [INDEX, *sorted(set(read_json(folder / INDEX)["weight_map"].values()))]
     return [f for f in files if f.endswith(".safetensors") and "/" not in f and not f.startswith("adapter_")]
-
-
-def check_login(token: str | None = None) -> str:
-    """The user that the token belongs to; call it before hours of work whose result is to be uploaded.
-
-    Raises:
-        HubError: no token, an expired or invalid one, or the Hub cannot be reached.
-    """
-    if not _has_token(token):
-        raise HubError("not logged in", hint="run `hf auth login`, or set HF_TOKEN")
-    api = _api(token)
-    return str(patiently(lambda: api.whoami(), Patience("the Hub", has_token=True))["name"])
-
-
-def upload(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    private: bool = False,
-    revision: str | None = None,
-    token: str | None = None,
-    commit_message: str | None = None,
-) -> str:
-    """Publish a checkpoint folder as a repository, created if need be; returns its address.
-
-    `HfApi.upload_folder` serves small and large folders alike: with `hf_xet` (a dependency of `huggingface_hub`) it
-    streams, and running it again after an interruption sends only what is missing; `upload_large_folder`, which older
-    versions had for that, takes no commit message and is gone. Weight files of an earlier upload that the folder no
-    longer has are deleted from the branch (its history keeps them): two sets of weights beside one config are a trap.
-
-    Args:
-        folder: a complete checkpoint: config.json, every shard whole.
-        repo_id: `org/name`, or `name` in the user's own namespace.
-        private: make the repository private; refused if it already exists and is public.
-        revision: the branch to upload to, created from `main` if need be.
-        token, commit_message: as in `huggingface_hub`.
-
-    Raises:
-        CheckpointError: the folder is not a complete checkpoint; nothing was sent.
-        HubError: not logged in, no right to write, or the Hub failed.
-    """
-    folder = Path(folder)
-    require_complete(folder)
-    patience = Patience(repo_id, has_token=_has_token(token), writing=True)
-    if not patience.has_token:
-        raise HubError("uploading needs a login", where=repo_id, hint="run `hf auth login`, or set HF_TOKEN")
-    api = _api(token)
-    url = patiently(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True), patience)
-    full_id = url.repo_id
-    if private and not patiently(lambda: api.model_info(full_id), patience).private:
-        raise HubError(
-            "the repository exists and is public", where=full_id, hint="choose another name or make it private first"
-        )
-    if revision is not None and revision != "main":
-        patiently(lambda: api.create_branch(full_id, branch=revision, exist_ok=True), patience)
-    patiently(lambda: _send(api, folder, full_id, revision, commit_message), patience)
-    return str(url) if revision is None else f"{url}/tree/{revision}"
-
-
-def _send(api: HfApi, folder: Path, repo_id: str, revision: str | None, message: str | None) -> None:
-    api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        revision=revision,
-        commit_message=message or "Upload quantized model with bitfold",
-        ignore_patterns=list(NOT_UPLOADED),
-        delete_patterns=["model*.safetensors", INDEX],
-    )
-
-
-def require_complete(folder: Path, *, where: str | None = None) -> None:
-    """Raise CheckpointError unless the folder is a checkpoint with nothing missing.
-
-    config.json must be readable; every shard of the index must be there, hold the tensors that the index says, and be
-    as long as its own header says.
-    """
-    where = where or str(folder)
-    if not folder.is_dir():
-        raise CheckpointError("not a folder", where=where)
-    if not (folder / "config.json").is_file():
-        raise CheckpointError("no config.json: not a model folder", where=where)
-    _read_json(folder / "config.json")
-    shards: dict[str, set[str]] = {f.name: set() for f in folder.glob("*.safetensors")}
-    if (folder / SINGLE).is_file():
-        shards = {SINGLE: set()}
-    elif (folder / INDEX).is_file():
-        shards = {}
-        for tensor, shard in _read_json(folder / INDEX)["weight_map"].items():
-            shards.setdefault(shard, set()).add(tensor)
-    if not shards:
-        raise CheckpointError("no safetensors weights", where=where)
-    for shard, tensors in shards.items():
-        if lost := tensors - _tensor_names(folder / shard):
-            raise CheckpointError(f"tensor {min(lost)} is in the index but not in the file", where=f"{where}/{shard}")
-
-
-def _tensor_names(shard: Path) -> set[str]:
-    """Names of the tensors of a safetensors file, whose length is checked against its header."""
-    if not shard.is_file():
-        raise CheckpointError("the index names this file, and it is missing", where=str(shard))
-    with shard.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        raw = file.read(size) if 8 + size <= shard.stat().st_size else b""
-    try:
-        header = json.loads(raw)
-        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError("truncated or not a safetensors file", where=str(shard)) from error
-    if shard.stat().st_size != 8 + size + end:
-        raise CheckpointError(f"truncated: {8 + size + end} bytes expected", where=str(shard), hint="write it again")
-    return set(header) - {"__metadata__"}
-
-
-def _read_json(path: Path) -> dict[str, dict[str, str]]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"not readable JSON: {error}", where=str(path)) from error
-    if not isinstance(value, dict) or (path.name == INDEX and not isinstance(value.get("weight_map"), dict)):
-        raise CheckpointError("not the JSON object it should be", where=str(path))
-    return value
-
-
-def _api(token: str | None) -> HfApi:
-    from huggingface_hub import HfApi
-
-    return HfApi(endpoint=_endpoint(), token=token, library_name="bitfold")
-
-
-def _endpoint() -> str | None:
-    """HF_ENDPOINT as it is now (huggingface_hub reads it only once, when it is imported)."""
-    return os.environ.get("HF_ENDPOINT") or None
-
-
-def _has_token(token: str | None) -> bool:
-    from huggingface_hub import get_token
-
-    return bool(token or get_token())
