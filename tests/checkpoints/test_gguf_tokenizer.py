@@ -13,7 +13,7 @@ import pytest
 from bitfold.checkpoints.gguf.pre_tokenizers import PRE_TOKENIZERS, USUAL, byte_letters, nearest
 from bitfold.checkpoints.gguf.source import GgufSource
 from bitfold.checkpoints.gguf.tokenizer import generation_config, tokenizer_of
-from bitfold.errors import CheckpointError
+from bitfold.errors import CheckpointError, UsageError
 from gguf_files import LLAMA, llama_tensors, write_gguf
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -242,6 +242,20 @@ def test_an_unknown_pre_tokenizer_is_the_nearest_one_and_said(pre: str | None, b
         found = tokenizer_of({**bpe, **({"tokenizer.ggml.pre": pre} if pre else {})}, "m.gguf")
     assert found is not None
     assert found.pre == PRE_TOKENIZERS["gpt-2"]  # too small a vocabulary to tell
+
+
+@pytest.mark.parametrize("pre", ["exotic", "qwen2", None])
+def test_a_pre_tokenizer_that_is_chosen(pre: str | None, bpe: dict[str, Any]):
+    """Whatever the file says, and without a word; names that are not known are told those that are."""
+    said = {**bpe, **({"tokenizer.ggml.pre": pre} if pre else {})}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = tokenizer_of(said, "m.gguf", "llama-bpe")
+    assert found is not None
+    assert found.pre == PRE_TOKENIZERS["llama-bpe"]
+    with pytest.raises(UsageError, match="no pre-tokenizer 'llama'") as raised:
+        tokenizer_of(said, "m.gguf", "llama")
+    assert "llama-bpe, " in (raised.value.hint or "")
 
 
 @pytest.mark.parametrize("pre", USUAL)

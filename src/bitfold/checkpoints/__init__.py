@@ -6,21 +6,28 @@ from pathlib import Path
 
 from bitfold.checkpoints.base import Source, TensorInfo
 from bitfold.checkpoints.convert import convert
-from bitfold.errors import CheckpointError
+from bitfold.errors import CheckpointError, UsageError
 
 __all__ = ["Source", "TensorInfo", "convert", "find_checkpoint", "open_source"]
 
 
-def open_source(path: str | Path) -> Source:
+def open_source(path: str | Path, *, pre_tokenizer: str | None = None) -> Source:
     """Open a local checkpoint for reading, whatever it is: safetensors folder, bitfold folder, GGUF file or folder.
 
+    Args:
+        path: where it is.
+        pre_tokenizer: of a GGUF file, by which rule its tokenizer cuts text, whatever the file says.
+
     Raises:
+        UsageError: a pre-tokenizer of no known name, or for something that is no GGUF file.
         CheckpointError: nothing there, or nothing that can be read, as what another program quantized; the message
             says what to do.
     """
     path = find_checkpoint(Path(path))
     if path.is_file():
-        return _open_file(path)
+        return _open_file(path, pre_tokenizer)
+    if pre_tokenizer is not None:
+        raise UsageError("only of a GGUF file is it to be said", where="--pre-tokenizer")
     from bitfold.checkpoints.bitfold_folder import QuantizedSource, quantization_config
     from bitfold.checkpoints.foreign import refuse_foreign
     from bitfold.checkpoints.safetensors import SafetensorsSource
@@ -45,13 +52,13 @@ def find_checkpoint(path: Path) -> Path:
     return model_in(path) or path
 
 
-def _open_file(path: Path) -> Source:
+def _open_file(path: Path, pre_tokenizer: str | None) -> Source:
     with path.open("rb") as stream:
         magic = stream.read(4)
     if magic == b"GGUF":
         from bitfold.checkpoints.gguf.source import GgufSource
 
-        return GgufSource(path)
+        return GgufSource(path, pre_tokenizer=pre_tokenizer)
     if path.suffix == ".safetensors":
         raise CheckpointError(
             "is a single file of weights", where=str(path), hint="name the folder that holds it and its config.json"

@@ -24,6 +24,7 @@ def convert(
     dtype: str = "bfloat16",
     dither_seed: int | None = None,
     max_shard_bytes: int = 4 << 30,
+    pre_tokenizer: str | None = None,
 ) -> Path:
     """Write `src` as an unquantized Hugging Face checkpoint: sharded safetensors, config, tokenizer, a short card.
 
@@ -33,6 +34,7 @@ def convert(
         dtype: of all floating point tensors: "bfloat16", "float16", "float32", or "auto": as they are read.
         dither_seed: for GGUF files: noise within the quantization steps, see `GgufSource`; the card says so.
         max_shard_bytes: size of a shard.
+        pre_tokenizer: for GGUF files, see `open_source`.
 
     Returns: the folder.
 
@@ -43,7 +45,7 @@ def convert(
     if dtype not in (*_DTYPES, "auto"):
         raise UsageError(f"unknown dtype {dtype!r}", hint=f"one of {', '.join([*_DTYPES, 'auto'])}")
     out = open_output(out_dir, Path(src))
-    source = _open(Path(src), dither_seed)
+    source = _open(Path(src), dither_seed, pre_tokenizer)
     try:
         with written_aside(out) as folder:
             _write(source, folder, _DTYPES.get(dtype), max_shard_bytes)
@@ -53,17 +55,17 @@ def convert(
     return out
 
 
-def _open(src: Path, dither_seed: int | None) -> Source:
+def _open(src: Path, dither_seed: int | None, pre_tokenizer: str | None) -> Source:
     from bitfold.checkpoints import find_checkpoint, open_source
 
     if dither_seed is None:
-        return open_source(src)
+        return open_source(src, pre_tokenizer=pre_tokenizer)
     src = find_checkpoint(src)
     if not src.is_file():
         raise UsageError("only the weights of a GGUF file can be dithered", where=str(src))
     from bitfold.checkpoints.gguf.source import GgufSource
 
-    return GgufSource(src, dither_seed)
+    return GgufSource(src, dither_seed, pre_tokenizer)
 
 
 def _write(source: Source, folder: Path, dtype: torch.dtype | None, max_shard_bytes: int) -> None:

@@ -122,6 +122,12 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")]
+PreTokenizer = Annotated[
+    str | None,
+    typer.Option(
+        help="Of a GGUF file: the rule by which its tokenizer cuts text, such as llama-bpe.", show_default=False
+    ),
+]
 ModelArgument = Annotated[
     str, typer.Argument(help="A model folder, a GGUF file, or a Hub repository (org/name).", show_default=False)
 ]

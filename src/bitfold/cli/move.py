@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bitfold.cli.app import Json, Revision, app, print_json
+from bitfold.cli.app import Json, PreTokenizer, Revision, app, print_json
 from bitfold.system.units import parse_size
 
 
@@ -26,6 +26,7 @@ def convert(
         typer.Option(help="GGUF only: add noise within the quantization steps, so that weights leave the old lattice."),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Size at which a new file is begun.")] = "4GB",
+    pre_tokenizer: PreTokenizer = None,
     revision: Revision = None,
     json: Json = False,
 ) -> None:
@@ -36,7 +37,7 @@ def convert(
     from bitfold.checkpoints.inspection import inspect
 
     local = resolve(source, revision=revision)
-    out = run(local, output_dir, dtype=dtype, dither_seed=dither_seed, max_shard_bytes=shard_bytes)
+    out = run(local, output_dir, dtype, dither_seed, shard_bytes, pre_tokenizer)
     result = inspect(out)
     if json:
         facts = {"tensors": len(result.tensors), "numel": result.numel, "bytes": result.nbytes}

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bitfold.cli.app import Json, Revision, app, print_json
+from bitfold.cli.app import Json, PreTokenizer, Revision, app, print_json
 from bitfold.errors import UsageError
 from bitfold.system.units import parse_size
 
@@ -104,6 +104,7 @@ def quantize(
     transform: TransformOption = None,
     calibration: CalibrationOption = None,
     text_column: TextColumnOption = None,
+    pre_tokenizer: PreTokenizer = None,
     nsamples: NsamplesOption = 32,
     seqlen: SeqlenOption = None,
     start_token: StartTokenOption = True,
@@ -143,9 +144,8 @@ def quantize(
     text_of = with_column(calibration, text_column)
     text = settings(method, text_of, nsamples, seqlen, drift, fisher, columns, refit, start_token)
     ceiling = None if max_memory is None else parse_size(max_memory, where="--max-memory")
-    options = RunOptions(
-        seed, shard_bytes, ceiling, dry_run, restart, strict, events, revision, upload_repo=upload_repo
-    )
+    how = (seed, shard_bytes, ceiling, dry_run, restart, strict, events, revision)
+    options = RunOptions(*how, upload_repo=upload_repo, pre_tokenizer=pre_tokenizer)
     report = run(Request(model, output_dir or Path("unused"), wanted, text), options)
     if json:
         print_json(report.to_dict())

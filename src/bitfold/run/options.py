@@ -53,7 +53,7 @@ class Request:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run goes about it. Of all these, only `seed` and `max_shard_bytes` are seen in the result.
+    """How a run goes about it. Of all these, only `seed`, `max_shard_bytes` and `pre_tokenizer` are seen in the result.
 
     Args:
         seed: for methods that draw random numbers.
@@ -64,6 +64,7 @@ class RunOptions:
         strict: raise when a tensor is flagged.
         events: a file to which what happens is appended as JSON lines.
         revision, token: of the Hub repository.
+        pre_tokenizer: of a GGUF file, by which rule its tokenizer cuts text, whatever the file says.
         upload_repo: push the finished folder there.
         on_tensor: called with the report of each tensor as it is written.
     """
@@ -79,3 +80,4 @@ class RunOptions:
     token: str | None = None
     upload_repo: str | None = None
     on_tensor: OnTensor | None = None
+    pre_tokenizer: str | None = None

@@ -82,7 +82,8 @@ def open_model(request: Request, options: RunOptions) -> Iterator[Opened]:
     """
     from bitfold.checkpoints.hub.fetch import resolve
 
-    source = open_source(resolve(request.source, revision=options.revision, token=options.token))
+    local = resolve(request.source, revision=options.revision, token=options.token)
+    source = open_source(local, pre_tokenizer=options.pre_tokenizer)
     try:
         yield Opened(source, _skeleton(source))
     finally:
@@ -151,7 +152,7 @@ def forecast(run: PlannedRun, options: RunOptions) -> Forecast:
 def execute(expected: Forecast, options: RunOptions) -> QuantizeReport:
     """Do the work, or go on with it; after a failure, what is finished stays for the next time."""
     run = expected.run
-    work = Workspace(run.job.out, _identity(run), restart=options.restart)
+    work = Workspace(run.job.out, _identity(run, options), restart=options.restart)
     if work.published:  # an earlier run had time for everything but this
         reports = [TensorReport.from_dict(record["report"]) for record in work.journal.of_kind("tensor")]
         work.journal.discard()
@@ -221,7 +222,7 @@ def record(report: QuantizeReport, job: Job, options: RunOptions, started: float
     return replace(report, url=upload(job.out, options.upload_repo, token=options.token))
 
 
-def _identity(run: PlannedRun) -> dict[str, Any]:
+def _identity(run: PlannedRun, options: RunOptions) -> dict[str, Any]:
     """What decides the bytes of the result."""
     job = run.job
     calibration = None if job.calibration is None else asdict(job.calibration)
@@ -235,4 +236,5 @@ def _identity(run: PlannedRun) -> dict[str, Any]:
         "shard size": job.max_shard_bytes,
         "formats": {name: entry.to_dict() for name, entry in run.plan.entries(job.seed).items()},
         "version": software(),
+        **({} if options.pre_tokenizer is None else {"pre-tokenizer": options.pre_tokenizer}),
     }

@@ -42,6 +42,7 @@ class GgufSource:
         dither_seed: if given, block-quantized weights get uniform noise within half a step of their own block, from
             this seed: a plausible draw of the weights before they were quantized. The file's 4-bit lattice would
             otherwise flatter every 4-bit format that is measured on it.
+        pre_tokenizer: by which rule its tokenizer cuts text, whatever the file says.
 
     Raises:
         CheckpointError: a damaged file, an architecture that is not supported, tensors that are missing or unknown.
@@ -49,11 +50,12 @@ class GgufSource:
 
     quantization: None = None
 
-    def __init__(self, path: str | Path, dither_seed: int | None = None) -> None:
+    def __init__(self, path: str | Path, dither_seed: int | None = None, pre_tokenizer: str | None = None) -> None:
         self.path = Path(path)
         self._file = GgufParts(path)
         try:
             self._read_facts(dither_seed)
+            self._tokenizer = tokenizer_of(self._file.metadata, str(self.path), pre_tokenizer)
         except BaseException:
             self._file.close()
             raise
@@ -70,7 +72,6 @@ class GgufSource:
         self._check_complete()
         for name in self._names:
             self.info(name)  # refuses types that cannot be decoded
-        self._tokenizer = tokenizer_of(self._file.metadata, str(self.path))
         self._noise = None if dither_seed is None else _Noise(dither_seed, _quantized(self._file))
 
     @property

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bitfold.checkpoints.gguf.pre_tokenizers import BYTE_LEVEL, PRE_TOKENIZERS, Pre, guessed
-from bitfold.errors import CheckpointError
+from bitfold.errors import CheckpointError, UsageError
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _BYTE = 1, 2, 3, 4, 6
 _SPACE = "▁"
@@ -60,12 +60,18 @@ class GgufTokenizer:
         return list(files)
 
 
-def tokenizer_of(metadata: Mapping[str, Any], where: str) -> GgufTokenizer | None:
+def tokenizer_of(metadata: Mapping[str, Any], where: str, pre_tokenizer: str | None = None) -> GgufTokenizer | None:
     """The tokenizer that a file carries, checked; None if it says that it carries none.
 
     A pre-tokenizer that is not known is replaced by the nearest one, with a warning.
 
+    Args:
+        metadata: of the file.
+        where: its name, for errors.
+        pre_tokenizer: by which rule text is cut, whatever the file says.
+
     Raises:
+        UsageError: a pre-tokenizer of no known name, or for a tokenizer that has none.
         CheckpointError: a kind of tokenizer that is not read here, or lists that do not fit; what is wrong, by name.
     """
     kind = metadata.get("tokenizer.ggml.model", "none" if "tokenizer.ggml.tokens" not in metadata else None)
@@ -78,19 +84,25 @@ def tokenizer_of(metadata: Mapping[str, Any], where: str) -> GgufTokenizer | Non
     vocabulary = _Vocabulary(metadata, where)
     vocabulary.check(merged=kind == "gpt2")
     _check_templates(metadata, where)
-    return GgufTokenizer(vocabulary, _pre(vocabulary) if kind == "gpt2" else None)
+    if kind != "gpt2" and pre_tokenizer is not None:
+        raise UsageError("its tokenizer (SentencePiece) cuts no text beforehand", where=f"--pre-tokenizer, {where}")
+    return GgufTokenizer(vocabulary, _pre(vocabulary, pre_tokenizer) if kind == "gpt2" else None)
 
 
-def _pre(vocabulary: _Vocabulary) -> Pre:
-    """The rule that the file names, or the nearest one, said aloud."""
-    name = vocabulary.metadata.get("tokenizer.ggml.pre")
+def _pre(vocabulary: _Vocabulary, chosen: str | None) -> Pre:
+    """The rule that was chosen or that the file names, or the nearest one, said aloud."""
+    if chosen is not None and chosen not in PRE_TOKENIZERS:
+        hint = f"one of {', '.join(sorted(PRE_TOKENIZERS))}"
+        raise UsageError(f"there is no pre-tokenizer {chosen!r}", where="--pre-tokenizer", hint=hint)
+    name = chosen or vocabulary.metadata.get("tokenizer.ggml.pre")
     if name in PRE_TOKENIZERS:
         return PRE_TOKENIZERS[name]
     taken, pre = guessed(vocabulary.normal())
     what = f"the pre-tokenizer {name!r} is not known" if name else "the file names no pre-tokenizer"
     warnings.warn(
         f"{vocabulary.where}: {what} (tokenizer.ggml.pre): text is cut by the rule of {taken!r}, which fits the"
-        " vocabulary best; the tokens may differ a little from the model's own",
+        " vocabulary best; the tokens may differ a little from the model's own (quantize and convert take another by"
+        " --pre-tokenizer NAME)",
         stacklevel=2,
     )
     return pre
