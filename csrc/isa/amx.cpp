@@ -1,9 +1,11 @@
-// AMX with int8 (Sapphire Rapids and later), for several rows of activations; everything else is AVX-512's.
+// AMX with int8 and bfloat16 (Sapphire Rapids and later), for several rows of activations; everything else is
+// AVX-512's.
 #define BITFOLD_NS amx
 #include "simd/avx512.h"
 #include "weights/trellis/tile_avx512.h"
 
 #include "loops/amx.h"
+#include "loops/amx_floats.h"
 
 namespace bitfold {
 namespace amx {
@@ -43,6 +45,11 @@ struct Tiles {
   static void dot() {  // A signed, B unsigned
     __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
   }
+  // Numbers in bfloat16, sums in float32.
+  template <int C, int A, int B>
+  static void dot_bf16() {
+    __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+  }
 };
 
 }  // namespace amx
@@ -55,6 +62,12 @@ void use_amx(Table& t) {
   t.gemm_scratch = amx::amx_scratch<amx::Simd>;
   t.dense.gemm8 = amx::amx_gemm8<amx::Simd, amx::Tiles>;
   t.trellis.gemm8 = amx::amx_gemm8<amx::Simd, amx::Tiles>;
+  t.tiles.least = amx::kMostFew + 1;
+  t.tiles.bytes = amx::TileActs<amx::Simd>::bytes;
+  t.tiles.row = amx::TileActs<amx::Simd>::row;
+  t.tiles.scratch = amx::tile_scratch<amx::Simd>;
+  t.tiles.ggml = amx::tile_ggml<amx::Simd, amx::Tiles>;
+  t.tiles.plain = amx::tile_plain<amx::Simd, amx::Tiles>;
 }
 
 }  // namespace bitfold

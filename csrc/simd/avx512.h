@@ -31,6 +31,14 @@ constexpr Bytes bit_offsets(int B) {
   return b;
 }
 
+// Of the 32 halves of two vectors of floats, the upper ones.
+struct UpperHalves {
+  alignas(64) uint16_t at[32];
+  constexpr UpperHalves() : at() {
+    for (int i = 0; i < 32; ++i) at[i] = static_cast<uint16_t>(2 * i + 1);
+  }
+};
+
 struct Simd {
   static constexpr int L = 16, W = 64;
   static constexpr bool kFastTable = true;   // 16-entry float tables are as fast as integer conversion
@@ -159,6 +167,16 @@ struct Simd {
   static F load_bf16(const uint16_t* p) {
     const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+  }
+
+  // The upper halves of floats are bfloat16: those of a, then those of b. And the nearest that has no other half.
+  static I high_halves(F a, F b) {
+    static constexpr UpperHalves kUpper{};
+    return _mm512_permutex2var_epi16(_mm512_castps_si512(a), _mm512_load_si512(kUpper.at), _mm512_castps_si512(b));
+  }
+  static F near_half(F x) {
+    const I up = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
+    return _mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32(~0xffff)));
   }
 
   // Lane i gets the i * count / L-th of `count` (1, 2 or 4) numbers. Reads 16 bytes, whatever the count.

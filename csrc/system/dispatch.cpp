@@ -82,7 +82,8 @@ struct Cpu {
     avx2 = (saved & 0x6) == 0x6 && has(seven.b, {5, 8});  // avx2, bmi2
     // f, dq, bw, vl; vbmi, gfni, vnni
     avx512 = avx2 && (saved & 0xe6) == 0xe6 && has(seven.b, {16, 17, 30, 31}) && has(seven.c, {1, 8, 11});
-    amx = avx512 && (saved & 0x60000) == 0x60000 && has(seven.d, {24, 25}) && may_use_tiles();  // amx-tile, amx-int8
+    amx = avx512 && (saved & 0x60000) == 0x60000 && has(seven.d, {22, 24, 25}) &&
+          may_use_tiles();  // amx-bf16, -tile, -int8
   }
 };
 #endif

@@ -41,6 +41,21 @@ struct GgmlProducts {
   void (*decode)(const GgmlWeight& w, size_t begin, size_t end, float* out);
 };
 
+// Products of floats on tiles, see loops/amx_floats.h; where there are none, `least` is out of reach.
+struct TileProducts {
+  size_t least = ~size_t{0};  // rows of activations from which on they are the faster way
+  // Memory of m rows of k; row i of them (what fills up the last block is multiplied, too, and dropped).
+  size_t (*bytes)(size_t m, size_t k) = nullptr;
+  void (*row)(const float* x, size_t k, size_t i, void* out) = nullptr;
+  size_t (*scratch)(size_t m) = nullptr;
+  // Rows [begin, end) of the weight; begin is a multiple of kBandRows.
+  void (*ggml)(const GgmlWeight& w, const void* acts, size_t m, size_t begin, size_t end, float* y,
+               void* scratch) = nullptr;
+  // The same; bfloat16 only.
+  void (*plain)(const PlainRows& w, const void* acts, size_t m, size_t begin, size_t end, float* y,
+                void* scratch) = nullptr;
+};
+
 struct Table {
   const char* name;
   size_t lanes;  // 32-bit lanes of a vector; a step is 4 * lanes columns
@@ -71,6 +86,7 @@ struct Table {
   Products<DenseWeight> dense;
   Products<TrellisWeight> trellis;
   GgmlProducts ggml;
+  TileProducts tiles;
 
   // One row of the weight out of its unpacked codes; rows [begin, end) out of trellis tiles.
   void (*decode)(const DenseWeight& w, size_t row, const uint8_t* codes, float* out);

@@ -126,6 +126,26 @@ void multiply(Register& c, const Register& a, const Register& b) {
     }
 }
 
+float wide(const uint8_t* bf16) {
+  uint32_t bits = static_cast<uint32_t>(bf16[0] | bf16[1] << 8) << 16;
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+// c += a b: bfloat16, sums in float32.
+void multiply_bf16(Register& c, const Register& a, const Register& b) {
+  expect(c.rows == a.rows && c.bytes == b.bytes && a.bytes / 4 == b.rows, "tiles that do not fit each other");
+  for (size_t m = 0; m < c.rows; ++m)
+    for (size_t n = 0; n < c.bytes / 4; ++n) {
+      float sum;
+      memcpy(&sum, c.at[m] + 4 * n, 4);
+      for (size_t k = 0; k < a.bytes / 4; ++k)
+        for (size_t i = 0; i < 4; i += 2) sum += wide(a.at[m] + 4 * k + i) * wide(b.at[k] + 4 * n + i);
+      memcpy(c.at[m] + 4 * n, &sum, 4);
+    }
+}
+
 void execute(const Instruction& it) {
   if (it.opcode == 0x49 && it.prefix == 0 && it.memory && it.reg == 0) return configure(it.address);
   expect(configured, "a tile instruction before ldtilecfg");
@@ -141,6 +161,9 @@ void execute(const Instruction& it) {
   } else if (it.opcode == 0x5e && it.prefix == 2 && !it.memory) {
     expect(it.vvvv < 8 && it.reg != it.rm && it.reg != it.vvvv && it.rm != it.vvvv, "one tile in two places");
     multiply(tiles[it.reg], tiles[it.rm], tiles[it.vvvv]);
+  } else if (it.opcode == 0x5c && it.prefix == 2 && !it.memory) {
+    expect(it.vvvv < 8 && it.reg != it.rm && it.reg != it.vvvv && it.rm != it.vvvv, "one tile in two places");
+    multiply_bf16(tiles[it.reg], tiles[it.rm], tiles[it.vvvv]);
   } else {
     fail("an instruction that bitfold does not use");
   }

@@ -22,6 +22,7 @@ void test_linear(const char* isa);
 void test_viterbi(const char* isa);
 void test_trellis(const char* isa);
 void test_ggml(const char* isa);
+void test_plain(const char* isa);
 void test_lattice(const char* isa);
 void test_rounding(const char* isa);
 void test_engine(const char* isa);

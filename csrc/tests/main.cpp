@@ -20,6 +20,7 @@ static void test_amx() {
   bitfold::set_table(&t);
   test_linear("amx, by hand");
   test_trellis("amx, by hand");
+  test_plain("amx, by hand");
   bitfold::set_isa("avx512");
 }
 #endif
@@ -39,6 +40,7 @@ int main(int argc, char** argv) {
     test_viterbi(name.c_str());
     test_trellis(name.c_str());
     test_ggml(name.c_str());
+    test_plain(name.c_str());
     test_lattice(name.c_str());
     test_rounding(name.c_str());
     test_engine(name.c_str());

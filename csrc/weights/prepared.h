@@ -138,6 +138,8 @@ template <>
 class Prepared<GgmlWeight> {
  public:
   static size_t bytes(const GgmlWeight& w, size_t m, bool int8) {
+    const TileProducts& tiles = table().tiles;
+    if (m >= tiles.least) return round_up(tiles.bytes(m, w.k), 64);
     return round_up(GgmlActs::bytes(m, w.k), 64) + Prepared(w, m, int8, nullptr).rows_ * GgmlActs::padded_of(w.k) * 4;
   }
 
@@ -156,6 +158,7 @@ class Prepared<GgmlWeight> {
       for (size_t c = 0; c < w_.k; ++c) floats[c] = codes[c] * scale;
       x = floats;
     }
+    if (m_ >= t_.tiles.least) return t_.tiles.row(x, w_.k, i, floats_);
     if (m_ <= kFew) return t_.ggml.round(x, w_.k, acts_, i);
     t_.arrangef(shape_, x, m_, acts_.padded, i, floats_, nullptr);
     for (size_t r = m_; i + 1 == m_ && r < rows_; ++r)
@@ -163,6 +166,10 @@ class Prepared<GgmlWeight> {
   }
 
   void times(size_t begin, size_t end, float* y) const {
+    if (m_ >= t_.tiles.least) {
+      uint8_t* scratch = RowMemory::mine().panel.get<uint8_t>(t_.tiles.scratch(m_));
+      return t_.tiles.ggml(w_, floats_, m_, begin, end, y, scratch);
+    }
     if (m_ <= kFew) return t_.ggml.few(w_, acts_, begin, end, y);
     ActF a;
     a.m = m_, a.padded = acts_.padded, a.x = floats_;
@@ -180,17 +187,31 @@ class Prepared<GgmlWeight> {
   Scaled shape_;
 };
 
-// Unquantized rows take activations as they are.
+// Unquantized rows take activations as they are, or in tiles.
 template <>
 class Prepared<PlainRows> {
  public:
-  static size_t bytes(const PlainRows& w, size_t m, bool) { return round_up(m * w.k * sizeof(float), 64); }
-  Prepared(const PlainRows& w, size_t m, bool, void* memory) : w_(w), m_(m), x_(static_cast<float*>(memory)) {}
-  void row(size_t i, const float* x) const { std::memcpy(x_ + i * w_.k, x, w_.k * sizeof(float)); }
-  void times(size_t begin, size_t end, float* y) const { table().plain_rows(w_, x_, m_, begin, end, y); }
+  static size_t bytes(const PlainRows& w, size_t m, bool) {
+    return round_up(in_tiles(w, m) ? table().tiles.bytes(m, w.k) : m * w.k * sizeof(float), 64);
+  }
+  Prepared(const PlainRows& w, size_t m, bool, void* memory)
+      : w_(w), t_(table()), m_(m), x_(static_cast<float*>(memory)) {}
+
+  void row(size_t i, const float* x) const {
+    if (in_tiles(w_, m_)) return t_.tiles.row(x, w_.k, i, x_);
+    std::memcpy(x_ + i * w_.k, x, w_.k * sizeof(float));
+  }
+
+  void times(size_t begin, size_t end, float* y) const {
+    if (!in_tiles(w_, m_)) return t_.plain_rows(w_, x_, m_, begin, end, y);
+    t_.tiles.plain(w_, x_, m_, begin, end, y, RowMemory::mine().panel.get<uint8_t>(t_.tiles.scratch(m_)));
+  }
 
  private:
+  static bool in_tiles(const PlainRows& w, size_t m) { return w.bf16 && m >= table().tiles.least; }
+
   const PlainRows& w_;
+  const Table& t_;
   const size_t m_;
   float* x_;
 };
