@@ -48,6 +48,23 @@ def test_convert_dequantizes(bitfold: Bitfold, quantized: Path, tmp_path: Path) 
     assert bitfold("convert", quantized, "-o", tmp_path / "again").out.startswith(str(tmp_path / "again"))
 
 
+def test_convert_to_gguf_and_back(bitfold: Bitfold, quantized: Path, tmp_path: Path) -> None:
+    """Types as they are, where GGUF has them; else named, and what is lost is told."""
+    file, folder = tmp_path / "m.gguf", tmp_path / "q"
+    refused = bitfold("convert", quantized, file, "--to", "gguf")
+    assert refused.code == 3
+    assert "no type of GGUF" in refused.err
+    assert not file.exists()
+    made = bitfold("convert", quantized, file, "--to", "gguf:Q4_0", "--json").json
+    keys_are_documented("convert", made)
+    assert (made["exact"], made["bytes"]) == (False, file.stat().st_size)
+    assert bitfold("inspect", file, "--json").json["kind"] == "gguf"
+    assert "exact: the same numbers" in bitfold("convert", file, folder, "--to", "bitfold").out
+    assert bitfold("convert", folder, "-o", tmp_path / "again.gguf", "--to", "gguf", "--json").json["exact"]
+    assert bitfold("convert", file).code == 2
+    assert bitfold("convert", file, tmp_path / "x", "--to", "gguf", "--dtype", "float32").code == 2
+
+
 def test_upload(bitfold: Bitfold, quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def record(folder: Path, repo: str, **options: object) -> str:
         assert (folder, repo) == (quantized, "me/q")

@@ -62,6 +62,14 @@ class Source(Protocol):
         """The tensor itself, in memory of its own."""
         ...
 
+    def content(self, name: str) -> Content:
+        """How it is stored: an entry where in packed codes, else dtype and shape of the numbers that `read` returns."""
+        ...
+
+    def fields(self, name: str) -> dict[str, torch.Tensor]:
+        """What a packed tensor consists of, for `Target.pack`; only of those whose `content` is an entry."""
+        ...
+
     def quantized(self) -> dict[str, StoredAs]:
         """Tensors that are stored in fewer bits than `read` returns, by name."""
         ...
@@ -112,24 +120,33 @@ class Target(Protocol):
     How it names, lays out and interleaves what a packed weight consists of is known to it alone.
 
     Args:
-        folder: an existing folder.
+        folder: an existing folder, unless only sizes are asked for.
         max_shard_bytes: size at which a new file is begun, where the kind has several.
+        source: what it is made of, for kinds that hold config and tokenizer as well.
+        variant: of the kind, where it has any.
     """
 
-    def __init__(self, folder: Path, max_shard_bytes: int) -> None: ...
+    def __init__(self, folder: Path, max_shard_bytes: int, source: Source | None = None, variant: str = "") -> None: ...
+
+    @property
+    def single(self) -> str | None:
+        """Name of the one file that is all of it; None: it is a folder, side files and all."""
+        ...
 
     @property
     def files(self) -> list[str]:
         """Names of the files of weights, once `layout` was called."""
         ...
 
-    @staticmethod
-    def stored(contents: Mapping[str, Content]) -> dict[str, TensorInfo]:
+    def plain(self, info: TensorInfo) -> TensorInfo:
+        """What a tensor that is not quantized is stored as."""
+        ...
+
+    def stored(self, contents: Mapping[str, Content]) -> dict[str, TensorInfo]:
         """The tensors that its files will hold, by the names that they have there."""
         ...
 
-    @classmethod
-    def size(cls, contents: Mapping[str, Content], max_shard_bytes: int) -> int:
+    def size(self, contents: Mapping[str, Content]) -> int:
         """Bytes of its files of weights, headers included."""
         ...
 

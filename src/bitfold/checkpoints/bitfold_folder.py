@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from bitfold.checkpoints.base import StoredAs
 from bitfold.checkpoints.safetensors import SafetensorsSource, read_config
-from bitfold.checkpoints.schema import QUANTIZATION, own_quantization, read_entries, stored_name
+from bitfold.checkpoints.schema import QUANTIZATION, Content, own_quantization, read_entries, stored_name
 from bitfold.errors import CheckpointError
 from bitfold.qtensor import QTensor
 from bitfold.system.tensorinfo import TensorInfo
@@ -120,6 +120,14 @@ class QuantizedSource:
         if entry.transform is not None:
             w = entry.transform.with_fields(self._read_fields(name, entry.sides())).inverse(w)
         return entry.restored(w)
+
+    def content(self, name: str) -> Content:
+        """See `Source`."""
+        return self.entries.get(name) or self._stored.info(name)
+
+    def fields(self, name: str) -> dict[str, torch.Tensor]:
+        """See `Source`."""
+        return self._read_fields(name, self.entries[name].layout())
 
     def quantized(self) -> dict[str, StoredAs]:
         """See `Source`; bits of the codes and scales, without what a transform stores beside them."""

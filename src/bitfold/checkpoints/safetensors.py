@@ -18,6 +18,7 @@ import torch
 
 from bitfold.checkpoints.base import StoredAs
 from bitfold.checkpoints.headers import ForeignInfo, data_size, read_header
+from bitfold.checkpoints.schema import Content
 from bitfold.checkpoints.side_files import PICKLES, copy_side_files
 from bitfold.checkpoints.untrusted import read_json_object
 from bitfold.checkpoints.weight_files import locate, say_what_is_left
@@ -97,6 +98,14 @@ class SafetensorsSource:
         except OSError as error:
             raise CheckpointError(f"cannot read tensor {name}: {error}", where=str(file)) from error
         return out
+
+    def content(self, name: str) -> Content:
+        """See `Source`."""
+        return self.info(name)
+
+    def fields(self, name: str) -> dict[str, torch.Tensor]:
+        """See `Source`: nothing is packed."""
+        raise KeyError(name)
 
     def quantized(self) -> dict[str, StoredAs]:
         """None: what others quantized is refused."""

@@ -1,4 +1,4 @@
-"""Safetensors shards whose every byte has its place before the first one is written.
+"""Files of weights whose every byte has its place before the first one is written.
 
 dtype and shape of all tensors are known beforehand, so headers, offsets and the final names of the files are as well.
 Tensors can be written in any order, each once or again: the bytes of the result are the same. That makes going on after
@@ -29,17 +29,22 @@ _PIECE = 1 << 24  # bytes hashed at a time when a file is read back
 
 @dataclass(frozen=True)
 class Shard:
-    """One file: its name, its header (length prefix included) and where in it each tensor begins."""
+    """One file: its name, its header (length prefix included) and where in it each tensor begins.
+
+    `alignment`: the file ends at a multiple of it.
+    """
 
     name: str
     header: bytes
     starts: Mapping[str, int]
     infos: Mapping[str, TensorInfo]
+    alignment: int = 1
 
     @property
     def nbytes(self) -> int:
         """Bytes of the file."""
-        return len(self.header) + sum(info.nbytes for info in self.infos.values())
+        ends = (start + self.infos[name].nbytes for name, start in self.starts.items())
+        return -(-max(ends, default=len(self.header)) // self.alignment) * self.alignment
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""Folders are written aside, under a name that no loader looks at, and get their name when they are complete.
+"""Outputs are written aside, under a name that no loader looks at, and get their name when they are complete.
 
 A folder that is not there yet is written beside its place (`.NAME.partial`) and renamed in one step. A folder that is
 there and empty is kept, with its owner, its rights and whoever is standing in it: it may be a mount point, or what a
-link means. It is written inside (`NAME/.partial`), and the files are moved up at the end, config.json last.
+link means. It is written inside (`NAME/.partial`), and the files are moved up at the end, config.json last. An output
+that is one file is written in such a folder as well, and moved out of it.
 """
 
 from __future__ import annotations
@@ -25,18 +26,21 @@ _LAST = "config.json"  # loaders look for it first
 _LONGEST_NAME = 230  # bytes; with what is put around it, within the 255 of most file systems
 
 
-def open_output(out: str | Path, source: Path | None = None) -> Path:
-    """The real path of an output folder, found good to write into.
+def open_output(out: str | Path, source: Path | None = None, *, single: bool = False) -> Path:
+    """The real path of an output, found good to write.
 
     Args:
         out: as the user wrote it.
         source: what is read; nothing may be written into it.
+        single: it is one file, not a folder.
 
     Raises:
         UsageError: not a path.
         CheckpointError: something is there already, it lies within the source, or it cannot be written.
     """
     path = real_path(out)
+    if single and path.is_dir():
+        raise CheckpointError("is a folder", where=str(path), hint="name the file to write")
     if not (partial_of(path) / JOURNAL).exists():  # else a run goes on, which may have lacked no more than its end
         refuse_existing(path)
     try_folder(path)
@@ -65,14 +69,18 @@ def partial_of(out: Path) -> Path:
     return out / _INSIDE if out.is_dir() and not beside.exists() else beside
 
 
-def publish(folder: Path, out: Path) -> None:
-    """Give what was written in `folder` its place; durable. May be called again after it was cut short.
+def publish(folder: Path, out: Path, single: str | None = None) -> None:
+    """Give what was written in `folder` (or its file `single`) its place; durable. May be called again after it was cut
+    short.
 
     Raises:
         CheckpointError: the names cannot be given.
     """
     try:
-        if not out.is_dir():
+        if single is not None:
+            (folder / single).rename(out)
+            folder.rmdir()
+        elif not out.is_dir():
             folder.rename(out)
         else:
             for path in sorted(folder.iterdir(), key=lambda p: (p.name == _LAST, p.name)):
@@ -85,11 +93,12 @@ def publish(folder: Path, out: Path) -> None:
 
 
 @contextmanager
-def written_aside(out: Path) -> Iterator[Path]:
+def written_aside(out: Path, single: str | None = None) -> Iterator[Path]:
     """A folder to write into, given its place if the block succeeds, removed if it does not.
 
     Args:
         out: from `open_output`.
+        single: name of the one file that is the output; None: the folder is.
 
     Raises:
         CheckpointError: the folder cannot be made, or holds the unfinished work of `bitfold quantize`.
@@ -106,7 +115,7 @@ def written_aside(out: Path) -> Iterator[Path]:
         raise written_error(error, aside, "cannot be made") from error
     try:
         yield aside
-        publish(aside, out)
+        publish(aside, out, single)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise

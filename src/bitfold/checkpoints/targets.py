@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from bitfold.checkpoints.base import Target
+from bitfold.checkpoints.base import Source, Target
+from bitfold.checkpoints.gguf.target import GgufModel
 from bitfold.checkpoints.headers import read_header
 from bitfold.checkpoints.safetensors import write_json
 from bitfold.checkpoints.schema import QUANTIZATION, Content, Entry, stored_name
@@ -28,9 +29,12 @@ class SafetensorsFolder:
     Args:
         folder: an existing folder.
         max_shard_bytes: size at which a new shard is begun.
+        source, variant: not used: config and tokenizer are files of their own, and there is one variant.
     """
 
-    def __init__(self, folder: Path, max_shard_bytes: int = 4 << 30) -> None:
+    single: str | None = None
+
+    def __init__(self, folder: Path, max_shard_bytes: int, source: Source | None = None, variant: str = "") -> None:
         self.folder, self.max_shard_bytes = folder, max_shard_bytes
         self._writer: PlannedWriter | None = None
         self._packed: dict[str, set[str]] = {}  # names of the fields of each packed tensor
@@ -45,18 +49,20 @@ class SafetensorsFolder:
         """See `Target`."""
         return self._open.plan.files
 
-    @staticmethod
-    def stored(contents: Mapping[str, Content]) -> dict[str, TensorInfo]:
+    def plain(self, info: TensorInfo) -> TensorInfo:
+        """See `Target`: as it is."""
+        return info
+
+    def stored(self, contents: Mapping[str, Content]) -> dict[str, TensorInfo]:
         """See `Target`: a packed tensor X is X.codes, X.scale ..."""
         found: dict[str, TensorInfo] = {}
         for name, content in contents.items():
             found |= content.stored(name) if isinstance(content, Entry) else {name: content}
         return found
 
-    @classmethod
-    def size(cls, contents: Mapping[str, Content], max_shard_bytes: int) -> int:
+    def size(self, contents: Mapping[str, Content]) -> int:
         """See `Target`."""
-        return plan_shards(cls.stored(contents), max_shard_bytes).nbytes
+        return plan_shards(self.stored(contents), self.max_shard_bytes).nbytes
 
     def layout(self, contents: Mapping[str, Content]) -> None:
         """See `Target`."""
@@ -100,17 +106,23 @@ class SafetensorsFolder:
             raise written_error(error, self.folder, "cannot be completed") from error
 
 
-FOLDER = "safetensors"
-TARGETS: dict[str, type[Target]] = {FOLDER: SafetensorsFolder}
+FOLDER, GGUF = "safetensors", "gguf"
+TARGETS: dict[str, type[Target]] = {FOLDER: SafetensorsFolder, GGUF: GgufModel}
 
 
-def target_kind(kind: str) -> type[Target]:
-    """The class of a kind of checkpoint, which knows sizes before there is a folder; UsageError for an unknown kind."""
-    if kind not in TARGETS:
-        raise UsageError(f"unknown kind of checkpoint {kind!r}", hint=f"one of {', '.join(TARGETS)}")
-    return TARGETS[kind]
+def open_target(kind: str, folder: Path, max_shard_bytes: int, source: Source | None = None) -> Target:
+    """A checkpoint of that kind, to be written into a folder; nothing is written before `layout`.
 
+    Args:
+        kind: of TARGETS, its variant after a colon: gguf:Q4_K_M.
+        folder: which need not be there yet where only sizes are asked for.
+        max_shard_bytes: size at which a new file is begun.
+        source: what it is made of, for kinds that hold config and tokenizer as well.
 
-def open_target(kind: str, folder: Path, max_shard_bytes: int) -> Target:
-    """A checkpoint of that kind, to be written into a folder; UsageError for an unknown kind."""
-    return target_kind(kind)(folder, max_shard_bytes)
+    Raises:
+        UsageError: an unknown kind.
+    """
+    name, _, variant = kind.partition(":")
+    if name not in TARGETS:
+        raise UsageError(f"unknown kind of checkpoint {name!r}", hint=f"one of {', '.join(TARGETS)}")
+    return TARGETS[name](folder, max_shard_bytes, source, variant)

@@ -16,7 +16,7 @@ from torch import nn
 
 from bitfold.calibration.session import in_ranges
 from bitfold.checkpoints import Source
-from bitfold.checkpoints.targets import FOLDER, target_kind
+from bitfold.checkpoints.targets import FOLDER, open_target
 from bitfold.errors import ResourceError
 from bitfold.forecast.ceiling import MemoryUse
 from bitfold.forecast.memory import Stage, working_disk
@@ -114,18 +114,20 @@ class Asked:
         max_shard_bytes: size at which a new file is begun.
         timed: whether time is to be estimated however small the run is.
         max_memory: the ceiling that was named; None = none.
+        kind: what is written, see TARGETS.
     """
 
     seed: int
     max_shard_bytes: int
     timed: bool
     max_memory: int | None = None
+    kind: str = FOLDER
 
 
 def preflight(source: Source, model: nn.Module | None, plan: Plan, economy: MemoryUse, asked: Asked) -> Preflight:
     """Estimate a run that goes about its memory as `economy` says."""
     calibration, numel = economy.calibration, plan.numel
-    output = target_kind(FOLDER).size(plan.contents(), asked.max_shard_bytes)
+    output = open_target(asked.kind, Path(), asked.max_shard_bytes, source).size(plan.contents())
     timed = asked.timed or numel > _TIMED_FROM
     times = seconds(plan, calibration, model, asked.seed) if timed else {}
     return Preflight(

@@ -13,6 +13,11 @@ _PARTS = (*("vocab.json", "vocab.txt", "merges.txt"), *_SENTENCEPIECE)
 _PROBE = "a text"
 
 
+def is_tokenizer(name: str) -> bool:
+    """Whether a file of that name holds a vocabulary."""
+    return name in (_WHOLE, *_PARTS)
+
+
 def read_tokenizer(folder: Path, *, name: str | None = None) -> Any:
     """The tokenizer of a folder, as transformers reads it; code that lies beside it is never run.
 

@@ -121,6 +121,17 @@ class Arch:
             return f"model.layers.{int(parts[1])}.{self.layer[parts[2]]}.{parts[3]}"
         return None
 
+    def gguf_name(self, name: str) -> str | None:
+        """GGUF name of a Hugging Face tensor; None if the family has no such tensor: the inverse of `hf_name`."""
+        module, _, kind = name.rpartition(".")
+        if (top := next((g for g, hf in _TOP.items() if hf == module), None)) is not None:
+            return f"{top}.{kind}"
+        parts = module.split(".", 3)
+        if len(parts) != 4 or parts[:2] != ["model", "layers"] or not parts[2].isdecimal():
+            return None
+        part = next((g for g, hf in self.layer.items() if hf == parts[3]), None)
+        return None if part is None else f"blk.{int(parts[2])}.{part}.{kind}"
+
 
 def _llama(facts: Facts, config: dict[str, Any]) -> None:
     config["attention_bias"] = "blk.0.attn_q.bias" in facts.shapes

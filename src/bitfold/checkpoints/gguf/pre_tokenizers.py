@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -172,6 +173,12 @@ def guessed(tokens: Iterable[str]) -> tuple[str, Pre]:
     return name, replace(PRE_TOKENIZERS[name], add_bos=False)
 
 
+def cut_by(pre: Pre, text: str) -> list[str]:
+    """The words that a rule makes of a text, in byte letters."""
+    return [word for word, _ in _cutter(pre)(text)]
+
+
+@cache
 def _cutter(pre: Pre) -> Any:
     from tokenizers import Tokenizer
 

@@ -24,6 +24,7 @@ from bitfold.checkpoints.gguf.file import GgufTensor
 from bitfold.checkpoints.gguf.parts import GgufParts
 from bitfold.checkpoints.gguf.tokenizer import generation_config, tokenizer_of
 from bitfold.checkpoints.safetensors import file_facts, write_json
+from bitfold.checkpoints.schema import Content, Entry
 from bitfold.errors import CheckpointError
 from bitfold.formats.families.ggml import GGML
 from bitfold.qtensor import QTensor
@@ -121,6 +122,17 @@ class GgufSource:
         ggml = GGML[tensor.type]
         blocks = raw.view(ggml.layout(tensor.shape)["blocks"].shape)
         return QTensor(ggml, tensor.shape, {"blocks": self._unpermute(tensor, blocks, heads) if heads else blocks})
+
+    def content(self, name: str) -> Content:
+        """See `Source`: blocks, in the order of the model's rows."""
+        info, kind = self.info(name), self._names[name].type
+        return info if kind in _PLAIN else Entry(GGML[kind], info.shape)
+
+    def fields(self, name: str) -> dict[str, Tensor]:
+        """See `Source`."""
+        tensor = self._names[name]
+        blocks, heads = self._blocks(tensor), self._heads(tensor)
+        return {"blocks": self._unpermute(tensor, blocks, heads) if heads else blocks}
 
     def read_rows(self, name: str, rows: Tensor) -> Tensor:
         """`read(name)[rows]` of a matrix or a stack; only the bytes of these rows are read.

@@ -19,12 +19,12 @@ from typing import Any
 from bitfold.checkpoints.gguf.pre_tokenizers import BYTE_LEVEL, PRE_TOKENIZERS, Pre, guessed
 from bitfold.errors import CheckpointError, UsageError
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER, _BYTE = 1, 2, 3, 4, 6
-_SPACE = "▁"
+NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of tokens
+SPACE = "▁"
 _NO_TOKENIZER = ("none", "no_vocab")
 _ENDS = ("eos", "eot", "eom")
 _ROLES = (*("bos", "unknown", "padding"), *_ENDS)
-_TEMPLATE = "tokenizer.chat_template"
+TEMPLATE = "tokenizer.chat_template"
 _REMAKE = "the file is damaged or not made by a sound tool: make it anew from the original model"
 # What other kinds are, for messages.
 _KINDS = {"bert": "WordPiece", "t5": "SentencePiece unigram", "rwkv": "RWKV's trie", "plamo2": "PLaMo-2's trie"}
@@ -111,7 +111,7 @@ def _pre(vocabulary: _Vocabulary, chosen: str | None) -> Pre:
 def _check_templates(metadata: Mapping[str, Any], where: str) -> None:
     """Say at once that a chat template is of no use; it is carried over as it is."""
     for key, template in metadata.items():
-        if key != _TEMPLATE and not key.startswith(f"{_TEMPLATE}."):
+        if key != TEMPLATE and not key.startswith(f"{TEMPLATE}."):
             continue
         if not isinstance(template, str):
             raise CheckpointError(f"{key} is no text", where=where, hint="the file is damaged")
@@ -182,7 +182,7 @@ class _Vocabulary:
             " begin, end or pad a text are taken as special ones",
             stacklevel=2,
         )
-        return [_CONTROL if i in special else _NORMAL for i in range(len(self.tokens))]
+        return [CONTROL if i in special else NORMAL for i in range(len(self.tokens))]
 
     def _list(self, key: str, kind: type, default: list[Any] | None) -> list[Any]:
         values, full = self.metadata.get(f"tokenizer.ggml.{key}", default), f"tokenizer.ggml.{key}"
@@ -212,7 +212,7 @@ class _Vocabulary:
 
     def normal(self) -> list[str]:
         """The tokens that came about by merging."""
-        return [t for t, kind in zip(self.tokens, self.types, strict=True) if kind == _NORMAL]
+        return [t for t, kind in zip(self.tokens, self.types, strict=True) if kind == NORMAL]
 
     def scores(self) -> list[float]:
         """Score of each piece."""
@@ -255,9 +255,9 @@ class _Vocabulary:
         """Tokens that are matched in the text before anything else."""
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         return [
-            {"id": i, "content": token, **flags, "special": kind != _USER}
+            {"id": i, "content": token, **flags, "special": kind != USER}
             for i, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True))
-            if kind in (_CONTROL, _UNKNOWN, _USER) and token
+            if kind in (CONTROL, UNKNOWN, USER) and token
         ]
 
     def flag(self, key: str, default: bool) -> bool:
@@ -306,8 +306,8 @@ def _byte_level_bpe(vocabulary: _Vocabulary, pre: Pre) -> dict[str, Any]:
 
 def _sentencepiece_bpe(vocabulary: _Vocabulary) -> dict[str, Any]:
     prefix = vocabulary.flag("add_space_prefix", True)
-    to_mark = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-    to_space = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
+    to_mark = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    to_space = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
     model = {"unk_token": vocabulary.token("unknown"), "fuse_unk": True, "byte_fallback": True, "ignore_merges": False}
     empty = {"type": "TemplateProcessing", "special_tokens": {}}
@@ -316,7 +316,7 @@ def _sentencepiece_bpe(vocabulary: _Vocabulary) -> dict[str, Any]:
     return _document(
         vocabulary,
         {**model, "merges": score_merges(vocabulary.tokens, vocabulary.types, vocabulary.scores())},
-        normalizer=_sequence("normalizers", [*([{"type": "Prepend", "prepend": _SPACE}] if prefix else []), to_mark]),
+        normalizer=_sequence("normalizers", [*([{"type": "Prepend", "prepend": SPACE}] if prefix else []), to_mark]),
         pre_tokenizer=None,
         post_processor=vocabulary.template(True) or plain,
         decoder=_sequence("decoders", [to_space, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]),
@@ -326,7 +326,7 @@ def _sentencepiece_bpe(vocabulary: _Vocabulary) -> dict[str, Any]:
 def score_merges(tokens: list[str], types: list[int], scores: list[float]) -> list[list[str]]:
     """Merges equivalent to SentencePiece's scores: it always joins the neighbours whose union scores highest, so every
     way of cutting a piece into two pieces is a merge with the rank of the piece's score."""
-    ids = {t: i for i, (t, kind) in enumerate(zip(tokens, types, strict=True)) if kind == _NORMAL}
+    ids = {t: i for i, (t, kind) in enumerate(zip(tokens, types, strict=True)) if kind == NORMAL}
     ranked = []
     for piece, index in ids.items():
         for cut in range(1, len(piece)):
@@ -337,7 +337,7 @@ def score_merges(tokens: list[str], types: list[int], scores: list[float]) -> li
 
 def _chat_template(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The default template, or the list of all if there are named ones (`tokenizer.chat_template.NAME`)."""
-    default, prefix = metadata.get(_TEMPLATE), f"{_TEMPLATE}."
+    default, prefix = metadata.get(TEMPLATE), f"{TEMPLATE}."
     named = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
     if not named:
         return {} if default is None else {"chat_template": default}

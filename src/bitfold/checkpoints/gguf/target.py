@@ -1,0 +1,215 @@
+"""A GGUF file being written (implements `Target`): the inverse of `GgufSource`.
+
+It is one file, its head first, so config and tokenizer of the source are read when places are given; tensors then come
+in any order, one at a time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitfold.checkpoints.base import Source
+from bitfold.checkpoints.gguf.container import Laid, shard
+from bitfold.checkpoints.gguf.described import Described, describe_model
+from bitfold.checkpoints.gguf.file import GgufFile
+from bitfold.checkpoints.gguf.vocabulary import vocabulary_metadata
+from bitfold.checkpoints.schema import Content, Entry
+from bitfold.checkpoints.shards import PlannedWriter, Shard, ShardPlan, written_error
+from bitfold.errors import CheckpointError, UsageError
+from bitfold.system.tensorinfo import TensorInfo
+
+PLAIN = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+EMBEDDING = "model.embed_tokens.weight"
+# general.file_type: what a file is said to be, for people; loaders go by the types of its tensors.
+FILE_TYPES = {
+    **{"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K_S": 11},
+    **{"Q3_K_M": 12, "Q3_K_L": 13, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "Q2_K_S": 21},
+    **{"IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32, "TQ2_0": 37},
+}
+_MOSTLY = {"q3_k": "Q3_K_M", "q4_k": "Q4_K_M", "q5_k": "Q5_K_M"}
+
+
+class GgufModel:
+    """See `Target`.
+
+    Args:
+        folder: an existing folder; the file in it is `model.gguf`.
+        max_shard_bytes: not used: it is one file.
+        source: the checkpoint whose config and tokenizer go into it.
+        variant: what the file is called (Q4_K_M ...), for general.file_type; empty = by what most of it is.
+
+    Raises:
+        UsageError: no source: weights alone make no GGUF file.
+        CheckpointError: a model that GGUF has no words for.
+    """
+
+    single: str | None = "model.gguf"
+
+    def __init__(self, folder: Path, max_shard_bytes: int, source: Source | None = None, variant: str = "") -> None:
+        if source is None:
+            raise UsageError("a GGUF file is made of a checkpoint: its config and tokenizer go into it")
+        self.folder, self._source, self._variant = folder, source, variant
+        self._model: Described = describe_model(source.config, _title(source.path), str(source.path))
+        self._laid: dict[str, Laid] = {}
+        self._words: dict[int, dict[str, Any]] = {}  # the tokenizer, for an embedding of so many rows
+        self._writer: PlannedWriter | None = None
+
+    @property
+    def _open(self) -> PlannedWriter:
+        assert self._writer is not None, "layout comes first"
+        return self._writer
+
+    @property
+    def files(self) -> list[str]:
+        """See `Target`."""
+        return self._open.plan.files
+
+    def plain(self, info: TensorInfo) -> TensorInfo:
+        """See `Target`: llama.cpp wants vectors in float32."""
+        return TensorInfo(torch.float32, info.shape) if len(info.shape) < 2 else info
+
+    def stored(self, contents: Mapping[str, Content]) -> dict[str, TensorInfo]:
+        """See `Target`: the names of llama.cpp."""
+        return {name: laid.info for name, laid in self._lay(contents).items()}
+
+    def size(self, contents: Mapping[str, Content]) -> int:
+        """See `Target`."""
+        return self._shard(contents).nbytes
+
+    def layout(self, contents: Mapping[str, Content]) -> None:
+        """See `Target`.
+
+        Raises:
+            CheckpointError: a tensor that GGUF has no place or no type for, or what `vocabulary_metadata` raises.
+        """
+        self._laid = self._lay(contents)
+        self._writer = PlannedWriter(self.folder, ShardPlan((self._shard(contents),)))
+        for name, values in self._model.tensors.items():
+            self._writer.write(name, [values])
+
+    def _shard(self, contents: Mapping[str, Content]) -> Shard:
+        assert self.single is not None
+        laid = self._lay(contents)
+        kind = FILE_TYPES.get(self._variant, FILE_TYPES[_mostly(laid.values())])
+        rows = _rows(contents, str(self._source.path))
+        if rows not in self._words:
+            self._words[rows] = vocabulary_metadata(self._source, rows)
+        self._model.put("vocab_size", rows)
+        return shard(self.single, {**self._model.metadata, "general.file_type": kind, **self._words[rows]}, laid)
+
+    def _lay(self, contents: Mapping[str, Content]) -> dict[str, Laid]:
+        found = {name: Laid("f32", tuple(w.shape), _info(w)) for name, w in self._model.tensors.items()}
+        for name, content in contents.items():
+            found[self._gguf_name(name)] = _laid(name, content)
+        return found
+
+    def _gguf_name(self, name: str) -> str:
+        found = self._model.gguf_name(name)
+        if found is None:
+            what = f"GGUF has no place for it in a model of architecture {self._model.name!r}"
+            raise CheckpointError(what, where=name, hint="a variant of the model that llama.cpp does not know")
+        return found
+
+    def write(self, name: str, parts: Iterable[torch.Tensor]) -> dict[str, str]:
+        """See `Target`; numbers are cast to what is planned."""
+        stored = self._gguf_name(name)
+        return {stored: self._open.write(stored, self._ordered(stored, self._offset(stored, parts)))}
+
+    def pack(self, name: str, fields: Mapping[str, torch.Tensor]) -> dict[str, str]:
+        """See `Target`."""
+        stored = self._gguf_name(name)
+        if fields.keys() != {"blocks"}:
+            what = f"is packed as {sorted(fields)}, blocks were planned"
+            raise CheckpointError(what, where=f"{self.folder}: {name}")
+        return {stored: self._open.write(stored, self._ordered(stored, [fields["blocks"]]))}
+
+    def _offset(self, stored: str, parts: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        laid, offset = self._laid[stored], self._model.arch.norm_offset
+        for part in parts:
+            if not part.is_floating_point():
+                raise CheckpointError(f"{part.dtype} was not planned", where=stored)
+            # The offset is added in float32: most numbers of a bfloat16 norm would be lost in the sum.
+            shifted = part.float() + offset if offset and stored.endswith("norm.weight") else part
+            yield shifted.to(laid.info.dtype)
+
+    def _ordered(self, stored: str, parts: Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
+        """Rows of queries and keys in the order of llama.cpp: pairs of the rotary embedding side by side."""
+        query, key = self._model.heads
+        heads = query if ".attn_q." in stored else key if ".attn_k." in stored else 0
+        if not (heads and self._model.arch.interleaved):
+            return parts
+        w = torch.cat(list(parts))
+        if w.shape[0] % (2 * heads):
+            raise CheckpointError(f"{w.shape[0]} rows do not make {heads} heads", where=stored)
+        return [w.view(heads, 2, w.shape[0] // heads // 2, *w.shape[1:]).transpose(1, 2).reshape(w.shape)]
+
+    def digest(self, stored: str) -> str:
+        """See `Target`."""
+        return self._open.digest(stored)
+
+    def held(self) -> dict[str, int]:
+        """See `Target`."""
+        assert self.single is not None
+        file = GgufFile(self.folder / self.single)
+        try:
+            return {name: tensor.nbytes for name, tensor in file.tensors.items()}
+        finally:
+            file.close()
+
+    def sync(self) -> None:
+        """See `Target`."""
+        self._open.sync()
+
+    def finish(self, config: Mapping[str, Any], quantization: Mapping[str, Any] | None = None) -> None:
+        """See `Target`: all of it is in the head already."""
+        try:
+            self.sync()
+        except OSError as error:
+            raise written_error(error, self.folder, "cannot be completed") from error
+
+
+def _rows(contents: Mapping[str, Content], where: str) -> int:
+    embedding = contents.get(EMBEDDING)
+    if embedding is None:
+        raise CheckpointError("the model has no embedding", where=where)
+    return embedding.model_shape[0] if isinstance(embedding, Entry) else embedding.shape[0]
+
+
+def _info(w: torch.Tensor) -> TensorInfo:
+    return TensorInfo(w.dtype, tuple(w.shape))
+
+
+def _title(path: Path) -> str:
+    return path.stem if path.is_file() else path.resolve().name
+
+
+def _laid(name: str, content: Content) -> Laid:
+    """How a tensor lies in the file.
+
+    Raises:
+        CheckpointError: no ggml type can hold it as it is.
+    """
+    if isinstance(content, Entry):
+        if content.format.ggml is None or content.sides() or content.transposed or content.flat:
+            beside = "" if content.format.ggml is None else " with a transform, or in another orientation"
+            what = f"{content.format.name}{beside} is no type of GGUF"
+            raise CheckpointError(what, where=name, hint="name a type of GGUF, as in gguf:Q4_K_M")
+        return Laid(content.format.ggml, content.shape, content.format.layout(content.shape)["blocks"])
+    dtype = torch.float32 if len(content.shape) < 2 else content.dtype
+    if not content.dtype.is_floating_point or dtype not in PLAIN:
+        raise CheckpointError(f"{content.dtype} is no type of GGUF", where=name, hint="name one, as in gguf:F16")
+    return Laid(PLAIN[dtype], content.shape, TensorInfo(dtype, content.shape))
+
+
+def _mostly(tensors: Iterable[Laid]) -> str:
+    sizes: Counter[str] = Counter()
+    for laid in tensors:
+        sizes[laid.type] += laid.info.nbytes
+    most = sizes.most_common(1)[0][0] if sizes else "f32"
+    name = _MOSTLY.get(most, most.upper())
+    return name if name in FILE_TYPES else "F16"
