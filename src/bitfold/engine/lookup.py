@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-MOST = 15  # guesses of a pass
+MOST = 7  # guesses of a pass: with the new token eight rows, which kernels round as they round one
 _FEW = 3  # at first, and where they fail
 _GRAM = 3  # tokens that must have stood before
-_WEIGHT = 0.1  # of a new measurement in the mean
-_SHARE = 0.015  # of the time of a text that failed guesses may cost
-_ADVANCE = 2  # and passes of one token, before there is such a time
-_CREDIT = 8  # passes: what successful guesses may cost when they begin to fail
+_SHARE = 0.01  # of the tokens of a text that failed guesses may cost, in passes of one token
+_ADVANCE = 1  # the same before there are tokens
+_CREDIT = 8  # what guesses that were right have earned for those that fail, at most
 
 
 class Lookup:
@@ -47,8 +46,9 @@ class Lookup:
 class Payoff:
     """Decides how many guesses a pass reads, from what passes took and brought in this text.
 
-    What guesses have cost (seconds beyond those that as many passes of one token would have taken) never gets beyond
-    a small share of the time of the text: where they fail they are tried now and then, where they pay they go on.
+    Counted in passes of one token. What guesses have cost (the time of their passes, less the tokens that these
+    brought) never gets beyond a small share of the tokens: where they fail they are tried now and then, where they
+    pay they go on.
 
     Args:
         most: guesses of a pass at most; 0 = none.
@@ -58,8 +58,9 @@ class Payoff:
     def __init__(self, most: int = MOST, *, always: bool = False) -> None:
         self._most, self._always = most, always
         self._single: float | None = None  # seconds of a pass of one token
-        self._lost, self._spent = 0.0, 0.0  # seconds
-        self._failure = 0.0  # seconds that a pass loses whose guesses are all wrong
+        self._costs: dict[int, float] = {}  # seconds of a pass, by its guesses
+        self._tokens, self._lost = 0, 0.0
+        self._failure = 0.0  # what a pass loses whose guesses are all wrong
         self._length = min(most, _FEW)
 
     def wanted(self) -> int:
@@ -68,17 +69,25 @@ class Payoff:
             return self._most
         if self._single is None:
             return 0  # what guesses are compared with is not known yet
-        allowed = _SHARE * self._spent + _ADVANCE * self._single
-        return self._length if self._lost + self._failure <= allowed else 0
+        return self._length if self._lost + self._failure <= _SHARE * self._tokens + _ADVANCE else 0
 
     def note(self, guesses: int, tokens: int, seconds: float) -> None:
         """A pass with so many guesses took so long and brought so many tokens."""
-        self._spent += seconds
+        self._tokens += tokens
         if guesses == 0:
-            self._single = seconds if self._single is None else (1 - _WEIGHT) * self._single + _WEIGHT * seconds
+            self._single = _steady(self._single, seconds)
         elif self._single is not None:
-            self._failure = seconds - self._single
-            lost = self._lost + seconds - tokens * self._single
-            self._lost = max(lost, -_CREDIT * self._single)  # a text may change its ways
+            bounded = min(seconds, (guesses + 1) * self._single)  # more than that is the machine's doing
+            self._costs[guesses] = _steady(self._costs.get(guesses), bounded)
+            cost = self._costs[guesses] / self._single
+            self._failure = cost - 1
+            self._lost = max(self._lost + cost - tokens, -_CREDIT)  # a text may change its ways
             right = tokens - 1
             self._length = min(self._most, 2 * self._length if right == guesses else max(_FEW, right + 1))
+
+
+def _steady(old: float | None, new: float) -> float:
+    """Goes down quickly and up slowly: what disturbs a measurement makes it longer."""
+    if old is None:
+        return new
+    return old + (0.3 * (new - old) if new < old else 0.05 * (min(new, 2 * old) - old))

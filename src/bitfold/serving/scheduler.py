@@ -25,7 +25,7 @@ from bitfold.serving.protocol import Steps, common
 _LOG = logging.getLogger("bitfold.serving")
 _ALONE = 256  # tokens of prompts in a pass in which nothing is written
 _LEAST = 16  # and at least in a pass in which something is
-_STALL = 0.15  # seconds that reading prompts may take in such a pass
+_STALL = 0.2  # seconds that such a pass should take at most
 
 
 class QueueFull(BitfoldError):
@@ -63,7 +63,7 @@ class Scheduler:
         self._changed = threading.Condition()
         self._closed = False
         self._given = 0
-        self._token_seconds: float | None = None  # of a token of a prompt
+        self._room = 4 * _LEAST  # tokens of prompts in a pass in which something is written
         self._thread = threading.Thread(target=self._run, name="bitfold-scheduler", daemon=True)
         self._thread.start()
 
@@ -153,7 +153,7 @@ class Scheduler:
     def _pass(self) -> None:
         writing = [slot for slot in self._slots if slot.job is not None and not slot.unread]
         work = [(slot.number, [slot.last]) for slot in writing if slot.last is not None]
-        room = self._room(bool(writing))
+        room = self._room if writing else _ALONE
         reading: list[_Slot] = []
         for slot in sorted((s for s in self._slots if s.job is not None and s.unread), key=lambda s: s.used):
             if room > 0:
@@ -168,21 +168,12 @@ class Scheduler:
             self._fail([*writing, *reading], error)
             return
         advancing = [(s, row) for s, row in zip([*writing, *reading], logits, strict=True) if not s.unread]
-        self._metrics.passed(time.monotonic() - start, len(advancing))
-        self._note(time.monotonic() - start, sum(len(ids) for _, ids in work) - len(writing))
+        seconds = time.monotonic() - start
+        self._metrics.passed(seconds, len(advancing))
+        if writing and room == 0:  # twice as many, as long as passes stay short
+            self._room = max(_LEAST, self._room // 2) if seconds > _STALL else min(_ALONE, 2 * self._room)
         for slot, row in advancing:
             self._advance(slot, row)
-
-    def _room(self, writing: bool) -> int:
-        """Tokens of prompts in the next pass."""
-        if not writing or self._token_seconds is None:
-            return _ALONE if not writing else _LEAST
-        return max(_LEAST, min(_ALONE, int(_STALL / self._token_seconds)))
-
-    def _note(self, seconds: float, read: int) -> None:
-        if read >= _LEAST:  # an upper bound where something was written, too
-            found = seconds / read
-            self._token_seconds = found if self._token_seconds is None else 0.8 * self._token_seconds + 0.2 * found
 
     def _advance(self, slot: _Slot, logits: Tensor) -> None:
         job = slot.job
