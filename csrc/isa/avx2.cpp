@@ -8,7 +8,6 @@
 #include "loops/few.h"
 #include "loops/gemm.h"
 #include "loops/gemv.h"
-#include "loops/ggml.h"
 #include "loops/hadamard.h"
 #include "loops/rounding.h"
 #include "loops/trellis.h"
@@ -65,4 +64,5 @@ struct Unpack {
 }  // namespace bitfold
 
 #define BITFOLD_TABLE table_avx2
+#define BITFOLD_GGML ggml_avx2
 #include "loops/table.inc"

@@ -8,7 +8,6 @@
 #include "loops/few.h"
 #include "loops/gemm.h"
 #include "loops/gemv.h"
-#include "loops/ggml.h"
 #include "loops/hadamard.h"
 #include "loops/rounding.h"
 #include "loops/trellis.h"
@@ -61,4 +60,5 @@ struct Unpack {
 }  // namespace bitfold
 
 #define BITFOLD_TABLE table_avx512
+#define BITFOLD_GGML ggml_avx512
 #include "loops/table.inc"

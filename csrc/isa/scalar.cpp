@@ -8,7 +8,6 @@
 #include "loops/few.h"
 #include "loops/gemm.h"
 #include "loops/gemv.h"
-#include "loops/ggml.h"
 #include "loops/hadamard.h"
 #include "loops/rounding.h"
 #include "loops/trellis.h"
@@ -34,4 +33,5 @@ struct Unpack {
 }  // namespace bitfold
 
 #define BITFOLD_TABLE table_scalar
+#define BITFOLD_GGML ggml_scalar
 #include "loops/table.inc"

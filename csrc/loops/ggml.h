@@ -37,9 +37,12 @@ void ggml_round(const float* x, size_t k, const GgmlActs& a, size_t row) {
     lo[i] = static_cast<int8_t>(v - high * 128);
   }
   float* quads = a.quads + row * (a.padded / 4);
+  int32_t* starts = a.starts + row * (a.padded / 4);
   for (size_t i = 0; i < a.padded / 4; ++i) {
     const int8_t *h = hi + 4 * i, *l = lo + 4 * i;
-    quads[i] = static_cast<float>((h[0] + h[1] + h[2] + h[3]) * 128 + l[0] + l[1] + l[2] + l[3]);
+    const int32_t sum = (h[0] + h[1] + h[2] + h[3]) * 128 + l[0] + l[1] + l[2] + l[3];
+    quads[i] = static_cast<float>(sum);
+    starts[i] = -sum;
   }
   float *sums16 = a.sums16 + row * (a.padded / 16), *sums32 = a.sums32 + row * (a.padded / 16);
   for (size_t i = 0; i < a.padded / 16; ++i)
@@ -48,125 +51,136 @@ void ggml_round(const float* x, size_t k, const GgmlActs& a, size_t row) {
     sums32[i] = i % 16 < 8 ? 0.0f : sums16[i / 16 * 16 + i % 8 * 2] + sums16[i / 16 * 16 + i % 8 * 2 + 1];
 }
 
-constexpr size_t kGgmlAhead = 4096;  // bytes that are fetched ahead
+// Bytes that are fetched ahead of the rows in hand: into the second-level cache, whose requests are many, and from
+// there into the first. Rows are short, and hardware that fetches by itself gives up at their ends.
+constexpr size_t kGgmlFar = 8192, kGgmlNear = 1024;
 
 // R rows of the weight times M rows of activations: codes are decoded once.
 template <class S, class C, int R, int M>
-class GgmlRows {
- public:
-  GgmlRows(const GgmlWeight& w, const GgmlActs& a) : w_(w), a_(a) {}
+struct GgmlRows {
+  using I = typename S::I;
+  using F = typename S::F;
+  // Sums of activations are multiplied by this: codes are taken as they are, less what the dot product subtracts.
+  static constexpr int kFactor = C::kShifts ? (C::kSmall ? 1 : -1) : S::centre(C::kBits) - C::kOffset;
+  // An offset of 128 is where products by the high bytes begin; others are taken from sums in floating point.
+  static constexpr bool kStarts = C::kSmall && kFactor == -128, kCorrected = kFactor != 0 && !kStarts;
 
-  // y[m * w.n + row] for the rows of activations from `first` on.
-  void run(const size_t* rows, size_t first, float* y) {
-    first_ = first;
-    repeat<R * M>([&](auto i) BITFOLD_INLINE { f_[i.value] = g_[i.value] = S::zerof(); });
+  const GgmlWeight& w;
+  const GgmlActs& a;
+  size_t first;  // row of activations
+  const C codec{};
+  const typename S::Spread spread{S::W / C::kGroup ? S::W / C::kGroup : 1};
+
+  GgmlRows(const GgmlWeight& weight, const GgmlActs& acts, size_t row) : w(weight), a(acts), first(row) {}
+
+  // Accumulators: one by one, so that they stay in registers.
+  struct Sums {
+    F f[R * M], g[R * M];
+  };
+
+  // y[m * w.n + row].
+  void run(const size_t* rows, float* y) const {
+    Sums sums;
+    repeat<R * M>([&](auto i) BITFOLD_INLINE { sums.f[i.value] = sums.g[i.value] = S::zerof(); });
     const uint8_t* p[R];
-    for (int r = 0; r < R; ++r) p[r] = w_.blocks + rows[r] * w_.row_bytes;
-    const uint8_t* ahead = p[R - 1] + w_.row_bytes + kGgmlAhead;
-    const size_t units = w_.k / C::kUnit;
-    for (size_t t = 0; t < units; ++t) {
-      repeat<(R * C::kBytes + 63) / 64>([&](auto i)
-                                            BITFOLD_INLINE { S::prefetch(ahead + t * R * C::kBytes + i.value * 64); });
-      unit(p, t * C::kUnit);
-      for (int r = 0; r < R; ++r) p[r] += C::kBytes;
+    repeat<R>([&](auto r) BITFOLD_INLINE { p[r.value] = w.blocks + rows[r.value] * w.row_bytes; });
+    const uint8_t* ahead = p[R - 1] + w.row_bytes;
+    const size_t units = w.k / C::kUnit;
+    for (size_t t = 0; t < units; ++t, ahead += R * C::kBytes) {
+      repeat<(R * C::kBytes + 63) / 64>([&](auto i) BITFOLD_INLINE {
+        S::prefetch_far(ahead + kGgmlFar + i.value * 64);
+        S::prefetch(ahead + kGgmlNear + i.value * 64);
+      });
+      unit(p, t * C::kUnit, sums);
+      repeat<R>([&](auto r) BITFOLD_INLINE { p[r.value] += C::kBytes; });
     }
     if constexpr (C::kSmall) {
-      if (w_.k % C::kUnit) last_block(p, units * C::kUnit);
+      if (w.k % C::kUnit) last_block(p, units * C::kUnit, sums);
     }
     repeat<M>([&](auto m) BITFOLD_INLINE {
       repeat<R>([&](auto r) BITFOLD_INLINE {
         const size_t i = r.value * M + m.value;
-        float sum = S::sum(f_[i]);
-        if constexpr (kCorrected) sum += static_cast<float>(kFactor) * S::sum(g_[i]);
-        y[(first + m.value) * w_.n + rows[r.value]] = sum * a_.scale[first + m.value];
+        F total = sums.f[i];
+        if constexpr (kCorrected) total = S::fma(sums.g[i], S::set(static_cast<float>(kFactor)), total);
+        y[(first + m.value) * w.n + rows[r.value]] = S::sum(total) * a.scale[first + m.value];
       });
     });
   }
 
  private:
-  using I = typename S::I;
-  using F = typename S::F;
-  // Of the sums of activations: codes are taken as they are, less what the dot product subtracts by itself.
-  static constexpr int kFactor = C::kShifts ? 1 : S::centre(C::kBits) - C::kOffset;
-  static constexpr bool kCorrected = kFactor != 0;
-
   // A lone block of 32 at the end of a row, beside one of zeros.
-  void last_block(const uint8_t* const* p, size_t column) {
+  void last_block(const uint8_t* const (&p)[R], size_t column, Sums& sums) const {
     uint8_t bytes[R][C::kBytes] = {};
     const uint8_t* at[R];
     for (int r = 0; r < R; ++r) {
       memcpy(bytes[r], p[r], C::kBytes / 2);
       at[r] = bytes[r];
     }
-    unit(at, column);
+    unit(at, column, sums);
   }
 
-  BITFOLD_INLINE void unit(const uint8_t* const* p, size_t column) {
-    alignas(64) float terms[R][48];
-    if constexpr (!C::kSmall) {
-      repeat<R>([&](auto r) BITFOLD_INLINE { codec_.terms(p[r.value], terms[r.value]); });
-      if constexpr (kCorrected) correct(terms, column / 16);
+  BITFOLD_INLINE void unit(const uint8_t* const (&p)[R], size_t column, Sums& sums) const {
+    if constexpr (C::kSmall) {
+      repeat<C::kUnit / S::W>([&](auto v) BITFOLD_INLINE {
+        constexpr int V = static_cast<int>(v.value);
+        F scale[R];
+        repeat<R>([&](auto r) BITFOLD_INLINE { scale[r.value] = codec.template scale<V>(p[r.value]); });
+        vectors<V>(p, column, scale, sums);
+        if constexpr (kCorrected) {
+          if constexpr (C::kShifts)
+            repeat<R>([&](auto r) BITFOLD_INLINE { scale[r.value] = codec.template shift<V>(p[r.value]); });
+          correct(a.quads, a.padded / 4, column / 4 + V * S::L, scale, sums);
+        }
+      });
+    } else {
+      Terms<S, C> terms[R];
+      repeat<R>([&](auto r) BITFOLD_INLINE { terms[r.value].read(codec, p[r.value]); });
+      if constexpr (kCorrected)
+        repeat<16 / S::L>([&](auto i) BITFOLD_INLINE {
+          if constexpr (C::kSums == 32 && (i.value + 1) * S::L <= 8) return;  // sums of nothing
+          F by[R];
+          repeat<R>([&](auto r) BITFOLD_INLINE { by[r.value] = terms[r.value].template by<i.value>(); });
+          correct(C::kSums == 32 ? a.sums32 : a.sums16, a.padded / 16, column / 16 + i.value * S::L, by, sums);
+        });
+      repeat<C::kUnit / S::W>([&](auto v) BITFOLD_INLINE {
+        constexpr int V = static_cast<int>(v.value);
+        F scale[R];
+        repeat<R>([&](auto r) BITFOLD_INLINE { scale[r.value] = terms[r.value].template scale<V>(spread); });
+        vectors<V>(p, column, scale, sums);
+      });
     }
-    repeat<C::kUnit / S::W>([&](auto v) BITFOLD_INLINE { vector<static_cast<int>(v.value)>(p, terms, column); });
   }
 
-  // The V-th vectors of a unit.
+  // f += scale * products of the V-th vectors of a unit.
   template <int V>
-  BITFOLD_INLINE void vector(const uint8_t* const* p, const float (*terms)[48], size_t column) {
+  BITFOLD_INLINE void vectors(const uint8_t* const (&p)[R], size_t column, const F (&scale)[R], Sums& sums) const {
+    constexpr int kDot = C::kBits == 8 ? 8 : 4;
     I codes[R];
-    F scale[R];
-    repeat<R>([&](auto r) BITFOLD_INLINE {
-      codes[r.value] = codec_.template codes<V>(p[r.value]);
-      if constexpr (C::kSmall) {
-        scale[r.value] = codec_.template scale<V>(p[r.value]);
-      } else {
-        scale[r.value] = spread_.f32(terms[r.value] + V * S::W / C::kGroup);
-      }
-    });
-    const size_t at = column + V * S::W;
+    repeat<R>([&](auto r) BITFOLD_INLINE { codes[r.value] = codec.template codes<V>(p[r.value]); });
     repeat<M>([&](auto m) BITFOLD_INLINE {
-      const size_t x = (first_ + m.value) * a_.padded + at;
-      const I hi = S::load(a_.hi + x), lo = S::load(a_.lo + x);
+      const size_t at = (first + m.value) * a.padded + column + V * S::W;
+      const I hi = S::load(a.hi + at), lo = S::load(a.lo + at);
+      I start = S::zero();
+      if constexpr (kStarts) start = S::load(a.starts + at / 4);
       repeat<R>([&](auto r) BITFOLD_INLINE {
-        constexpr int kDot = C::kBits == 8 ? 8 : 4;
-        const I high = S::times128(S::template dot<kDot>(S::zero(), codes[r.value], hi));
-        const I dot = S::template dot<kDot>(high, codes[r.value], lo);
-        F& f = f_[r.value * M + m.value];
-        f = S::fma(S::to_float(dot), scale[r.value], f);
+        const I high = S::times128(S::template dot<kDot>(start, codes[r.value], hi));
+        const F dot = S::to_float(S::template dot<kDot>(high, codes[r.value], lo));
+        F& f = sums.f[r.value * M + m.value];
+        f = S::fma(dot, scale[r.value], f);
       });
-      if constexpr (C::kSmall && kCorrected) {
-        const F quads = S::loadf(a_.quads + x / 4);
-        repeat<R>([&](auto r) BITFOLD_INLINE {
-          F by = scale[r.value];
-          if constexpr (C::kShifts) by = codec_.template shift<V>(p[r.value]);
-          F& g = g_[r.value * M + m.value];
-          g = S::fma(by, quads, g);
-        });
-      }
     });
   }
 
-  BITFOLD_INLINE void correct(const float (*terms)[48], size_t at) {
-    constexpr int kFirst = C::kSums == 32 && S::L < 16 ? 8 : 0, kFrom = C::kSums == 32 ? 0 : C::kTerms;
+  // g += by * sums of activations.
+  BITFOLD_INLINE void correct(const float* x, size_t stride, size_t at, const F (&by)[R], Sums& sums) const {
     repeat<M>([&](auto m) BITFOLD_INLINE {
-      const float* sums = (C::kSums == 32 ? a_.sums32 : a_.sums16) + (first_ + m.value) * (a_.padded / 16) + at;
-      repeat<(16 - kFirst) / S::L>([&](auto i) BITFOLD_INLINE {
-        const size_t j = kFirst + i.value * S::L;
-        const F sum = S::loadf(sums + j);
-        repeat<R>([&](auto r) BITFOLD_INLINE {
-          F& g = g_[r.value * M + m.value];
-          g = S::fma(S::loadf(terms[r.value] + kFrom + j), sum, g);
-        });
+      const F sum = S::loadf(x + (first + m.value) * stride + at);
+      repeat<R>([&](auto r) BITFOLD_INLINE {
+        F& g = sums.g[r.value * M + m.value];
+        g = S::fma(by[r.value], sum, g);
       });
     });
   }
-
-  const GgmlWeight& w_;
-  const GgmlActs& a_;
-  const C codec_{};
-  const typename S::Spread spread_{S::W / C::kGroup ? S::W / C::kGroup : 1};
-  size_t first_ = 0;
-  F f_[R * M], g_[R * M];
 };
 
 // Rows [begin, end) of the weight times all rows of activations, a few at a time.
@@ -174,22 +188,17 @@ template <class S>
 struct GgmlFew {
   template <class C>
   static void run(const GgmlWeight& w, const GgmlActs& a, size_t begin, size_t end, float* y) {
-    constexpr int kOne = S::kRegisters >= 32 && S::L > 4 ? 4 : 2, kMany = S::kRegisters >= 32 ? 4 : 2;
+    constexpr int kMany = S::kRegisters >= 32 ? 4 : 2;
     size_t i = 0;
-    if (a.m >= kMany) {
-      GgmlRows<S, C, 2, kMany> rows(w, a);
-      for (; i + kMany <= a.m; i += kMany) each<2>(rows, begin, end, i, y);
-    }
-    GgmlRows<S, C, kOne, 1> rows(w, a);
-    for (; i < a.m; ++i) each<kOne>(rows, begin, end, i, y);
+    for (; i + kMany <= a.m; i += kMany) each(GgmlRows<S, C, 2, kMany>(w, a, i), begin, end, y);
+    for (; i < a.m; ++i) each(GgmlRows<S, C, 2, 1>(w, a, i), begin, end, y);
   }
 
-  template <int R, class Rows>
-  static void each(Rows& rows, size_t begin, size_t end, size_t first, float* y) {
-    for (size_t row = begin; row < end; row += R) {
-      size_t at[R];
-      for (size_t r = 0; r < R; ++r) at[r] = smaller(row + r, end - 1);
-      rows.run(at, first, y);
+  template <class Rows>
+  static void each(const Rows& rows, size_t begin, size_t end, float* y) {
+    for (size_t row = begin; row < end; row += 2) {
+      const size_t at[2] = {row, smaller(row + 1, end - 1)};
+      rows.run(at, y);
     }
   }
 };
@@ -212,10 +221,11 @@ void ggml_unit(const C& codec, const uint8_t* unit, float* out) {
       }
     }
   });
-  const float* shifts = terms + 16;
+  float* shifts = terms + 16;
   if constexpr (!C::kSmall) {
     codec.terms(unit, terms);
     shifts = terms + C::kTerms;
+    for (int g = 0; C::kShifts && g < C::kUnit / C::kGroup; ++g) shifts[g] = -shifts[g];
   }
   for (int g = 0; g < C::kUnit / C::kGroup; ++g) {
     const float scale = terms[g], shift = C::kShifts ? shifts[g] : 0.0f;

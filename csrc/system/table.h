@@ -41,6 +41,9 @@ struct GgmlProducts {
   void (*decode)(const GgmlWeight& w, size_t begin, size_t end, float* out);
 };
 
+// By instruction set, in files of their own: weights/ggml/.
+extern const GgmlProducts ggml_scalar, ggml_avx2, ggml_avx512, ggml_neon;
+
 // Products of floats on tiles, see loops/amx_floats.h; where there are none, `least` is out of reach.
 struct TileProducts {
   size_t least = ~size_t{0};  // rows of activations from which on they are the faster way
@@ -85,7 +88,7 @@ struct Table {
   size_t (*gemm_scratchf)(const Scaled& w, size_t m, size_t padded);
   Products<DenseWeight> dense;
   Products<TrellisWeight> trellis;
-  GgmlProducts ggml;
+  const GgmlProducts* ggml;
   TileProducts tiles;
 
   // One row of the weight out of its unpacked codes; rows [begin, end) out of trellis tiles.

@@ -73,7 +73,7 @@ void dequantize(const TrellisWeight& w, size_t begin, size_t end, float* out, in
 void dequantize(const GgmlWeight& w, size_t begin, size_t end, float* out, int threads) {
   const Table& t = table();
   parallel_for(end - begin, decode_grain(w.k), threads,
-               [&](size_t from, size_t to) { t.ggml.decode(w, begin + from, begin + to, out + from * w.k); });
+               [&](size_t from, size_t to) { t.ggml->decode(w, begin + from, begin + to, out + from * w.k); });
 }
 
 }  // namespace bitfold

@@ -159,7 +159,7 @@ class Prepared<GgmlWeight> {
       x = floats;
     }
     if (m_ >= t_.tiles.least) return t_.tiles.row(x, w_.k, i, floats_);
-    if (m_ <= kFew) return t_.ggml.round(x, w_.k, acts_, i);
+    if (m_ <= kFew) return t_.ggml->round(x, w_.k, acts_, i);
     t_.arrangef(shape_, x, m_, acts_.padded, i, floats_, nullptr);
     for (size_t r = m_; i + 1 == m_ && r < rows_; ++r)
       t_.arrangef(shape_, nullptr, m_, acts_.padded, r, floats_, nullptr);
@@ -170,10 +170,10 @@ class Prepared<GgmlWeight> {
       uint8_t* scratch = RowMemory::mine().panel.get<uint8_t>(t_.tiles.scratch(m_));
       return t_.tiles.ggml(w_, floats_, m_, begin, end, y, scratch);
     }
-    if (m_ <= kFew) return t_.ggml.few(w_, acts_, begin, end, y);
+    if (m_ <= kFew) return t_.ggml->few(w_, acts_, begin, end, y);
     ActF a;
     a.m = m_, a.padded = acts_.padded, a.x = floats_;
-    t_.ggml.gemm(w_, a, begin, end, y, RowMemory::mine().panel.get<float>(t_.ggml.scratch(m_) / sizeof(float)));
+    t_.ggml->gemm(w_, a, begin, end, y, RowMemory::mine().panel.get<float>(t_.ggml->scratch(m_) / sizeof(float)));
   }
 
  private:

@@ -5,8 +5,8 @@
 //
 //   codes<V>(unit)   the V-th S::W codes of a unit, column after column
 //   small units      scale<V>(unit), shift<V>(unit): of the same columns, by lane
-//   large units      terms(unit, t): scales, then from kTerms on what sums of activations are multiplied with: shifts,
-//                    or the scales themselves (kTerms = 0)
+//   large units      terms(unit, t): scales, then from kTerms on what sums of activations are multiplied with: shifts
+//                    with their sign turned, or the scales themselves (kTerms = 0)
 #pragma once
 #include "simd/swar.h"
 #include "system/table.h"
@@ -207,7 +207,7 @@ inline void six_bit_terms(const uint8_t* u, float* t) {
   all[3] = (c >> 4 & 0x0f0f0f0fu) | (b >> 2 & 0x30303030u);
   uint8_t byte[16];
   memcpy(byte, all, 16);
-  const float d = S::half1(u), low = -S::half1(u + 2);
+  const float d = S::half1(u), low = S::half1(u + 2);
   for (int i = 0; i < 16; ++i) t[i] = (i < 8 ? d : low) * static_cast<float>(byte[i]);
 }
 
@@ -218,7 +218,7 @@ struct Q2_K : LargeBlocks<2, 0, 84, 16, true, 16, 16> {
     return plane_of<S, 32, 2, V * S::W, 0>(u + 16);
   }
   BITFOLD_INLINE void terms(const uint8_t* u, float* t) const {
-    const float d = S::half1(u + 80), low = -S::half1(u + 82);
+    const float d = S::half1(u + 80), low = S::half1(u + 82);
     for (int i = 0; i < 16; ++i) t[i] = d * static_cast<float>(u[i] & 15);
     for (int i = 0; i < 16; ++i) t[16 + i] = low * static_cast<float>(u[i] >> 4);
   }
@@ -298,6 +298,10 @@ struct Tq2_0 : LargeBlocks<2, 1, 66, 32, false, 8, 32> {
     for (int i = 0; i < 16; ++i) t[i] = d;
   }
 };
+
+// Scales and shifts of a large unit: terms_plain.h, terms_avx512.h.
+template <class S, class C>
+struct Terms;
 
 // From a type to its codec: f is a class with static members run<Codec>.
 template <class S, class F, class... A>

@@ -32,19 +32,23 @@ struct GgmlWeight {
 struct GgmlActs {
   size_t m = 0, padded = 0;  // padded: columns, zeros behind the last
   int8_t *hi = nullptr, *lo = nullptr;
-  // Sums of whole numbers: (m, padded / 4); (m, padded / 16); for every 256 columns eight zeros, then the sums of 32.
-  float *quads = nullptr, *sums16 = nullptr, *sums32 = nullptr;
+  // Sums of whole numbers: (m, padded / 4), as they are and negative; (m, padded / 16); for every 256 columns eight
+  // zeros, then the sums of 32.
+  float* quads = nullptr;
+  int32_t* starts = nullptr;
+  float *sums16 = nullptr, *sums32 = nullptr;
   float* scale = nullptr;  // (m)
 
   static size_t padded_of(size_t k) { return (k + 63) / 64 * 64; }
-  static size_t bytes(size_t m, size_t k) { return m * (padded_of(k) * 7 / 2 + 64 + sizeof(float)) + 64; }
+  static size_t bytes(size_t m, size_t k) { return m * (padded_of(k) * 9 / 2 + 64 + sizeof(float)) + 64; }
 
   GgmlActs() = default;
   GgmlActs(void* memory, size_t rows, size_t k) : m(rows), padded(padded_of(k)) {
     hi = static_cast<int8_t*>(memory);
     lo = hi + m * padded;
     quads = reinterpret_cast<float*>(lo + m * padded);
-    sums16 = quads + m * (padded / 4);
+    starts = reinterpret_cast<int32_t*>(quads + m * (padded / 4));
+    sums16 = reinterpret_cast<float*>(starts + m * (padded / 4));
     sums32 = sums16 + m * (padded / 16);
     scale = sums32 + m * (padded / 16);
   }
