@@ -83,7 +83,7 @@ def load_file(path: Path, dtype: torch.dtype | None = None) -> nn.Module:
         CheckpointError: a damaged file, or one of an architecture or a type of blocks that is not supported.
         ModelError: transformers cannot build it, or tensors are missing.
     """
-    source = GgufSource(path)
+    source = GgufSource(path, weights_alone=True)
     try:
         model: Any = open_skeleton(source, dtype=dtype)
         assert model is not None  # an architecture that GgufSource reads is one of transformers'

@@ -44,6 +44,7 @@ class GgufSource:
             this seed: a plausible draw of the weights before they were quantized. The file's 4-bit lattice would
             otherwise flatter every 4-bit format that is measured on it.
         pre_tokenizer: by which rule its tokenizer cuts text, whatever the file says.
+        weights_alone: do not look at the tokenizer, whose check takes longer than all else.
 
     Raises:
         CheckpointError: a damaged file, an architecture that is not supported, tensors that are missing or unknown.
@@ -51,12 +52,20 @@ class GgufSource:
 
     quantization: None = None
 
-    def __init__(self, path: str | Path, dither_seed: int | None = None, pre_tokenizer: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        dither_seed: int | None = None,
+        pre_tokenizer: str | None = None,
+        *,
+        weights_alone: bool = False,
+    ) -> None:
         self.path = Path(path)
         self._file = GgufParts(path)
         try:
             self._read_facts(dither_seed)
-            self._tokenizer = tokenizer_of(self._file.metadata, str(self.path), pre_tokenizer)
+            read = None if weights_alone else tokenizer_of(self._file.metadata, str(self.path), pre_tokenizer)
+            self._tokenizer = read
         except BaseException:
             self._file.close()
             raise
