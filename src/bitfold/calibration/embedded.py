@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from bitfold.errors import ModelError
+
 
 class Tensors(Protocol):
     """Tensors of a model by name."""
@@ -41,15 +43,22 @@ class Filled:
         self._emptied: list[tuple[nn.Module, str, nn.Parameter | torch.Tensor]] = []
 
     def __enter__(self) -> Filled:
+        try:
+            self._open()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def _open(self) -> None:
         getter = getattr(self._model, "get_input_embeddings", None)
         embedding = getter() if callable(getter) else None
         for path, module in self._model.named_modules():
             if f"{path}.".startswith(self._skip) or not (module._parameters or module._buffers):
                 continue
             compact = module is embedding and isinstance(module, nn.Embedding) and path + ".weight" in self._source
-            hook = self._compact(path) if compact else self._whole(path)
+            hook = self._compact(path, module) if compact else self._whole(path)
             self._handles.append(module.register_forward_pre_hook(hook))
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -65,7 +74,8 @@ class Filled:
     def _whole(self, path: str) -> Any:
         prefix = f"{path}." if path else ""
 
-        def fill(module: nn.Module, _inputs: Any) -> None:
+        def fill(module: nn.Module, inputs: Any) -> None:
+            _require_values(path, inputs)
             for name, old in [*module._parameters.items(), *module._buffers.items()]:
                 if old is not None and (old.is_meta or prefix + name in self._source) and not self._has(module, name):
                     value = self._source.read(prefix + name)
@@ -73,15 +83,18 @@ class Filled:
 
         return fill
 
-    def _compact(self, path: str) -> Any:
-        def fill(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            if not self._has(module, "weight"):
-                self._padded.append((module, module.padding_idx))
-                module.padding_idx = None  # only gradients care, and the rows have other numbers now
-                self._put(module, "weight", self._rows(f"{path}.weight").float())
+    def _compact(self, path: str, embedding: nn.Module) -> Any:
+        # At once, not when it runs: a model may send its token ids to wherever the weight is (Llama 4 does).
+        module: Any = embedding
+        self._padded.append((module, module.padding_idx))
+        module.padding_idx = None  # only gradients care, and the rows have other numbers now
+        self._put(module, "weight", self._rows(f"{path}.weight").float())
+
+        def renumber(_module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            _require_values(path, inputs)
             return (torch.searchsorted(self._tokens, inputs[0]), *inputs[1:])
 
-        return fill
+        return renumber
 
     def _rows(self, name: str) -> torch.Tensor:
         some = self._source.read_rows
@@ -96,3 +109,9 @@ class Filled:
         holder: Any = module._buffers if buffers else module._parameters
         self._emptied.append((module, name, holder[name]))
         holder[name] = value if buffers else nn.Parameter(value, requires_grad=False)
+
+
+def _require_values(path: str, inputs: tuple[Any, ...]) -> None:
+    """ModelError if an input has none: PyTorch may go on with whatever is in memory."""
+    if any(isinstance(x, torch.Tensor) and x.is_meta for x in inputs):
+        raise ModelError("is given a tensor without values, moved to where a weight is that is not there", where=path)
