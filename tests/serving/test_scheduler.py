@@ -208,3 +208,17 @@ def test_closing():
         assert isinstance(text.pieces[-1].error, Closed)
     with pytest.raises(Closed):
         scheduler.submit(Text([1]).job)
+
+
+def test_a_text_that_cannot_be_begun(run, caplog):
+    decoder = FakeDecoder(1)
+    scheduler = start(run, decoder)
+    keep, decoder.keep = decoder.keep, None  # type: ignore[method-assign, assignment]
+    bad = Text([1], 3)
+    scheduler.submit(bad.job)
+    bad.wait()
+    assert isinstance(bad.pieces[-1].error, TypeError)
+    decoder.keep = keep  # type: ignore[method-assign]
+    good = Text([1], 3)
+    scheduler.submit(good.job)
+    assert good.wait() == good.expected()

@@ -24,8 +24,9 @@ from bitfold.serving.protocol import Steps, common
 
 _LOG = logging.getLogger("bitfold.serving")
 _ALONE = 256  # tokens of prompts in a pass in which nothing is written
-_LEAST = 16  # and at least in a pass in which something is
-_STALL = 0.2  # seconds that such a pass should take at most
+_LEAST = 32  # and at least in a pass in which something is
+_STALL = 0.2  # seconds that such a pass should take at most,
+_LONGER = 4  # or so many times as long as one that reads no prompt
 
 
 class QueueFull(BitfoldError):
@@ -63,7 +64,8 @@ class Scheduler:
         self._changed = threading.Condition()
         self._closed = False
         self._given = 0
-        self._room = 4 * _LEAST  # tokens of prompts in a pass in which something is written
+        self._room = 2 * _LEAST  # tokens of prompts in a pass in which something is written
+        self._plain = 0.0  # seconds of a pass that reads no prompt, lately
         self._thread = threading.Thread(target=self._run, name="bitfold-scheduler", daemon=True)
         self._thread.start()
 
@@ -107,8 +109,15 @@ class Scheduler:
 
     def _run(self) -> None:
         with torch.no_grad():
-            while self._admit():
-                self._pass()
+            try:
+                while self._admit():
+                    self._pass()
+            finally:  # nobody may wait for ever, whatever has happened
+                self._give_up()
+
+    def _give_up(self) -> None:
+        with self._changed:
+            self._closed = True
         left = [*self._queue, *(slot.job for slot in self._slots if slot.job is not None)]
         for job in left:
             job.send(Piece(error=Closed("the server is shutting down")))
@@ -122,13 +131,20 @@ class Scheduler:
                         self._metrics.ended(slot.job, "cancelled")
                         self._free(slot)
                 while self._queue and any(slot.job is None for slot in self._slots):
-                    self._place(self._queue.popleft())
+                    self._try_to_place(self._queue.popleft())
                 self._count()
                 if self._closed:
                     return False
                 if any(slot.job is not None for slot in self._slots):
                     return True
                 self._changed.wait()
+
+    def _try_to_place(self, job: Job) -> None:
+        try:
+            self._place(job)
+        except Exception as error:  # of a cache that cannot be cut or copied, say: it is that text's, and nobody else's
+            _LOG.exception("a text could not be begun")
+            job.send(Piece(error=error))
 
     def _place(self, job: Job) -> None:
         """A free sequence for a text: the one that holds the longest beginning of it, or the one unused for longest.
@@ -170,8 +186,11 @@ class Scheduler:
         advancing = [(s, row) for s, row in zip([*writing, *reading], logits, strict=True) if not s.unread]
         seconds = time.monotonic() - start
         self._metrics.passed(seconds, len(advancing))
-        if writing and room == 0:  # twice as many, as long as passes stay short
-            self._room = max(_LEAST, self._room // 2) if seconds > _STALL else min(_ALONE, 2 * self._room)
+        if not reading:
+            self._plain += 0.2 * (seconds - self._plain)
+        elif writing and room == 0:  # twice as many, as long as passes stay short
+            long = seconds > max(_STALL, _LONGER * self._plain)
+            self._room = max(_LEAST, self._room // 2) if long else min(_ALONE, 2 * self._room)
         for slot, row in advancing:
             self._advance(slot, row)
 

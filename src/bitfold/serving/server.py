@@ -153,6 +153,9 @@ def open_service(model: Model, options: ServerOptions, address: Sequence[Any]) -
 def _decoder(model: nn.Module, context: int, sequences: int) -> Steps:
     try:
         require_plain(model.generation_config)
+    except Unsupported as reason:
+        progress.say(f"{reason}: the server does without")
+    try:
         return Decoder(model, context, sequences=sequences)
     except Unsupported as reason:
         progress.say(f"text comes from transformers' model, one after the other, which is slower: {reason}")
