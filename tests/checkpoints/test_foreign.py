@@ -167,7 +167,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("how", ["declared", "stripped"])
 def test_every_command_refuses(command: str, how: str, plain: Path, tmp_path: Path) -> None:
     """Exit code 3, the name of the method, nothing written."""
-    config = {"quantization_config": {"quant_method": "fp8"}} if how == "declared" else {}
+    config = {"quantization_config": {"quant_method": "fbgemm_fp8"}} if how == "declared" else {}
     model = folder(tmp_path / "m", config, STRIPPED["fp8"][0])
     words = {"MODEL": str(model), "PLAIN": str(plain), "OUT": str(tmp_path / "out")}
     done = CliRunner().invoke(app, [words.get(word, word) for word in CLI[command]])

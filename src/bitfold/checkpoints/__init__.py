@@ -12,7 +12,8 @@ __all__ = ["Source", "TensorInfo", "convert", "find_checkpoint", "open_source"]
 
 
 def open_source(path: str | Path, *, pre_tokenizer: str | None = None) -> Source:
-    """Open a local checkpoint for reading, whatever it is: safetensors folder, bitfold folder, GGUF file or folder.
+    """Open a local checkpoint for reading, whatever it is: a safetensors folder, plain or packed by another
+    program, a bitfold folder, a GGUF file or folder.
 
     Args:
         path: where it is.
@@ -20,8 +21,8 @@ def open_source(path: str | Path, *, pre_tokenizer: str | None = None) -> Source
 
     Raises:
         UsageError: a pre-tokenizer of no known name, or for something that is no GGUF file.
-        CheckpointError: nothing there, or nothing that can be read, as what another program quantized; the message
-            says what to do.
+        CheckpointError: nothing there, or nothing that can be read, as weights that another program packed in a way
+            not known here; the message says what to do.
     """
     path = find_checkpoint(Path(path))
     if path.is_file():
@@ -30,11 +31,14 @@ def open_source(path: str | Path, *, pre_tokenizer: str | None = None) -> Source
         raise UsageError("only of a GGUF file is it to be said", where="--pre-tokenizer")
     from bitfold.checkpoints.bitfold_folder import QuantizedSource, quantization_config
     from bitfold.checkpoints.foreign import refuse_foreign
+    from bitfold.checkpoints.packed import open_packed
     from bitfold.checkpoints.safetensors import SafetensorsSource
 
     if quantization_config(path) is not None:
         return QuantizedSource(path)
     source = SafetensorsSource(path)
+    if (packed := open_packed(source)) is not None:
+        return packed
     refuse_foreign(source.config, {name: source.info(name) for name in source.names()}, path)
     return source
 

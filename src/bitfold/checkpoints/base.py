@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from bitfold.checkpoints.schema import Content
+from bitfold.qtensor import QTensor
 from bitfold.system.tensorinfo import TensorInfo
 
 __all__ = ["Source", "StoredAs", "Target", "TensorInfo"]
@@ -38,6 +39,12 @@ class Source(Protocol):
     @property
     def read_rows(self) -> Callable[[str, torch.Tensor], torch.Tensor] | None:
         """`read(name)[rows]` of ascending rows, reading only the bytes of these; None: tensors come whole."""
+        ...
+
+    @property
+    def packed(self) -> Callable[[str], QTensor | torch.Tensor] | None:
+        """A tensor as it lies in the files where that is one of our formats, and the model it makes runs on it; else as
+        `read` gives it. None: nothing is packed in a way that a model can be made of."""
         ...
 
     @property

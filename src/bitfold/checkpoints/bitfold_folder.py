@@ -65,6 +65,7 @@ class QuantizedSource:
 
     read_rows: None = None  # rows of packed codes are not rows of bytes
     model_dtype: None = None
+    packed: None = None  # `bitfold.load` knows more of such folders
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

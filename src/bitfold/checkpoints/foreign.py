@@ -1,4 +1,4 @@
-"""What other programs quantized: found out by name, so that packed codes are never read as if they were weights.
+"""What other programs quantized and nothing here reads: found out by name, so that packed codes never pass for weights.
 
 A config that says so is believed. Where it was stripped, the tensors tell: a plain model's weights are floating point
 numbers of 16 bits or more. Names alone are no evidence (`scale`, `logit_scale`, `per_expert_scale` are ordinary
@@ -19,8 +19,9 @@ from bitfold.checkpoints.untrusted import read_json_object
 from bitfold.errors import CheckpointError
 from bitfold.system.tensorinfo import TensorInfo
 
+HINT = "take the unquantized original, or have the program that quantized it write plain weights first"
+_MODEL_OPT = "hf_quant_config.json"
 _CONFIGS = ("quantization_config", "compression_config")
-_HINT = "take the unquantized original, or have the program that quantized it write plain weights first"
 
 # Names that only scales and codes of one program have, whatever their dtype; the first that is found names the method.
 _TELLING = tuple(
@@ -74,7 +75,7 @@ def foreign_quantization(
 def refuse_foreign(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], folder: Path) -> None:
     """CheckpointError that says how another program quantized the checkpoint, if one did."""
     if found := foreign_quantization(config, tensors, folder):
-        raise CheckpointError(f"is quantized already: {found}", where=str(folder), hint=_HINT)
+        raise CheckpointError(f"is quantized already: {found}", where=str(folder), hint=HINT)
 
 
 def _declared(config: Mapping[str, Any], depth: int = 0) -> Iterator[str]:
@@ -93,14 +94,16 @@ def _declared(config: Mapping[str, Any], depth: int = 0) -> Iterator[str]:
                 yield from _declared(part, depth + 1)
 
 
+def model_opt_settings(folder: Path) -> dict[str, Any]:
+    """What ModelOpt says in a file of its own, with its name as the `quant_method`; empty without such a file."""
+    file = folder / _MODEL_OPT
+    said = read_json_object(file).get("quantization") if file.is_file() else None
+    return {"quant_method": "modelopt", **said} if isinstance(said, dict) and said.get("quant_algo") else {}
+
+
 def _model_opt(folder: Path | None) -> str | None:
-    """What ModelOpt says in a file of its own."""
-    file = None if folder is None else folder / "hf_quant_config.json"
-    if file is None or not file.is_file():
-        return None
-    said = read_json_object(file).get("quantization")
-    algorithm = said.get("quant_algo") if isinstance(said, dict) else None
-    return f"{str(algorithm)[:40]} (ModelOpt), by its {file.name}" if algorithm else None
+    algorithm = None if folder is None else model_opt_settings(folder).get("quant_algo")
+    return f"{str(algorithm)[:40]} (ModelOpt), by its {_MODEL_OPT}" if algorithm else None
 
 
 def _evidence(tensors: Mapping[str, TensorInfo]) -> Iterator[str]:

@@ -14,8 +14,10 @@ from bitfold.checkpoints.base import TensorInfo
 from bitfold.checkpoints.bitfold_folder import QuantizedSource, quantization_config
 from bitfold.checkpoints.foreign import foreign_quantization
 from bitfold.checkpoints.headers import ForeignInfo
+from bitfold.checkpoints.packed import PackedSource, open_packed
 from bitfold.checkpoints.safetensors import SafetensorsSource
 from bitfold.checkpoints.schema import read_entries
+from bitfold.errors import CheckpointError
 
 _FLOAT_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 
@@ -74,7 +76,8 @@ class Inspection:
 
     Args:
         path: the folder or file.
-        kind: "bitfold", "safetensors", "gguf", or "safetensors (HOW)" for folders other programs quantized.
+        kind: "bitfold", "safetensors", "gguf", or "safetensors (HOW)" for folders other programs quantized; those
+            that can be read are listed by the model's tensors, others by what lies in the files.
         model_type: architecture as the config names it, or None.
         tensors: one row each.
         recipe: the rules it was quantized with, if bitfold did.
@@ -159,12 +162,29 @@ def _by_layer(row: TensorRow) -> list[tuple[int, str]]:
 def _inspect_folder(path: Path) -> Inspection:
     if (quantization := quantization_config(path)) is not None:
         return _inspect_bitfold(path, QuantizedSource(path), quantization)
-    source = SafetensorsSource(path)  # not open_source: what another program quantized is looked at all the same
+    source = SafetensorsSource(path)  # not open_source: what it refuses is looked at all the same
     infos = {name: source.info(name) for name in source.names()}
     method = foreign_quantization(source.config, infos, path)
     kind = f"safetensors ({method})" if method else "safetensors"
+    try:
+        packed = open_packed(source)
+    except CheckpointError as error:
+        packed, kind = None, f"{kind[:-1]}; cannot be read: {error.what})" if method else kind
+    if packed is not None:
+        rows = tuple(_packed_rows(packed))
+        return Inspection(str(path), kind, packed.config.get("model_type"), rows)
     rows = tuple(_plain_row(name, info) for name, info in infos.items())
     return Inspection(str(path), kind, source.config.get("model_type"), rows)
+
+
+def _packed_rows(source: PackedSource) -> Iterator[TensorRow]:
+    stored, how = source.stored_bytes(), source.quantized()
+    for name in source.names():
+        info = source.info(name)
+        if name in how:
+            yield TensorRow(name, how[name].format, info.shape, info.numel, stored[name], True)
+        else:
+            yield _plain_row(name, info)
 
 
 def _plain_row(name: str, info: TensorInfo, note: str = "") -> TensorRow:

@@ -36,6 +36,7 @@ class SafetensorsSource:
 
     model_dtype: None = None
     quantization: None = None
+    packed: None = None
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -108,7 +109,7 @@ class SafetensorsSource:
         raise KeyError(name)
 
     def quantized(self) -> dict[str, StoredAs]:
-        """None: what others quantized is refused."""
+        """None: what others packed is another kind of source, or refused."""
         return {}
 
     def stored_bytes(self) -> dict[str, int]:

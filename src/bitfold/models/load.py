@@ -1,4 +1,4 @@
-"""Load a quantized folder or a GGUF file: a skeleton on the meta device, quantized layers swapped in, tensors given."""
+"""Load what is quantized: a skeleton on the meta device, quantized layers swapped in, tensors given."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from bitfold.checkpoints import Source, open_source
 from bitfold.checkpoints.bitfold_folder import quantization_config, stored_tensors
-from bitfold.checkpoints.gguf.source import GgufSource
 from bitfold.checkpoints.hub.fetch import resolve
 from bitfold.checkpoints.safetensors import read_config
 from bitfold.checkpoints.schema import Entry, read_entries
@@ -32,13 +32,14 @@ def load(
     revision: str | None = None,
     token: str | None = None,
 ) -> nn.Module:
-    """The model of a quantized folder, a Hub repository or a GGUF file.
+    """The model of a quantized folder, a Hub repository, a GGUF file or a folder that another program packed.
 
     Args:
         path: a folder that `bitfold quantize` or `bitfold.save` wrote, the id of a repository that holds one, or a GGUF
-            file, whose blocks stay as they are, mapped from the file.
-        module: the skeleton to fill, for models that transformers does not know; its weights are replaced. Not for
-            GGUF files.
+            file, whose blocks stay as they are, mapped from the file; or a folder of another program (GPTQ, AWQ ...),
+            whose weights stay packed where one of our formats holds the same numbers.
+        module: the skeleton to fill, for models that transformers does not know; its weights are replaced. For
+            bitfold's own folders.
         dtype: of the tensors that are not quantized, and so of the activations; default: as stored.
         revision, token: of the repository.
 
@@ -51,8 +52,8 @@ def load(
         HubError: the repository cannot be fetched.
     """
     found = resolve(str(path), revision=revision, token=token)
-    if found.is_file() and module is None:
-        return load_file(found, dtype)
+    if module is None and (found.is_file() or quantization_config(found) is None):
+        return load_packed(found, dtype)
     return load_folder(found, module=module, dtype=dtype)
 
 
@@ -72,21 +73,28 @@ def load_folder(folder: Path, *, module: nn.Module | None = None, dtype: torch.d
     return model.eval()
 
 
-def load_file(path: Path, dtype: torch.dtype | None = None) -> nn.Module:
-    """The model of a GGUF file; linear layers and embeddings multiply by its blocks, which are not copied.
+def load_packed(path: Path, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model of what another program packed; linear layers and embeddings multiply by the packed weights.
 
     Args:
-        path: the file, or any of its parts.
+        path: a GGUF file, or any of its parts, whose blocks are not copied; a folder of packed weights, which are
+            repacked exactly, one after the other.
         dtype: of all that is not stored in blocks, and so of the activations; None: what suits the file.
 
     Raises:
-        CheckpointError: a damaged file, or one of an architecture or a type of blocks that is not supported.
+        CheckpointError: nothing is packed in it; it is damaged, or of an architecture or a way of packing that is not
+            supported.
         ModelError: transformers cannot build it, or tensors are missing.
     """
-    source = GgufSource(path, weights_alone=True)
+    source = GgufSource(path, weights_alone=True) if path.is_file() else open_source(path)
     try:
+        if source.packed is None:
+            hint = "`bitfold quantize` makes quantized folders"
+            raise CheckpointError("was not written by bitfold, and holds nothing packed", where=str(path), hint=hint)
         model: Any = open_skeleton(source, dtype=dtype)
-        assert model is not None  # an architecture that GgufSource reads is one of transformers'
+        if model is None:
+            what = f"transformers does not have the class that its config names: {source.config.get('architectures')}"
+            raise ModelError(what, where=str(path))
         sites = {name: site for site in find_sites(model) for name in (site.tensor, *site.aliases)}
         for target in map_names(source.names(), model):
             if target.used:
@@ -100,16 +108,18 @@ def load_file(path: Path, dtype: torch.dtype | None = None) -> nn.Module:
     return module
 
 
-def _fill(
-    model: nn.Module, target: Target, source: GgufSource, sites: dict[str, Site], dtype: torch.dtype | None
-) -> None:
-    """Give the model one tensor of the file, in its blocks if the model has a place for them."""
+def _fill(model: nn.Module, target: Target, source: Source, sites: dict[str, Site], dtype: torch.dtype | None) -> None:
+    """Give the model one tensor of the file, packed if the model has a place for that."""
     first = target.names[0]
+    assert source.packed is not None
     found = source.packed(target.sources[0]) if target.converter is None else None
-    if isinstance(found, QTensor) and first in sites:
-        swap(model, sites[first], found)
-        return
-    stored = {first: found} if isinstance(found, torch.Tensor) else target.read(source.read, model)
+    if isinstance(found, QTensor):
+        site = sites.get(first)
+        if site is not None and site.qshape == found.shape and source.info(target.sources[0]).shape == site.shape:
+            swap(model, site, found)
+            return
+        found = None
+    stored = {first: found} if found is not None else target.read(source.read, model)
     for name, w in stored.items():
         set_tensor(model, name, w.to(dtype or model.get_parameter(name).dtype) if w.is_floating_point() else w)
 

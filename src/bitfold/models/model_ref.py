@@ -19,7 +19,7 @@ from bitfold.checkpoints.safetensors import read_config
 from bitfold.errors import ModelError, UsageError
 from bitfold.models import skeleton
 from bitfold.models.limits import positions
-from bitfold.models.load import load_file, load_folder
+from bitfold.models.load import load_folder, load_packed
 from bitfold.models.mapping import map_names
 from bitfold.models.opening import open_skeleton
 from bitfold.nn import set_tensor
@@ -50,12 +50,14 @@ class ModelRef:
     Args:
         path: its folder or GGUF file, or None.
         module: the model itself, or None.
-        config: contents of its config.json, of a GGUF file what it amounts to; empty for a module.
+        config: contents of its config.json, of what another program packed what it amounts to; empty for a module.
+        packed: it is a GGUF file or a folder that another program packed, and runs on the packed weights.
     """
 
     path: Path | None
     module: nn.Module | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    packed: bool = False
 
     @classmethod
     def of(cls, model: Model, *, revision: str | None = None) -> ModelRef:
@@ -75,7 +77,8 @@ class ModelRef:
         path = resolve(model, revision=revision)
         source = open_source(path)  # before texts are read or a tokenizer is asked for
         source.close()
-        return cls(source.path, None, read_config(source.path) if source.path.is_dir() else source.config)
+        own = source.quantization is not None
+        return cls(source.path, None, read_config(source.path) if own else source.config, source.packed is not None)
 
     @property
     def name(self) -> str:
@@ -153,7 +156,7 @@ class ModelRef:
         Args:
             auto_class: how transformers calls the kind of model, such as "AutoModelForCausalLM".
             dtype: what plain weights are computed in; None: as they are stored.
-            decoded: a GGUF file becomes a model of ordinary parameters, in place of one of its blocks.
+            decoded: what is `packed` becomes a model of ordinary parameters.
 
         Raises:
             ModelError: transformers cannot build it, or tensors are missing.
@@ -163,8 +166,10 @@ class ModelRef:
         assert self.path is not None
         if is_bitfold(self.config):
             return load_folder(self.path, dtype=dtype)
-        blocks = self.path.is_file() and not decoded
-        model = load_file(self.path, dtype) if blocks else _load_plain(self.path, self.config, auto_class, dtype)
+        if self.packed:
+            model = _stream(self.path, dtype) if decoded else load_packed(self.path, dtype)
+        else:
+            model = _load_plain(self.path, self.config, auto_class, dtype)
         if auto_class == _CAUSAL:
             _require_text_alone(model, self.name)
         return model
@@ -207,7 +212,7 @@ def _load_plain(path: Path, config: Mapping[str, Any], auto_class: str, dtype: t
     own = skeleton.model_class(config) if auto_class in _STREAMED else None
     if own is not None and not own.__name__.endswith((*_PREDICT, "ForMaskedLM")):
         own = None  # BertForPreTraining, say, is judged as BertForMaskedLM
-    if path.is_file() or own is not None:
+    if own is not None:
         return _stream(path, dtype)
     wanted: torch.dtype | str = "auto" if dtype is None else dtype
     loader = own or getattr(transformers, auto_class)
@@ -230,7 +235,7 @@ def _stream(path: Path, dtype: torch.dtype | None) -> nn.Module:
     """The model, converted tensor by tensor: transformers would keep the whole file mapped beside the converted copy.
 
     Args:
-        path: folder or GGUF file, of a class that transformers has.
+        path: folder or GGUF file.
         dtype: of the parameters; None: what the config says, or that of the first float tensor where it says nothing.
     """
     source = open_source(path)
@@ -239,7 +244,9 @@ def _stream(path: Path, dtype: torch.dtype | None) -> nn.Module:
             stored = (source.info(name).dtype for name in source.names())
             dtype = next((d for d in stored if d.is_floating_point), None)
         model: Any = open_skeleton(source, dtype=dtype)
-        assert model is not None
+        if model is None:
+            what = f"transformers does not have the class that its config names: {source.config.get('architectures')}"
+            raise ModelError(what, where=str(path))
         for target in map_names(source.names(), model):
             if target.used:
                 for name, w in target.read(source.read, model).items():

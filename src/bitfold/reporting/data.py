@@ -158,9 +158,9 @@ def gather(folders: Sequence[str | Path], measuring: Measuring | None = None) ->
 
 def _folder(folder: str | Path) -> Path:
     subject = ModelRef.of(folder)
-    if subject.path is None or not (is_bitfold(subject.config) or subject.path.is_file()):
+    if subject.path is None or not (is_bitfold(subject.config) or subject.packed):
         raise CheckpointError(
-            "was not written by bitfold, and is no GGUF file", where=str(folder), hint="quantize it first"
+            "was not written by bitfold, and holds nothing packed", where=str(folder), hint="quantize it first"
         )
     return subject.path
 
