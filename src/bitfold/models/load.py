@@ -10,6 +10,7 @@ from torch import nn
 
 from bitfold.checkpoints import Source, open_source
 from bitfold.checkpoints.bitfold_folder import quantization_config, stored_tensors
+from bitfold.checkpoints.gguf.source import GgufSource
 from bitfold.checkpoints.hub.fetch import resolve
 from bitfold.checkpoints.safetensors import read_config
 from bitfold.checkpoints.schema import Entry, read_entries

@@ -1,4 +1,4 @@
-"""Golden files of packed weights, written by the programs themselves: python make_packed.py [NAME ...].
+"""Golden files of packed weights, written by the programs themselves: python benchmarks/golden_packed.py [NAME ...].
 
 Each file holds the tensors of one layer as the program stores them, and `expected`, what the program itself decodes
 them to; its metadata are what config.json says and the version of the program. Needs torch and the programs:
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-HERE = Path(__file__).parent / "packed"
+HERE = Path(__file__).parents[1] / "tests" / "golden" / "packed"
 UP = "model.layers.0.mlp.up_proj"
 N, K = 32, 128
 
