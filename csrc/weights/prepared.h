@@ -119,10 +119,11 @@ class Prepared {
 
   const W& w_;
   const Table& t_;
-  // Sums of products of so many columns fit 32 bits. One row by short groups is faster as it is: what is done for each
-  // group is done for every plane.
+  // Sums of products of so many columns fit 32 bits. One row is faster as it is by short groups (what is done for each
+  // is done for every plane) and where its planes would need a panel: loops/few.h has these bits only.
   static bool splits(const W& w, size_t m, const Table& t) {
-    return w.integers && m <= t.split_rows && w.k <= 1 << 16 && (m > 1 || w.group == 0);
+    const bool few = w.bits == 2 || w.bits == 3 || w.bits == 4 || w.bits == 8;  // 8: trellis, too
+    return w.integers && m <= t.split_rows && w.k <= 1 << 16 && (m > 1 || (w.group == 0 && few));
   }
 
   const size_t planes_, m_, padded_;  // m: rows of bytes or floats, planes of each
