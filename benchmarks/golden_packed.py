@@ -171,6 +171,54 @@ def mlx() -> None:
         save(f"mlx-{bits}", tensors, torch.from_numpy(np.array(decoded)), config, "mlx")
 
 
+def gptqmodel() -> None:
+    """GPTQModel: GPTQ's container in both versions, with and without an order of the inputs, and AWQ's.
+
+    Its float16 scales are widened before it decodes, so that what it decodes to is not rounded.
+    """
+    from types import SimpleNamespace
+
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
+    from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module
+
+    plain = torch.arange(K, dtype=torch.int32) // 32
+    order = plain[torch.randperm(K, generator=torch.Generator().manual_seed(1))]
+    for name, bits, index, edition in (
+        ("gptq-4", 4, plain, 1), ("gptq-4-order", 4, order, 1), ("gptq-4-v2", 4, plain, 2), ("gptq-8", 8, plain, 1),
+        ("gptq-3", 3, plain, 1), ("gptq-2", 2, plain, 1), ("gptq-3-v2", 3, plain, 2), ("awq-4", 4, plain, 0),
+    ):  # fmt: skip
+        w = weight()
+        groups = torch.stack([w[:, index == g] for g in range(K // 32)], 1)
+        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+        scale = ((high - low) / (2**bits - 1)).half().float()
+        zero = (-low / scale).round()
+        where = index.long()
+        codes = (w / scale[:, where] + zero[:, where]).round().clamp(0, 2**bits - 1)
+        linear = torch.nn.Linear(K, N, bias=False)
+        linear.weight.data = (codes - zero[:, where]) * scale[:, where]
+        sizes = {"bits": bits, "group_size": 32, "sym": False, "desc_act": index is order}
+        made = (AwqTorchLinear if edition == 0 else TorchLinear)(**sizes, in_features=K, out_features=N)
+        made.pack(linear, scale, zero, index)
+        wide = made.scales.float()
+        if edition == 0:
+            from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
+
+            expected = dequantize_gemm(made.qweight, made.qzeros, wide, bits, 32).T
+            said = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "edition": "gemm"}
+        else:
+            kept, made.scales = made.scales, wide
+            made.post_init()
+            expected = made.dequantize_weight().T.float()
+            made.scales = kept
+            if edition == 1:
+                convert_gptq_v2_to_v1_format_module(made, SimpleNamespace(bits=bits, pack_dtype=torch.int32))
+            said = {"quant_method": "gptq", **sizes, "checkpoint_format": "gptq" if edition == 1 else "gptq_v2"}
+        parts = ("qweight", "qzeros", "scales") if edition == 0 else ("qweight", "qzeros", "scales", "g_idx")
+        tensors = {f"{UP}.{part}": getattr(made, part) for part in parts}
+        save(name, tensors, expected, {"quantization_config": said}, "gptqmodel")
+
+
 def transformers_fp8() -> None:
     """FP8 in blocks, as transformers' own loader decodes it; the codes are made here."""
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
@@ -198,7 +246,7 @@ def transformers_mxfp4() -> None:
 
 
 MAKERS: tuple[Callable[[], None], ...] = (
-    compressed, compressed_float4, bitsandbytes, hqq, mlx, transformers_fp8, transformers_mxfp4,
+    compressed, compressed_float4, bitsandbytes, hqq, mlx, gptqmodel, transformers_fp8, transformers_mxfp4,
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ WEIGHT = f"{UP}.weight"
 # Where the program computes in fewer bits than 32, its numbers are ours rounded: so many of the fraction.
 ROUNDED = {"ct-nvfp4": 8, "ct-mxfp4": 8}
 # Kinds of which the numbers are not those of a format of ours.
-DECODED = ("bnb-fp4", "bnb-int8", "hqq-2-axis0", "mlx")
+DECODED = ("gptq-4-order", "bnb-fp4", "bnb-int8", "hqq-2-axis0", "mlx")
 
 
 def opened(name: str, path: Path) -> PackedSource:

@@ -78,9 +78,7 @@ def test_layers_that_are_turned_around(tmp_path: Path) -> None:
 
 
 def test_mlx_of_families_that_it_changes(tmp_path: Path) -> None:
-    tensors, _, config = golden("mlx-4") if "mlx-4" in NAMES else ({"a": torch.zeros(1)}, None, {})
-    if "mlx-4" not in NAMES:
-        pytest.skip("no golden file of MLX")
+    tensors, _, config = golden("mlx-4")
     refused(tmp_path, tensors, {**config, "model_type": "qwen3_next"}, "qwen3_next")
 
 
@@ -135,4 +133,5 @@ def test_every_part_of_every_program(name: str, how: str, tmp_path: Path) -> Non
             read_all(folder)
         except CheckpointError:
             continue
-        assert part.endswith(NOT_NEEDED) or (how == "scalar" and whole[part].numel() == 1), part
+        needless = part.endswith(NOT_NEEDED) or (part.endswith("g_idx") and how == "missing" and name != "gptq-4-order")
+        assert needless or (how == "scalar" and whole[part].numel() == 1), part

@@ -107,7 +107,7 @@ class _Layer:
             raise stored.damaged(
                 names["qweight"], f"has {words} words in a column, no whole number of codes of {bits} bits"
             )
-        if stored.has(f"{module}.g_idx"):
+        if stored.has(f"{module}.g_idx") or stored.settings.get("desc_act"):
             names["g_idx"] = f"{module}.g_idx"
             stored.expect(names["g_idx"], (torch.int32, torch.int64), (k,))
         return cls(module, (bits, n, k, _group(stored, names["scales"], (k, groups), said)), minus_one, names)
