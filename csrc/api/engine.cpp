@@ -89,6 +89,10 @@ void bind_plan(nb::module_& m) {
   nb::enum_<bitfold::Activation>(m, "Activation")
       .value("silu", bitfold::Activation::kSilu)
       .value("gelu_tanh", bitfold::Activation::kGeluTanh);
+  nb::enum_<bitfold::CacheKind>(m, "CacheKind")
+      .value("bf16", bitfold::CacheKind::kBf16)
+      .value("int8", bitfold::CacheKind::kInt8)
+      .value("int4", bitfold::CacheKind::kInt4);
   nb::class_<Plan>(m, "Plan", "What a decoder multiplies by what.")
       .def(nb::init<>())
       .def_rw("hidden", &Plan::hidden)
@@ -130,6 +134,11 @@ std::vector<Token> tokens_of(const Decoder& d, const std::vector<Span>& spans, c
   return tokens;
 }
 
+// Throws std::out_of_range.
+void require(const Decoder& d, size_t sequence, size_t tokens) {
+  if (sequence >= d.sequences() || tokens > d.plan().positions) throw std::out_of_range("outside the cache");
+}
+
 }  // namespace
 
 void bind_engine(nb::module_& m) {
@@ -139,11 +148,14 @@ void bind_engine(nb::module_& m) {
   nb::class_<Decoder>(m, "Decoder", "A plan at work, with its cache; what the plan points to is the caller's to keep.")
       .def(
           "__init__",
-          [](Decoder* d, const Plan& plan, int threads, size_t sequences) {
-            new (d) Decoder(plan, threads, sequences);
+          [](Decoder* d, const Plan& plan, int threads, size_t sequences, bitfold::CacheKind kind) {
+            if (kind == bitfold::CacheKind::kInt4 && (plan.dim < 32 || (plan.dim & (plan.dim - 1)) != 0))
+              throw std::out_of_range("4 bits are for heads of a power of two");
+            new (d) Decoder(plan, threads, sequences, kind);
           },
-          "plan"_a, "threads"_a, "sequences"_a)
-      .def_prop_ro("cache_bytes", &Decoder::cache_bytes)
+          "plan"_a, "threads"_a, "sequences"_a, "kind"_a)
+      .def_prop_ro("cache_bytes", [](Decoder& d) { return d.cache().bytes(); })
+      .def_prop_ro("slack", [](Decoder& d) { return d.cache().slack(); })
       .def(
           "run",
           [](Decoder& d, const std::vector<Span>& spans, const std::vector<uint32_t>& ids, uintptr_t logits) {
@@ -172,10 +184,27 @@ void bind_engine(nb::module_& m) {
       .def(
           "copy",
           [](Decoder& d, size_t source, size_t target, size_t tokens) {
-            if (source >= d.sequences() || target >= d.sequences() || source == target || tokens > d.plan().positions)
-              throw std::out_of_range("outside the cache");
+            require(d, source, tokens), require(d, target, tokens);
+            if (source == target) throw std::out_of_range("a sequence into itself");
             nb::gil_scoped_release released;
-            d.copy(source, target, tokens);
+            d.cache().copy(source, target, tokens);
           },
-          "source"_a, "target"_a, "tokens"_a, "The first tokens of one sequence become those of another.");
+          "source"_a, "target"_a, "tokens"_a, "The first tokens of one sequence become those of another.")
+      .def(
+          "saved_bytes", [](Decoder& d, size_t tokens) { return d.cache().bytes(tokens); }, "tokens"_a,
+          "Of the keys and values of so many tokens.")
+      .def(
+          "save",
+          [](Decoder& d, size_t sequence, size_t tokens, uintptr_t out) {
+            require(d, sequence, tokens);
+            d.cache().save(sequence, tokens, at<uint8_t>(out));
+          },
+          "sequence"_a, "tokens"_a, "out"_a, "Keys and values into memory of saved_bytes.")
+      .def(
+          "load",
+          [](Decoder& d, size_t sequence, size_t tokens, uintptr_t in) {
+            require(d, sequence, tokens);
+            d.cache().load(sequence, tokens, at<const uint8_t>(in));
+          },
+          "sequence"_a, "tokens"_a, "saved"_a, "The inverse.");
 }

@@ -55,15 +55,33 @@ void Worker::finish_heads(const Layer& layer, size_t index, size_t i, size_t beg
   for (size_t h = begin; h < end; ++h) {
     float* x = feature(layer.qkv, shared_.count, shared_.qkv.data(), i, h * dim);
     if (h >= first_value) {
+      turn_head(x);
       decoder_.cache_.store_value(token.sequence, index, h - first_value, token.position, x);
       continue;
     }
     const Norm& norm = h < plan_.heads ? layer.query : layer.key;
     if (norm.weight && !layer.whole_norm) normed(norm, x, dim, x);
     table().turn_pairs(x, layer.cosine + at, layer.sine + at, plan_.half);
+    turn_head(x);
     if (h >= plan_.heads) decoder_.cache_.store_key(token.sequence, index, h - plan_.heads, token.position, x);
     for (size_t d = 0; h < plan_.heads && d < dim; ++d) x[d] *= plan_.score_scale;
   }
+}
+
+// Outliers of single channels would take the few steps of 4 bits for themselves: these are kept under an orthogonal
+// matrix of Hadamard's, which is its own inverse and leaves products of queries and keys as they are.
+void Worker::turn_head(float* x) {
+  if (decoder_.cache_.kind() != CacheKind::kInt4) return;
+  const size_t dim = plan_.dim;
+  for (size_t half = 1; half < dim; half *= 2)
+    for (size_t at = 0; at < dim; at += 2 * half)
+      for (size_t i = at; i < at + half; ++i) {
+        const float a = x[i], b = x[i + half];
+        x[i] = a + b;
+        x[i + half] = a - b;
+      }
+  const float scale = 1 / std::sqrt(static_cast<float>(dim));
+  for (size_t d = 0; d < dim; ++d) x[d] *= scale;
 }
 
 // All threads find the same: heads of one token together, of more tokens each by itself; long texts in pieces, as long
@@ -112,13 +130,13 @@ void Worker::look(const Layer& layer, size_t index, const Look& look) {
     a.q_stride =
         static_cast<size_t>(feature(layer.qkv, shared_.count, qkv, span.first + look.first + 1, look.head * dim) - a.q);
   a.dim = dim;
-  a.keys = decoder_.cache_.keys(tokens->sequence, index, kv);
-  a.values = decoder_.cache_.values(tokens->sequence, index, kv);
+  decoder_.cache_.show(tokens->sequence, index, kv, a);
   a.from = from_.data(), a.to = to_.data();
   a.begin = std::max(look.begin, from_[0] / kPiece * kPiece);
   a.end = std::min<size_t>(look.end, to_[a.rows - 1]);
   a.cap = plan_.score_cap;
   a.scratch = scores_.data();
+  a.unpacked = unpacked_.data();
   a.max = shared_.max.data() + look.place;
   a.sum = shared_.sum.data() + look.place;
   a.out = shared_.seen.data() + look.place * dim;
@@ -144,6 +162,7 @@ const float* Worker::gather(size_t i) {
       for (size_t d = 0; d < plan_.dim; ++d) out[d] += weight * seen[d];
     }
     for (size_t d = 0; d < plan_.dim; ++d) out[d] /= total;
+    turn_head(out);
   }
   return h_.data();
 }

@@ -25,11 +25,11 @@ void normed(const Norm& norm, const float* x, size_t n, float* out) {
   t.weighted(x, scale, norm.weight, n, out);
 }
 
-Decoder::Decoder(Plan plan, int threads, size_t sequences)
+Decoder::Decoder(Plan plan, int threads, size_t sequences, CacheKind kind)
     : plan_(numbered(std::move(plan))),
       threads_(std::max(threads, 1)),
       sequences_(sequences),
-      cache_(plan_, sequences),
+      cache_(plan_, sequences, kind),
       shared_(new Shared(plan_, threads_)) {
   for (int t = 0; t < threads_; ++t) workers_.emplace_back(new Worker(*this, t));
 }

@@ -26,19 +26,17 @@ struct Output {
 
 class Decoder {
  public:
-  Decoder(Plan plan, int threads, size_t sequences);
+  Decoder(Plan plan, int threads, size_t sequences, CacheKind kind);
   ~Decoder();
 
   // Tokens of some sequences, those of each side by side and in the order of their positions; what is behind them in
   // the cache is forgotten. The output is in the order of the tokens.
   void run(const Token* tokens, size_t count, Output output);
 
-  // The first `count` positions of one sequence become those of another.
-  void copy(size_t from, size_t to, size_t count) { cache_.copy(from, to, count); }
+  Cache& cache() { return cache_; }
 
   const Plan& plan() const { return plan_; }
   size_t sequences() const { return sequences_; }
-  size_t cache_bytes() const { return cache_.bytes(); }
 
  private:
   friend class Worker;

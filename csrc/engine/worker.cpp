@@ -99,6 +99,7 @@ Worker::Worker(Decoder& decoder, int thread)
   for (auto* memory : {&h_, &basis_, &scratch_}) memory->resize(widest(plan_));
   const size_t queries = std::max(kQueries, plan_.heads / plan_.kv_heads);
   scores_.resize(queries * kPiece);
+  unpacked_.resize(plan_.dim * kPiece);
   from_.resize(queries);
   to_.resize(queries);
   if (shared_.choices) normed_.resize(own_.size());

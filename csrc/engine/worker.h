@@ -103,6 +103,7 @@ class Worker {
   void find_looks(const Layer& layer);
   void look(const Layer& layer, size_t index, const Look& look);
   const float* gather(size_t i);  // what the heads of a token found -> h_
+  void turn_head(float* x);       // into the basis in which the cache keeps it, and back
 
   // experts.cpp
   void mixture(const Layer& layer);
@@ -159,7 +160,7 @@ class Worker {
   Rows mine_{0, 0};
   size_t turn_ = 0;
   float* x_ = nullptr;  // (tokens, hidden)
-  std::vector<float> own_, h_, basis_, scratch_, scores_, normed_, probabilities_;
+  std::vector<float> unpacked_, own_, h_, basis_, scratch_, scores_, normed_, probabilities_;
   Routing routing_;
   std::vector<Scratch> inputs_;
   std::vector<Best> best_;
@@ -175,7 +176,6 @@ inline float* feature(const List& list, size_t m, float* y, size_t i, size_t f) 
   return nullptr;
 }
 
-constexpr size_t kMostTokens = 256;     // at a time: the rows that one panel of a weight serves
 constexpr size_t kQueries = 16;         // of one head, that look at the cache together
 constexpr size_t kLooksPerThread = 16;  // more than that, and texts are not cut into pieces
 

@@ -88,16 +88,68 @@ void turn_pairs(float* x, const float* cosine, const float* sine, size_t half) {
   }
 }
 
-// scores[r * kPiece + j] of R rows and the positions first .. first + kPiece.
-template <class S, int R>
-void scores_of(const Attend& a, size_t row, size_t first) {
+template <class S>
+BITFOLD_INLINE inline typename S::F load_cached(const uint16_t* p) {
+  return S::load_bf16(p);
+}
+
+template <class S>
+BITFOLD_INLINE inline typename S::F load_cached(const float* p) {
+  return S::loadf(p);
+}
+
+// Keys of kPiece positions, of whole numbers -> float, in the same arrangement.
+inline void unpack_keys(const Attend& a, size_t at, float* out) {
+  for (size_t j = 0; j < kPiece; j += kKeyBlock, out += a.dim * kKeyBlock) {
+    float scale[kKeyBlock];
+    for (size_t l = 0; l < kKeyBlock; ++l) scale[l] = param(a.key_scales, at + j + l, true);
+    if (a.kind == CacheKind::kInt8) {
+      const int8_t* keys = static_cast<const int8_t*>(a.keys) + (at + j) * a.dim;
+      for (size_t d = 0; d < a.dim; ++d)
+        for (size_t l = 0; l < kKeyBlock; ++l)
+          out[d * kKeyBlock + l] = static_cast<float>(keys[d * kKeyBlock + l]) * scale[l];
+    } else {
+      const uint8_t* keys = static_cast<const uint8_t*>(a.keys) + (at + j) * a.dim / 2;
+      for (size_t d = 0; d < a.dim / 2; ++d)
+        for (size_t l = 0; l < kKeyBlock; ++l) {
+          const int both = keys[d * kKeyBlock + l];
+          out[2 * d * kKeyBlock + l] = static_cast<float>((both & 15) - 8) * scale[l];
+          out[(2 * d + 1) * kKeyBlock + l] = static_cast<float>((both >> 4) - 8) * scale[l];
+        }
+    }
+  }
+}
+
+// The same of values.
+inline void unpack_values(const Attend& a, size_t at, float* out) {
+  for (size_t j = 0; j < kPiece; ++j, out += a.dim) {
+    const float scale = param(a.value_scales, at + j, true);
+    if (a.kind == CacheKind::kInt8) {
+      const int8_t* values = static_cast<const int8_t*>(a.values) + (at + j) * a.dim;
+      for (size_t d = 0; d < a.dim; d += kKeyBlock)
+        for (size_t l = 0; l < kKeyBlock; ++l) out[d + l] = static_cast<float>(values[d + l]) * scale;
+    } else {
+      const uint8_t* values = static_cast<const uint8_t*>(a.values) + (at + j) * a.dim / 2;
+      for (size_t d = 0; d < a.dim; d += 2 * kKeyBlock)
+        for (size_t l = 0; l < kKeyBlock; ++l) {
+          const int both = values[d / 2 + l];
+          out[d + l] = static_cast<float>((both & 15) - 8) * scale;
+          out[d + kKeyBlock + l] = static_cast<float>((both >> 4) - 8) * scale;
+        }
+    }
+  }
+}
+
+// scores[r * kPiece + j] of R rows and the keys of a piece.
+template <class S, int R, class T>
+void scores_of(const Attend& a, const T* piece, size_t row) {
   for (size_t j = 0; j < kPiece; j += S::L) {
-    const uint16_t* keys = a.keys + ((first + j) / kKeyBlock * a.dim) * kKeyBlock + (first + j) % kKeyBlock;
+    const T* keys = piece + j / kKeyBlock * a.dim * kKeyBlock + j % kKeyBlock;
     const float* q = a.q + row * a.q_stride;
     typename S::F acc[R];
     repeat<R>([&](auto r) BITFOLD_INLINE { acc[r.value] = S::zerof(); });
     for (size_t d = 0; d < a.dim; ++d) {
-      const typename S::F k = S::load_bf16(keys + d * kKeyBlock);
+      const typename S::F k = load_cached<S>(keys + d * kKeyBlock);
       repeat<R>([&](auto r)
                     BITFOLD_INLINE { acc[r.value] = S::fma(S::set(q[r.value * a.q_stride + d]), k, acc[r.value]); });
     }
@@ -105,9 +157,9 @@ void scores_of(const Attend& a, size_t row, size_t first) {
   }
 }
 
-// out of R rows += probabilities times values.
-template <class S, int R>
-void weigh_values(const Attend& a, size_t row, size_t first) {
+// out of R rows += probabilities times the values of a piece.
+template <class S, int R, class T>
+void weigh_values(const Attend& a, const T* piece, size_t row) {
   constexpr size_t V = R > 4 ? 2 : 4, kWide = V * S::L;
   for (size_t d = 0; d < a.dim; d += kWide) {
     const size_t vectors = smaller(V, (a.dim - d) / S::L);
@@ -118,12 +170,12 @@ void weigh_values(const Attend& a, size_t row, size_t first) {
         acc[r.value][v.value] = v.value < vectors ? S::loadf(out + r.value * a.dim + v.value * S::L) : S::zerof();
       });
     });
-    const uint16_t* values = a.values + first * a.dim + d;
+    const T* values = piece + d;
     const float* p = a.scratch + row * kPiece;
     for (size_t j = 0; j < kPiece; ++j, values += a.dim)
       repeat<static_cast<int>(V)>([&](auto v) BITFOLD_INLINE {
         if (v.value >= vectors) return;
-        const typename S::F value = S::load_bf16(values + v.value * S::L);
+        const typename S::F value = load_cached<S>(values + v.value * S::L);
         repeat<R>([&](auto r) BITFOLD_INLINE {
           acc[r.value][v.value] = S::fma(S::set(p[r.value * kPiece + j]), value, acc[r.value][v.value]);
         });
@@ -191,26 +243,28 @@ bool soften(const Attend& a, size_t r, size_t first) {
 constexpr int kMostQueries = 8;  // rows that share what is read of the cache
 
 struct Scores {
-  template <class S, int R>
-  static void run(const Attend& a, size_t row, size_t first) {
-    scores_of<S, R>(a, row, first);
+  template <class S, int R, class T>
+  static void run(const Attend& a, const T* piece, size_t row) {
+    scores_of<S, R>(a, piece, row);
   }
 };
 
 struct Weigh {
-  template <class S, int R>
-  static void run(const Attend& a, size_t row, size_t first) {
-    weigh_values<S, R>(a, row, first);
+  template <class S, int R, class T>
+  static void run(const Attend& a, const T* piece, size_t row) {
+    weigh_values<S, R>(a, piece, row);
   }
 };
 
-// Rows [row, row + kMostQueries), fewer at the end.
-template <class S, class Step>
-void some_rows(const Attend& a, size_t row, size_t first, Step) {
-  const size_t rows = smaller(a.rows - row, kMostQueries);
-  repeat<kMostQueries>([&](auto r) BITFOLD_INLINE {
-    if (rows == r.value + 1) Step::template run<S, r.value + 1>(a, row, first);
-  });
+// All rows, kMostQueries at a time, fewer at the end.
+template <class S, class Step, class T>
+void each_row(const Attend& a, const T* piece, Step) {
+  for (size_t row = 0; row < a.rows; row += kMostQueries) {
+    const size_t rows = smaller(a.rows - row, kMostQueries);
+    repeat<kMostQueries>([&](auto r) BITFOLD_INLINE {
+      if (rows == r.value + 1) Step::template run<S, r.value + 1>(a, piece, row);
+    });
+  }
 }
 
 template <class S>
@@ -220,12 +274,24 @@ void attend(const Attend& a) {
     a.sum[r] = 0;
     memset(a.out + r * a.dim, 0, a.dim * sizeof(float));
   }
+  const bool whole = a.kind != CacheKind::kBf16;
   for (size_t first = a.begin; first < a.end; first += kPiece) {
-    for (size_t r = 0; r < a.rows; r += kMostQueries) some_rows<S>(a, r, first, Scores());
+    const size_t at = first % a.positions;
+    if (whole) {
+      unpack_keys(a, at, a.unpacked);
+      each_row<S>(a, a.unpacked, Scores());
+    } else {
+      each_row<S>(a, static_cast<const uint16_t*>(a.keys) + at * a.dim, Scores());
+    }
     bool any = false;
     for (size_t r = 0; r < a.rows; ++r) any |= soften<S>(a, r, first);
     if (!any) continue;
-    for (size_t r = 0; r < a.rows; r += kMostQueries) some_rows<S>(a, r, first, Weigh());
+    if (whole) {
+      unpack_values(a, at, a.unpacked);
+      each_row<S>(a, a.unpacked, Weigh());
+    } else {
+      each_row<S>(a, static_cast<const uint16_t*>(a.values) + at * a.dim, Weigh());
+    }
   }
 }
 

@@ -209,7 +209,7 @@ void test_engine(const char* isa) {
     for (uint32_t& id : ids) id = static_cast<uint32_t>(random() % kWords);
     const std::vector<Vector> wanted = reference(model.plan, ids);
     for (const int threads : {1, 3}) {
-      Decoder decoder(model.plan, threads, 1);
+      Decoder decoder(model.plan, threads, 1, bitfold::CacheKind::kBf16);
       std::vector<float> found(kPositions * kWords);
       constexpr size_t kPrompt = 101;
       std::vector<Token> tokens;

@@ -26,6 +26,9 @@ def bench(
     sequences: Annotated[
         list[int] | None, typer.Option(help="Numbers of texts to write side by side, several times; default: 1.")
     ] = None,
+    cache: Annotated[
+        str, typer.Option(help="Keys and values: bf16, int8, or int4 (from a billion weights on).")
+    ] = "int8",
     prompt_tokens: Annotated[int, typer.Option(help="Tokens read at once.", min=1)] = 512,
     tokens: Annotated[int, typer.Option(help="Tokens written one by one.", min=1)] = 64,
     turns: Annotated[int, typer.Option(help="How often; medians are shown.", min=1)] = 3,
@@ -52,7 +55,13 @@ def bench(
     counts = threads or sorted({1, most})
     try:
         found = measure(
-            loaded, threads=counts, sequences=sequences or [1], prompt=prompt_tokens, tokens=tokens, turns=turns
+            loaded,
+            threads=counts,
+            sequences=sequences or [1],
+            cache=cache,
+            prompt=prompt_tokens,
+            tokens=tokens,
+            turns=turns,
         )
     except Unsupported as reason:
         raise ModelError(f"the engine does not run it: {reason}", where=str(model or shape)) from reason

@@ -52,6 +52,11 @@ GrammarFile = Annotated[
 Speculate = Annotated[
     str, typer.Option(help="Tokens guessed from the text so far and read along: auto (as many as pay), off, or N.")
 ]
+Cache = Annotated[str, typer.Option(help="Keys and values: bf16, int8, or int4 (from a billion weights on).")]
+PromptCache = Annotated[
+    Path | None,
+    typer.Option(help="A file that keeps keys and values of the prompt for the next time.", show_default=False),
+]
 Seed = Annotated[int, typer.Option(help="Of the draws; the same seed gives the same text.")]
 Dtype = Annotated[str, typer.Option(help="Of the activations: auto (as stored), float32, bfloat16 or float16.")]
 
@@ -65,6 +70,14 @@ def _guesses(text: str) -> int | None:
     if text.isdecimal() and int(text) <= 64:
         return int(text)
     raise UsageError(f"{text!r} is not a number of tokens", where="--speculate", hint="auto, off, or 0 to 64")
+
+
+def _cache(name: str) -> str:
+    from bitfold.engine.decoder import CACHES
+
+    if name not in CACHES:
+        raise UsageError(f"unknown cache {name!r}", where="--cache", hint=", ".join(CACHES))
+    return name
 
 
 def _bias(words: list[str] | None) -> dict[int, float]:
@@ -115,6 +128,8 @@ def generate(
     regex: Regex = None,
     grammar: GrammarFile = None,
     speculate: Speculate = "auto",
+    cache: Cache = "int8",
+    prompt_cache: PromptCache = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     revision: Revision = None,
@@ -129,9 +144,9 @@ def generate(
     penalties = (repetition_penalty, presence_penalty, frequency_penalty, _bias(logit_bias), tuple(stop or ()))
     asked = _grammar(json_schema, regex, grammar)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed, top_k, min_p, typical_p, *penalties, asked)
-    guesses = _guesses(speculate)
+    guesses, kind = _guesses(speculate), _cache(cache)
     writer = Writer.open(model, dtype=dtype, revision=revision, chat=chat)
-    writer.guesses = guesses
+    writer.guesses, writer.cache, writer.prompt_cache = guesses, kind, prompt_cache
     write = writer.say if chat else writer.write
     if json:
         print_json(write(given[0], sampling).to_dict())
@@ -167,6 +182,8 @@ def chat(
     regex: Regex = None,
     grammar: GrammarFile = None,
     speculate: Speculate = "auto",
+    cache: Cache = "int8",
+    prompt_cache: PromptCache = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     revision: Revision = None,
@@ -178,9 +195,10 @@ def chat(
     penalties = (repetition_penalty, presence_penalty, frequency_penalty, _bias(logit_bias), tuple(stop or ()))
     asked = _grammar(json_schema, regex, grammar)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed, top_k, min_p, typical_p, *penalties, asked)
-    guesses = _guesses(speculate)
+    guesses, kind = _guesses(speculate), _cache(cache)
     writer = Writer.open(model, dtype=dtype, revision=revision, chat=True)
-    writer.guesses, writer.interruptible = guesses, True
+    writer.guesses, writer.cache, writer.prompt_cache = guesses, kind, prompt_cache
+    writer.interruptible = True
     for line in _lines():
         if line == "/reset":
             writer.messages = []

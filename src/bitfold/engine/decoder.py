@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bitfold.engine.plan import Unsupported, make_plan
+from bitfold.engine.plan import NativePlan, Unsupported, make_plan
 from bitfold.errors import UsageError
 from bitfold.system import native
 
@@ -16,34 +16,55 @@ __all__ = ["Decoder", "Unsupported"]
 
 _Span = tuple[int, int, int, int]  # sequence, position, tokens, of which the last are wanted
 
+CACHES = ("bf16", "int8", "int4")
+CACHE = "int8"  # the default: it costs less than 0.001 nats a token (docs/log.md)
+_LEAST_FOR_INT4 = 10**9  # weights
+_INT4_LOSS = "0.2"  # nats a token
 CHUNK = 256  # tokens in one call: between calls Ctrl-C is heard
 
 
 class Decoder:
     """A causal language model at work in the native core, on one sequence or several.
 
-    Weights stay as they are in the model, which must not be changed or moved meanwhile. Keys and values are kept in
-    bfloat16; all else is computed in float32, or with activations rounded to 8 bits where the weights ask for it.
+    Weights stay as they are in the model, which must not be changed or moved meanwhile. All is computed in float32, or
+    with activations rounded to 8 bits where the weights ask for it. Layers with a sliding window keep only what it
+    needs.
 
     Args:
         model: of a family in `FAMILIES`, with weights on the CPU.
         positions: the longest text of a sequence, in tokens.
         threads: None: as many as PyTorch has been given.
         sequences: texts that are kept side by side; each has a cache of its own.
+        cache: how keys and values are kept: "bf16"; "int8", with one scale for each head and token; "int4", the same
+            under a Hadamard rotation, for models of a billion weights and more.
 
     Raises:
         Unsupported: the engine has no code for this model, and why.
-        UsageError: no sequences.
+        UsageError: no sequences; a cache that there is not, or not for this model.
     """
 
-    def __init__(self, model: nn.Module, positions: int, threads: int | None = None, sequences: int = 1) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        positions: int,
+        threads: int | None = None,
+        sequences: int = 1,
+        cache: str = CACHE,
+    ) -> None:
         if sequences < 1:
             raise UsageError("a decoder has at least one sequence")
+        if cache not in CACHES:
+            raise UsageError(f"unknown cache {cache!r}", where="--cache", hint=", ".join(CACHES))
         self._plan = make_plan(model, positions)
         core = native.core()
         assert core is not None
-        self._native = core.Decoder(self._plan.plan, threads or native.threads(), sequences)
+        if cache == "int4":
+            _require_int4(self._plan)
+        self.cache = cache
+        kind = getattr(core.CacheKind, cache)
+        self._native = core.Decoder(self._plan.plan, threads or native.threads(), sequences, kind)
         self.texts: list[list[int]] = [[] for _ in range(sequences)]
+        self._reach = [0] * sequences  # tokens that were read since each began: what windows hold is the end of them
 
     @property
     def ids(self) -> list[int]:
@@ -80,19 +101,49 @@ class Decoder:
             if old != new:
                 break
             common += 1
+        if not self._reaches(sequence, common):
+            common = 0
         del text[common:]
         return common
 
+    def _reaches(self, sequence: int, tokens: int) -> bool:
+        """Whether layers with a window still have what the end of that beginning sees."""
+        return self._reach[sequence] - tokens <= int(self._native.slack)
+
     def copy(self, source: int, target: int, tokens: int) -> None:
         """The first tokens of one sequence become those of another, whose text is forgotten.
+
+        None become so where layers have a sliding window and the source went far beyond them: it keeps no more.
 
         Raises:
             UsageError: the source has not so many tokens, or is the target.
         """
         if source == target or not 0 <= tokens <= len(self.texts[source]):
             raise UsageError(f"cannot copy {tokens} tokens from sequence {source} to {target}")
+        tokens = tokens if self._reaches(source, tokens) else 0
         self._native.copy(source, target, tokens)
         self.texts[target] = self.texts[source][:tokens]
+        self._reach[target] = self._reach[source]
+
+    def saved(self, sequence: int = 0) -> Tensor:
+        """Keys and values of a sequence as uint8 bytes, for `load`."""
+        count = len(self.texts[sequence])
+        out = torch.empty(self._native.saved_bytes(count), dtype=torch.uint8)
+        self._native.save(sequence, count, out.data_ptr())
+        return out
+
+    def load(self, ids: Sequence[int], saved: Tensor, sequence: int = 0) -> None:
+        """Take `ids` as read, with the keys and values that `saved` gave for them.
+
+        Raises:
+            ValueError: these are not as many bytes as so many tokens have, or there is no room for them.
+        """
+        saved = saved.contiguous()
+        if len(ids) > self.positions or saved.nbytes != self._native.saved_bytes(len(ids)):
+            raise ValueError(f"it holds {len(ids)} tokens in {saved.nbytes} bytes, which do not fit")
+        self._native.load(sequence, len(ids), saved.data_ptr())
+        self.texts[sequence] = list(ids)
+        self._reach[sequence] = len(ids)
 
     def extend(self, ids: Sequence[int], sequence: int = 0) -> Tensor:
         """Read tokens behind those that are there; float32 logits (vocabulary) of what follows the last of them.
@@ -160,7 +211,9 @@ class Decoder:
             spans = [(p.sequence, len(self.texts[p.sequence]), len(p.ids), p.wanted) for p in pieces]
             run(spans, [token for p in pieces for token in p.ids], row)
             for p in pieces:
-                self.texts[p.sequence] += p.ids
+                text = self.texts[p.sequence]
+                text += p.ids
+                self._reach[p.sequence] = max(self._reach[p.sequence], len(text))
                 row += p.wanted
 
     def _check(self, work: Sequence[tuple[int, Sequence[int]]]) -> None:
@@ -171,9 +224,28 @@ class Decoder:
         for sequence, ids in work:
             if not 0 <= sequence < len(self.texts):
                 raise UsageError(f"there is no sequence {sequence}, but {len(self.texts)} of them")
+            if not self.texts[sequence]:
+                self._reach[sequence] = 0
+            if not self._reaches(sequence, len(self.texts[sequence])):
+                raise UsageError(
+                    "a text was shortened beyond what sliding windows keep; `keep` tells how far it can be"
+                )
             size = len(self.texts[sequence]) + len(ids)
             if size > self.positions:
                 raise UsageError(f"{size} tokens are more than the cache has room for, {self.positions}")
+
+
+def _require_int4(plan: NativePlan) -> None:
+    dim = int(plan.plan.dim)
+    if dim < 32 or dim & (dim - 1):
+        raise UsageError(f"4 bits are for heads of a power of two, not of {dim}", where="--cache", hint="int8")
+    if plan.weights < _LEAST_FOR_INT4:
+        raise UsageError(
+            f"keys and values in 4 bits cost a model of {plan.weights / 1e6:.0f} million weights too much, some "
+            f"{_INT4_LOSS} nats a token (docs/engine.md)",
+            where="--cache",
+            hint="int8; 4 bits are for models of a billion weights and more",
+        )
 
 
 @dataclass(frozen=True)

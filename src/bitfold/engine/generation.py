@@ -7,12 +7,13 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from bitfold.engine.decoder import Unsupported
+from bitfold.engine.decoder import CACHE, Unsupported
 from bitfold.engine.grammar import Guide
 from bitfold.engine.loop import Loop, OnToken, by_transformers, end_tokens, require_plain, stop_texts
 from bitfold.engine.sampling import Sampler, Sampling
@@ -74,6 +75,8 @@ class Writer:
         native: use the native engine, where it has code for the model; where it has not, one line says why.
         guesses: of the native engine, tokens that are guessed from the text so far and read along with the next one;
             None: as many as pay, 0: none. The text is the same.
+        cache: of the native engine, how keys and values are kept, see `Decoder`.
+        prompt_cache: of the native engine, a file that keeps those of the prompt.
         interruptible: Ctrl-C ends the text that is being written, and nothing else.
     """
 
@@ -83,6 +86,8 @@ class Writer:
     messages: list[Message] = field(default_factory=list)
     native: bool = True
     guesses: int | None = None
+    cache: str = CACHE
+    prompt_cache: Path | None = None
     interruptible: bool = False
     _loop: Loop | None = field(default=None, repr=False)
     _guide: Guide | None = field(default=None, repr=False)
@@ -173,12 +178,15 @@ class Writer:
         if self.native:
             try:
                 require_plain(config)
-                self._loop = self._loop or Loop(self.model, self.guesses)
+                self._loop = self._loop or Loop(self.model, self.guesses, self.cache, self.prompt_cache)
                 self._loop.generate(ids[0].tolist(), sampler, config.max_new_tokens, end_tokens(config), on_token)
                 return
             except Unsupported as reason:
                 self.native = False
-                progress.say(f"text comes from transformers' own loop, which is slower: {reason}")
+                own = (
+                    "" if (self.cache, self.prompt_cache) == (CACHE, None) else "; the cache is transformers' own, too"
+                )
+                progress.say(f"text comes from transformers' own loop, which is slower: {reason}{own}")
         with _in_words(self.model):
             by_transformers(self.model, ids, config, sampler, on_token)
 

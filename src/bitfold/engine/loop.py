@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bitfold.engine.decoder import Decoder, Unsupported
+from bitfold.engine.decoder import CACHE, Decoder, Unsupported
 from bitfold.engine.lookup import MOST, Lookup, Payoff
+from bitfold.engine.prompt_cache import PromptCache
 from bitfold.engine.sampling import Sampler
 
 OnToken = Callable[[int], bool]  # is told of each new token; whether the text ends with it
@@ -68,15 +70,25 @@ class Loop:
     Args:
         model: a causal language model on the CPU.
         guesses: tokens of a pass that may be guessed from the text before; None: as many as pay, by measurement.
+        cache: how keys and values are kept, see `Decoder`.
+        prompt_cache: a file that keeps those of the prompt.
 
     Raises:
         Unsupported: the engine has no code for it.
+        UsageError, CheckpointError: no such cache, or none for this model; no such file can be written.
     """
 
-    def __init__(self, model: nn.Module, guesses: int | None = None) -> None:
-        self._model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        guesses: int | None = None,
+        cache: str = CACHE,
+        prompt_cache: str | Path | None = None,
+    ) -> None:
+        self._model, self._cache = model, cache
         self._guesses = guesses
-        self._decoder = Decoder(model, _ROOM)
+        self._decoder = Decoder(model, _ROOM, cache=cache)
+        self._file = None if prompt_cache is None else PromptCache(prompt_cache, model)
 
     def generate(
         self, ids: Sequence[int], sampler: Sampler, limit: int, ends: frozenset[int], on_token: OnToken
@@ -96,7 +108,7 @@ class Loop:
         lookup = Lookup(ids) if guesses else None
         made: list[int] = []
         guessed: list[int] = []
-        rows, start = self._read(list(ids[self._decoder.keep(ids) :]), sampler), 0.0
+        rows, start = self._read_prompt(ids, sampler), 0.0
         while True:
             before = len(made)
             for row, guess in zip(rows, [*guessed, None], strict=True):
@@ -117,6 +129,15 @@ class Loop:
             new = [made[-1], *guessed]
             rows = list(self._decoder.logits(new)) if guessed else self._read(new, sampler)
 
+    def _read_prompt(self, ids: Sequence[int], sampler: Sampler) -> list[Tensor | tuple[Tensor, Tensor]]:
+        if self._file is not None:
+            self._file.load(self._decoder)
+        kept = self._decoder.keep(ids)
+        rows = self._read(list(ids[kept:]), sampler)
+        if self._file is not None and kept + 1 < len(ids):
+            self._file.save(self._decoder)
+        return rows
+
     def _read(self, new: list[int], sampler: Sampler) -> list[Tensor | tuple[Tensor, Tensor]]:
         """Logits of what follows the last of them, or as many of the largest as are enough."""
         if sampler.enough is None or sampler.enough > self._decoder.vocabulary:
@@ -130,7 +151,7 @@ class Loop:
 
     def _make_room(self, tokens: int) -> None:
         if tokens > self._decoder.positions:
-            self._decoder = Decoder(self._model, -(-tokens // _ROOM) * _ROOM)
+            self._decoder = Decoder(self._model, -(-tokens // _ROOM) * _ROOM, cache=self._cache)
 
 
 def by_transformers(model: Any, ids: Tensor, config: Any, sampler: Sampler, on_token: OnToken) -> None:

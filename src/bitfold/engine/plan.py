@@ -35,6 +35,7 @@ class _Plan:
     family: Family
     alive: list[Any] = field(default_factory=list)
     nbytes: int = 0  # of the weights that every token reads
+    weights: int = 0
 
     def address(self, x: Tensor) -> int:
         """Of a tensor's numbers, which live as long as the plan."""
@@ -62,6 +63,7 @@ class _Plan:
     def rows(self, weight: Any, first: int, often: float = 1.0) -> Any:
         """The product with a weight (rows, columns); often: for how many of the tokens it is read."""
         self.nbytes += round(int(weight.nbytes) * often)
+        self.weights += int(weight.shape[0] * weight.shape[1])
         return self._packed(weight, first) if isinstance(weight, QWeight) else self._plain(weight, first)
 
     def products(self, parent: nn.Module, names: tuple[str, ...]) -> list[Any]:
@@ -116,12 +118,13 @@ class _Plan:
 
 @dataclass(frozen=True)
 class NativePlan:
-    """What the core needs, what keeps its addresses valid, and the bytes of the weights that every token reads."""
+    """What the core needs, what keeps its addresses valid, the bytes that every token reads, and how many weights."""
 
     plan: Any
     alive: list[Any]
     positions: int
     nbytes: int
+    weights: int
 
 
 def make_plan(model: nn.Module, positions: int) -> NativePlan:
@@ -146,7 +149,7 @@ def make_plan(model: nn.Module, positions: int) -> NativePlan:
     plan.last = made.norm(body.norm, config, one_plus=family.one_plus)
     plan.head = [made.product(model.lm_head, 0)]  # type: ignore[arg-type]
     plan.layers = [_layer(made, config, layer, i, angles) for i, layer in enumerate(body.layers)]
-    return NativePlan(plan, made.alive, positions, made.nbytes)
+    return NativePlan(plan, made.alive, positions, made.nbytes, made.weights)
 
 
 def _sizes(plan: Any, core: Any, family: Family, config: Any, body: Any, positions: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitfold.engine.decoder import Decoder
+from bitfold.engine.decoder import CACHE, Decoder
 from bitfold.errors import UsageError
 from bitfold.system import native
 
@@ -30,6 +30,7 @@ class Speed:
         prefill, decode: tokens per second of both; of all sequences together.
         first_token: seconds from the prompt to the first token.
         token_bytes: weights that a token reads.
+        cache_bytes: memory of keys and values.
         bandwidth: bytes per second that as many threads read from memory in the same run.
     """
 
@@ -41,6 +42,7 @@ class Speed:
     decode: float
     first_token: float
     token_bytes: int
+    cache_bytes: int
     bandwidth: float
 
     @property
@@ -58,6 +60,7 @@ def measure(
     *,
     threads: Sequence[int],
     sequences: Sequence[int] = (1,),
+    cache: str = CACHE,
     prompt: int = 512,
     tokens: int = 64,
     turns: int = 3,
@@ -68,6 +71,7 @@ def measure(
         model: a loaded causal language model.
         threads: numbers of threads to try.
         sequences: numbers of texts to write side by side, each with each number of threads.
+        cache: how keys and values are kept, see `Decoder`.
         prompt, tokens: lengths.
         turns: of each.
 
@@ -80,7 +84,7 @@ def measure(
     if min(sequences) < 1:
         raise UsageError("a number of sequences is at least 1")
     return [
-        _measure(Decoder(model, prompt + tokens, count, texts), count, prompt, tokens, turns)
+        _measure(Decoder(model, prompt + tokens, count, texts, cache), count, prompt, tokens, turns)
         for count in threads
         for texts in sequences
     ]
@@ -104,7 +108,18 @@ def _measure(decoder: Decoder, threads: int, prompt: int, tokens: int, turns: in
             steps.append(seconds)
             new = logits.argmax(-1).tolist()
     begin, step = statistics.median(first), statistics.median(steps or first)
-    return Speed(threads, texts, prompt, tokens, prompt / begin, texts / step, begin, decoder.token_bytes, bandwidth)
+    return Speed(
+        threads,
+        texts,
+        prompt,
+        tokens,
+        prompt / begin,
+        texts / step,
+        begin,
+        decoder.token_bytes,
+        decoder.cache_bytes,
+        bandwidth,
+    )
 
 
 def _timed(work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
