@@ -91,6 +91,7 @@ void bind_plan(nb::module_& m) {
       .value("gelu_tanh", bitfold::Activation::kGeluTanh);
   nb::enum_<bitfold::CacheKind>(m, "CacheKind")
       .value("bf16", bitfold::CacheKind::kBf16)
+      .value("f16", bitfold::CacheKind::kF16)
       .value("int8", bitfold::CacheKind::kInt8)
       .value("int4", bitfold::CacheKind::kInt4);
   nb::class_<Plan>(m, "Plan", "What a decoder multiplies by what.")

@@ -68,11 +68,11 @@ void Worker::finish_heads(const Layer& layer, size_t index, size_t i, size_t beg
   }
 }
 
-// Outliers of single channels would take the few steps of 4 bits for themselves: these are kept under an orthogonal
-// matrix of Hadamard's, which is its own inverse and leaves products of queries and keys as they are.
+// Outliers of single channels (Qwen2's keys) would take the steps of whole numbers for themselves: these are kept under
+// an orthogonal matrix of Hadamard's, which is its own inverse and leaves products of queries and keys as they are.
 void Worker::turn_head(float* x) {
-  if (decoder_.cache_.kind() != CacheKind::kInt4) return;
   const size_t dim = plan_.dim;
+  if (!decoder_.cache_.whole() || (dim & (dim - 1)) != 0) return;
   for (size_t half = 1; half < dim; half *= 2)
     for (size_t at = 0; at < dim; at += 2 * half)
       for (size_t i = at; i < at + half; ++i) {

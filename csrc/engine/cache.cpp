@@ -19,6 +19,24 @@ uint16_t to_bf16(float x) {
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// Half precision, the largest where it has no number so large.
+uint16_t to_f16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t sign = bits >> 16 & 0x8000;
+  bits &= 0x7fffffff;
+  if (bits > 0x477fe000) return static_cast<uint16_t>(sign | (bits > 0x7f800000 ? 0x7e00 : 0x7bff));  // NaN stays NaN
+  if (bits < 0x38800000) {  // below its normal numbers: added to 1/2, the last place is worth 2^-24
+    float small;
+    std::memcpy(&small, &bits, 4);
+    small += 0.5f;
+    std::memcpy(&bits, &small, 4);
+    return static_cast<uint16_t>(sign | (bits - 0x3f000000));
+  }
+  bits += 0xfff + (bits >> 13 & 1);
+  return static_cast<uint16_t>(sign | ((bits - 0x38000000) >> 13));
+}
+
 float from_bf16(uint16_t x) {
   const uint32_t bits = static_cast<uint32_t>(x) << 16;
   float out;
@@ -27,7 +45,7 @@ float from_bf16(uint16_t x) {
 }
 
 size_t row_bytes(CacheKind kind, size_t dim) {
-  return kind == CacheKind::kBf16 ? 2 * dim : kind == CacheKind::kInt8 ? dim : dim / 2;
+  return kind == CacheKind::kInt8 ? dim : kind == CacheKind::kInt4 ? dim / 2 : 2 * dim;
 }
 
 // The scale with which the largest number is the largest code, and its inverse.
@@ -47,7 +65,7 @@ int code_of(float x, float inverse, int most) {
 
 Cache::Cache(const Plan& plan, size_t sequences, CacheKind kind)
     : kind_(kind), sequences_(sequences), heads_(plan.kv_heads), dim_(plan.dim), row_bytes_(row_bytes(kind, plan.dim)) {
-  const size_t all = pieces(plan.positions), scales = kind == CacheKind::kBf16 ? 0 : 2 * sizeof(uint16_t);
+  const size_t all = pieces(plan.positions), scales = whole() ? 2 * sizeof(uint16_t) : 0;
   for (const Layer& layer : plan.layers) {
     Place p;
     p.offset = sequence_bytes_;
@@ -83,9 +101,9 @@ void Cache::store_key(size_t sequence, size_t layer, size_t head, size_t positio
   position %= a.positions;
   uint8_t* keys = at(sequence, layer, head) + position / kKeyBlock * kKeyBlock * row_bytes_;
   const size_t lane = position % kKeyBlock;
-  if (kind_ == CacheKind::kBf16) {
+  if (!whole()) {
     uint16_t* k = reinterpret_cast<uint16_t*>(keys) + lane;
-    for (size_t d = 0; d < dim_; ++d) k[d * kKeyBlock] = to_bf16(key[d]);
+    for (size_t d = 0; d < dim_; ++d) k[d * kKeyBlock] = kind_ == CacheKind::kF16 ? to_f16(key[d]) : to_bf16(key[d]);
     return;
   }
   const int most = kind_ == CacheKind::kInt8 ? 127 : 7;
@@ -105,8 +123,9 @@ void Cache::store_value(size_t sequence, size_t layer, size_t head, size_t posit
   show(sequence, layer, head, a);
   position %= a.positions;
   uint8_t* v = at(sequence, layer, head) + (a.positions + position) * row_bytes_;
-  if (kind_ == CacheKind::kBf16) {
-    for (size_t d = 0; d < dim_; ++d) reinterpret_cast<uint16_t*>(v)[d] = to_bf16(value[d]);
+  if (!whole()) {
+    for (size_t d = 0; d < dim_; ++d)
+      reinterpret_cast<uint16_t*>(v)[d] = kind_ == CacheKind::kF16 ? to_f16(value[d]) : to_bf16(value[d]);
     return;
   }
   const int most = kind_ == CacheKind::kInt8 ? 127 : 7;
@@ -132,7 +151,7 @@ void Cache::each_part(size_t count, const F& f) const {
       const size_t first = p.offset + head * p.head_bytes, scales = first + 2 * p.positions * row_bytes_;
       f(first, kept * row_bytes_);
       f(first + p.positions * row_bytes_, kept * row_bytes_);
-      if (kind_ == CacheKind::kBf16) continue;
+      if (!whole()) continue;
       f(scales, kept * sizeof(uint16_t));
       f(scales + p.positions * sizeof(uint16_t), kept * sizeof(uint16_t));
     }

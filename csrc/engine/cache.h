@@ -28,7 +28,8 @@ class Cache {
   void load(size_t sequence, size_t count, const uint8_t* in);
   size_t bytes(size_t count) const;
 
-  CacheKind kind() const { return kind_; }
+  // Whether it keeps whole numbers.
+  bool whole() const { return kind_ == CacheKind::kInt8 || kind_ == CacheKind::kInt4; }
   size_t bytes() const { return sequences_ * sequence_bytes_; }
   // By how many tokens a text may be shortened, so that what the windows of its end saw is still there.
   size_t slack() const { return slack_; }

@@ -12,9 +12,9 @@ constexpr size_t kPiece = 64;  // positions looked at together; the cache is a m
 
 enum class Activation { kSilu, kGeluTanh };
 
-// Keys and values in bfloat16, or rounded to whole numbers with one bfloat16 scale for each head and position. In 4
+// Keys and values in 16 bits, or rounded to whole numbers with one bfloat16 scale for each head and position. In 4
 // bits a byte holds two of neighbouring channels (keys), or two that are 16 channels apart (values), the first one low.
-enum class CacheKind { kBf16, kInt8, kInt4 };
+enum class CacheKind { kBf16, kF16, kInt8, kInt4 };
 
 // Rows of queries against a piece of the cache of one head, with online softmax.
 struct Attend {

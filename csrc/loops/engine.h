@@ -88,9 +88,22 @@ void turn_pairs(float* x, const float* cosine, const float* sine, size_t half) {
   }
 }
 
+struct Brain {
+  uint16_t bits;
+};
+
+struct Half {
+  uint16_t bits;
+};
+
 template <class S>
-BITFOLD_INLINE inline typename S::F load_cached(const uint16_t* p) {
-  return S::load_bf16(p);
+BITFOLD_INLINE inline typename S::F load_cached(const Brain* p) {
+  return S::load_bf16(&p->bits);
+}
+
+template <class S>
+BITFOLD_INLINE inline typename S::F load_cached(const Half* p) {
+  return S::load_f16(&p->bits);
 }
 
 template <class S>
@@ -267,6 +280,15 @@ void each_row(const Attend& a, const T* piece, Step) {
   }
 }
 
+// The same with a piece of the cache, as it is kept.
+template <class S, class Step>
+void each_row_of(const Attend& a, const void* cached, size_t at, void (*unpack)(const Attend&, size_t, float*), Step) {
+  if (a.kind == CacheKind::kF16) return each_row<S>(a, static_cast<const Half*>(cached) + at * a.dim, Step());
+  if (a.kind == CacheKind::kBf16) return each_row<S>(a, static_cast<const Brain*>(cached) + at * a.dim, Step());
+  unpack(a, at, a.unpacked);
+  each_row<S>(a, static_cast<const float*>(a.unpacked), Step());
+}
+
 template <class S>
 void attend(const Attend& a) {
   for (size_t r = 0; r < a.rows; ++r) {
@@ -274,24 +296,12 @@ void attend(const Attend& a) {
     a.sum[r] = 0;
     memset(a.out + r * a.dim, 0, a.dim * sizeof(float));
   }
-  const bool whole = a.kind != CacheKind::kBf16;
   for (size_t first = a.begin; first < a.end; first += kPiece) {
     const size_t at = first % a.positions;
-    if (whole) {
-      unpack_keys(a, at, a.unpacked);
-      each_row<S>(a, a.unpacked, Scores());
-    } else {
-      each_row<S>(a, static_cast<const uint16_t*>(a.keys) + at * a.dim, Scores());
-    }
+    each_row_of<S>(a, a.keys, at, unpack_keys, Scores());
     bool any = false;
     for (size_t r = 0; r < a.rows; ++r) any |= soften<S>(a, r, first);
-    if (!any) continue;
-    if (whole) {
-      unpack_values(a, at, a.unpacked);
-      each_row<S>(a, a.unpacked, Weigh());
-    } else {
-      each_row<S>(a, static_cast<const uint16_t*>(a.values) + at * a.dim, Weigh());
-    }
+    if (any) each_row_of<S>(a, a.values, at, unpack_values, Weigh());
   }
 }
 

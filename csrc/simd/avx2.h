@@ -114,6 +114,7 @@ struct Simd {
     return _mm256_or_si256(codes, _mm256_and_si256(_mm256_cmpeq_epi8(set, bit), _mm256_set1_epi8(16)));
   }
   static I times128(I x) { return _mm256_slli_epi32(x, 7); }
+  static F load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static F half(const void* p) {
     uint16_t h;
     memcpy(&h, p, 2);

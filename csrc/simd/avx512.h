@@ -104,6 +104,9 @@ struct Simd {
     return _mm512_mask_add_epi8(codes, x | static_cast<uint64_t>(y) << 32, codes, _mm512_set1_epi8(16));
   }
   static I times128(I x) { return _mm512_slli_epi32(x, 7); }
+  static F load_f16(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
   static float half1(const void* p) {
     uint16_t h;
     memcpy(&h, p, 2);

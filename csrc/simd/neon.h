@@ -92,6 +92,7 @@ struct Simd {
     return vorrq_u8(codes, vandq_u8(vtstq_u8(byte, bit), vdupq_n_u8(16)));
   }
   static I times128(I x) { return bytes(vshlq_n_s32(words(x), 7)); }
+  static F load_f16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
   static F half(const void* p) {
     uint16_t h;
     memcpy(&h, p, 2);

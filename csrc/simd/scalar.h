@@ -77,6 +77,7 @@ struct Simd {
     memcpy(&h, p, 2);
     return half_to_float(h);
   }
+  static F load_f16(const uint16_t* p) { return {{half1(p), half1(p + 1), half1(p + 2), half1(p + 3)}}; }
   static F half(const void* p) { return set(half1(p)); }
   static I table16(const uint8_t* t) { return load(t); }
   static I lookup(I table, I codes) {

@@ -1,5 +1,6 @@
 // The engine on a small random model of unquantized weights, against the same formulas in double precision: a prompt at
 // once and token by token, on one thread and several.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -70,6 +71,13 @@ struct Model {
   }
 
   Norm norm(size_t n) { return {numbers(n, 1.0f), 1e-5f}; }
+
+  // Experts in place of the MLP: two of five for a token, and one for all.
+  void mix(Layer& l) {
+    l.mixture.router = {product(5, kHidden, 0), product(1, kHidden, 5)};
+    l.mixture.top = 2, l.mixture.norm = l.mixture.shared = true;
+    for (int e = 0; e < 6; ++e) l.mixture.experts.push_back({{product(2 * 32, kHidden, 0)}, {product(kHidden, 32, 0)}});
+  }
 
   Layer layer(uint32_t window) {
     Layer l;
@@ -201,29 +209,63 @@ void test_team() {
   for (const int threads : {1, 2, 3, 5}) meet(threads);
 }
 
+namespace {
+
+// Two sequences of the same tokens side by side, a prompt at once and the rest one by one: logits of both.
+std::vector<float> run(const Plan& plan, const std::vector<uint32_t>& ids, int threads, size_t prompt,
+                       bitfold::CacheKind kind) {
+  Decoder decoder(plan, threads, 2, kind);
+  std::vector<float> found(2 * kPositions * kWords), both(2 * kWords * prompt);
+  for (uint32_t at = 0; at < kPositions;) {
+    const uint32_t count = at ? 1 : static_cast<uint32_t>(prompt);
+    std::vector<Token> tokens;
+    for (uint32_t sequence = 0; sequence < 2; ++sequence)
+      for (uint32_t i = at; i < at + count; ++i) tokens.push_back({ids[i], sequence, i, true});
+    bitfold::engine::Output output;
+    output.logits = both.data();
+    decoder.run(tokens.data(), tokens.size(), output);
+    for (size_t sequence = 0; sequence < 2; ++sequence)
+      std::copy_n(both.begin() + static_cast<long>(sequence * count * kWords), count * kWords,
+                  found.begin() + static_cast<long>((sequence * kPositions + at) * kWords));
+    at += count;
+  }
+  return found;
+}
+
+std::vector<uint32_t> some_ids() {
+  std::mt19937 random(3);
+  std::vector<uint32_t> ids(kPositions);
+  for (uint32_t& id : ids) id = static_cast<uint32_t>(random() % kWords);
+  return ids;
+}
+
+// Whoever does what, and whatever the cache keeps: the same bits.
+void same_on_threads(const char* isa, const Plan& plan, const char* what) {
+  for (const auto kind : {bitfold::CacheKind::kF16, bitfold::CacheKind::kInt8}) {
+    const std::vector<float> one = run(plan, some_ids(), 1, 101, kind), three = run(plan, some_ids(), 3, 101, kind);
+    CHECK(one == three, "%s, %s: threads differ", isa, what);
+  }
+}
+
+}  // namespace
+
 void test_engine(const char* isa) {
+  constexpr size_t kPrompt = 101;
+  const std::vector<uint32_t> ids = some_ids();
   for (const uint32_t window : {0u, 33u}) {
-    const Model model(window);
-    std::mt19937 random(3);
-    std::vector<uint32_t> ids(kPositions);
-    for (uint32_t& id : ids) id = static_cast<uint32_t>(random() % kWords);
+    Model model(window);
     const std::vector<Vector> wanted = reference(model.plan, ids);
     for (const int threads : {1, 3}) {
-      Decoder decoder(model.plan, threads, 1, bitfold::CacheKind::kBf16);
-      std::vector<float> found(kPositions * kWords);
-      constexpr size_t kPrompt = 101;
-      std::vector<Token> tokens;
-      for (uint32_t i = 0; i < kPositions; ++i) tokens.push_back({ids[i], 0, i, true});
-      const auto logits = [&](size_t i) {
-        bitfold::engine::Output output;
-        output.logits = found.data() + i * kWords;
-        return output;
-      };
-      decoder.run(tokens.data(), kPrompt, logits(0));
-      for (size_t i = kPrompt; i < kPositions; ++i) decoder.run(&tokens[i], 1, logits(i));
-      // float32 against double; where a key or value is nearly a tie, they round it to other neighbours.
-      const double prompt = error(wanted, found, 0, kPrompt), rest = error(wanted, found, kPrompt, kPositions);
-      CHECK(prompt < 1e-3 && rest < 1e-3, "%s, window %u, %d threads: %g and %g", isa, window, threads, prompt, rest);
+      const std::vector<float> found = run(model.plan, ids, threads, kPrompt, bitfold::CacheKind::kBf16);
+      for (size_t sequence = 0; sequence < 2; ++sequence) {
+        const std::vector<float> own(found.begin() + static_cast<long>(sequence * kPositions * kWords), found.end());
+        // float32 against double; where a key or value is nearly a tie, they round it to other neighbours.
+        const double prompt = error(wanted, own, 0, kPrompt), rest = error(wanted, own, kPrompt, kPositions);
+        CHECK(prompt < 1e-3 && rest < 1e-3, "%s, window %u, %d threads: %g and %g", isa, window, threads, prompt, rest);
+      }
     }
+    same_on_threads(isa, model.plan, "one MLP");
+    model.mix(model.plan.layers[1]);
+    same_on_threads(isa, model.plan, "a mixture");
   }
 }

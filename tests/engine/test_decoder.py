@@ -37,7 +37,7 @@ def wanted(model: nn.Module, ids: list[int]) -> Tensor:
 
 def found(model: nn.Module, ids: list[int], threads: int, prompt: int = 100) -> Tensor:
     """Logits behind each token: a prompt at once, the rest one by one."""
-    decoder = Decoder(model, 256, threads)
+    decoder = Decoder(model, 256, threads, cache="bf16")
     rows = [decoder.logits(ids[:prompt]), *(decoder.extend([i])[None] for i in ids[prompt:])]
     return torch.cat(rows)
 
@@ -129,7 +129,7 @@ def test_threads_give_the_same_bits(name, threads):
 def test_a_long_text_is_seen_in_pieces():
     model, ids = build("llama"), ids_of(1400)
     model.config.max_position_embeddings = 2048
-    decoder = Decoder(model, 2048, 2)
+    decoder = Decoder(model, 2048, 2, cache="bf16")
     decoder.extend(ids[:-1])
     got, want = decoder.extend(ids[-1:]), wanted(model, ids)[-1]
     assert float((got - want).norm() / want.norm()) < 1e-3

@@ -27,8 +27,8 @@ def bench(
         list[int] | None, typer.Option(help="Numbers of texts to write side by side, several times; default: 1.")
     ] = None,
     cache: Annotated[
-        str, typer.Option(help="Keys and values: bf16, int8, or int4 (from a billion weights on).")
-    ] = "int8",
+        str, typer.Option(help="Keys and values: auto, f16, bf16, int8, int4 (from a billion weights on).")
+    ] = "auto",
     prompt_tokens: Annotated[int, typer.Option(help="Tokens read at once.", min=1)] = 512,
     tokens: Annotated[int, typer.Option(help="Tokens written one by one.", min=1)] = 64,
     turns: Annotated[int, typer.Option(help="How often; medians are shown.", min=1)] = 3,

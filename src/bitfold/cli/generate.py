@@ -52,7 +52,7 @@ GrammarFile = Annotated[
 Speculate = Annotated[
     str, typer.Option(help="Tokens guessed from the text so far and read along: auto (as many as pay), off, or N.")
 ]
-Cache = Annotated[str, typer.Option(help="Keys and values: bf16, int8, or int4 (from a billion weights on).")]
+Cache = Annotated[str, typer.Option(help="Keys and values: auto, f16, bf16, int8, int4 (from a billion weights on).")]
 PromptCache = Annotated[
     Path | None,
     typer.Option(help="A file that keeps keys and values of the prompt for the next time.", show_default=False),
@@ -128,7 +128,7 @@ def generate(
     regex: Regex = None,
     grammar: GrammarFile = None,
     speculate: Speculate = "auto",
-    cache: Cache = "int8",
+    cache: Cache = "auto",
     prompt_cache: PromptCache = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
@@ -182,7 +182,7 @@ def chat(
     regex: Regex = None,
     grammar: GrammarFile = None,
     speculate: Speculate = "auto",
-    cache: Cache = "int8",
+    cache: Cache = "auto",
     prompt_cache: PromptCache = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",

@@ -16,8 +16,8 @@ __all__ = ["Decoder", "Unsupported"]
 
 _Span = tuple[int, int, int, int]  # sequence, position, tokens, of which the last are wanted
 
-CACHES = ("bf16", "int8", "int4")
-CACHE = "int8"  # the default: it costs less than 0.001 nats a token (docs/log.md)
+CACHES = ("auto", "f16", "bf16", "int8", "int4")
+_SHORT = 4096  # tokens up to which memory and reading of 16 bits matter little
 _LEAST_FOR_INT4 = 10**9  # weights
 _INT4_LOSS = "0.2"  # nats a token
 CHUNK = 256  # tokens in one call: between calls Ctrl-C is heard
@@ -35,8 +35,10 @@ class Decoder:
         positions: the longest text of a sequence, in tokens.
         threads: None: as many as PyTorch has been given.
         sequences: texts that are kept side by side; each has a cache of its own.
-        cache: how keys and values are kept: "bf16"; "int8", with one scale for each head and token; "int4", the same
-            under a Hadamard rotation, for models of a billion weights and more.
+        cache: how keys and values are kept: "f16"; "bf16"; "int8": one scale for each head and token, under a Hadamard
+            rotation where a head has a power of two of channels; "int4": the same, for models of a billion weights and
+            more; "auto": f16 for texts of up to 4096 tokens, int8 for longer ones where it costs less than 0.001 nats a
+            token: not where keys have a bias, as those of Qwen2.
 
     Raises:
         Unsupported: the engine has no code for this model, and why.
@@ -49,7 +51,7 @@ class Decoder:
         positions: int,
         threads: int | None = None,
         sequences: int = 1,
-        cache: str = CACHE,
+        cache: str = "auto",
     ) -> None:
         if sequences < 1:
             raise UsageError("a decoder has at least one sequence")
@@ -60,6 +62,8 @@ class Decoder:
         assert core is not None
         if cache == "int4":
             _require_int4(self._plan)
+        if cache == "auto":
+            cache = "f16" if positions <= _SHORT or self._plan.biased_keys else "int8"
         self.cache = cache
         kind = getattr(core.CacheKind, cache)
         self._native = core.Decoder(self._plan.plan, threads or native.threads(), sequences, kind)

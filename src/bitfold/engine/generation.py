@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitfold.engine.decoder import CACHE, Unsupported
+from bitfold.engine.decoder import Unsupported
 from bitfold.engine.grammar import Guide
 from bitfold.engine.loop import Loop, OnToken, by_transformers, end_tokens, require_plain, stop_texts
 from bitfold.engine.sampling import Sampler, Sampling
@@ -86,7 +86,7 @@ class Writer:
     messages: list[Message] = field(default_factory=list)
     native: bool = True
     guesses: int | None = None
-    cache: str = CACHE
+    cache: str = "auto"
     prompt_cache: Path | None = None
     interruptible: bool = False
     _loop: Loop | None = field(default=None, repr=False)
@@ -184,7 +184,7 @@ class Writer:
             except Unsupported as reason:
                 self.native = False
                 own = (
-                    "" if (self.cache, self.prompt_cache) == (CACHE, None) else "; the cache is transformers' own, too"
+                    "" if (self.cache, self.prompt_cache) == ("auto", None) else "; the cache is transformers' own, too"
                 )
                 progress.say(f"text comes from transformers' own loop, which is slower: {reason}{own}")
         with _in_words(self.model):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitfold.engine.decoder import CACHE, Decoder, Unsupported
+from bitfold.engine.decoder import Decoder, Unsupported
 from bitfold.engine.lookup import MOST, Lookup, Payoff
 from bitfold.engine.prompt_cache import PromptCache
 from bitfold.engine.sampling import Sampler
@@ -82,7 +82,7 @@ class Loop:
         self,
         model: nn.Module,
         guesses: int | None = None,
-        cache: str = CACHE,
+        cache: str = "auto",
         prompt_cache: str | Path | None = None,
     ) -> None:
         self._model, self._cache = model, cache

@@ -118,13 +118,14 @@ class _Plan:
 
 @dataclass(frozen=True)
 class NativePlan:
-    """What the core needs, what keeps its addresses valid, the bytes that every token reads, and how many weights."""
+    """What the core needs, what keeps its addresses valid, the bytes that every token reads, and more of the model."""
 
     plan: Any
     alive: list[Any]
     positions: int
     nbytes: int
     weights: int
+    biased_keys: bool
 
 
 def make_plan(model: nn.Module, positions: int) -> NativePlan:
@@ -149,7 +150,12 @@ def make_plan(model: nn.Module, positions: int) -> NativePlan:
     plan.last = made.norm(body.norm, config, one_plus=family.one_plus)
     plan.head = [made.product(model.lm_head, 0)]  # type: ignore[arg-type]
     plan.layers = [_layer(made, config, layer, i, angles) for i, layer in enumerate(body.layers)]
-    return NativePlan(plan, made.alive, positions, made.nbytes, made.weights)
+    biased = any(
+        getattr(getattr(layer.self_attn, name, None), "bias", None) is not None
+        for layer in body.layers
+        for name in family.qkv
+    )
+    return NativePlan(plan, made.alive, positions, made.nbytes, made.weights, biased)
 
 
 def _sizes(plan: Any, core: Any, family: Family, config: Any, body: Any, positions: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitfold.engine.decoder import CACHE, Decoder
+from bitfold.engine.decoder import Decoder
 from bitfold.errors import UsageError
 from bitfold.system import native
 
@@ -60,7 +60,7 @@ def measure(
     *,
     threads: Sequence[int],
     sequences: Sequence[int] = (1,),
-    cache: str = CACHE,
+    cache: str = "auto",
     prompt: int = 512,
     tokens: int = 64,
     turns: int = 3,
