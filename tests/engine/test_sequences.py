@@ -100,10 +100,11 @@ def test_what_begins_alike_is_copied(model):
 @pytest.mark.parametrize("top", [1, 5, 300])
 def test_the_best_are_found_by_the_threads(model, sequences, top):
     work = [(i, ids_of(9 + i, seed=i)) for i in range(sequences)]
-    wanted = Decoder(model, 64, 3, sequences).step(work).topk(top)
+    logits = Decoder(model, 64, 3, sequences).step(work)
     values, tokens = Decoder(model, 64, 3, sequences).best(work, top)
-    assert torch.equal(values, wanted.values)
-    assert torch.equal(tokens, wanted.indices)
+    assert torch.equal(values, logits.topk(top).values)
+    assert torch.equal(values, logits.gather(1, tokens))
+    assert all(len(set(row)) == top for row in tokens.tolist())
 
 
 def test_of_equal_logits_the_first_is_the_best():
