@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bitfold.cli.app import Json, Revision, app, print_json
 from bitfold.errors import ModelError, UsageError
+
+if TYPE_CHECKING:
+    from bitfold.engine.speed import Speed
 
 
 @app.command()
@@ -69,7 +72,11 @@ def bench(
         print_json({"model": model or shape, "speeds": [speed.to_dict() for speed in found]})
         return
     for speed in found:
-        size = f"{speed.token_bytes / 1e6:.0f} MB a token, {speed.share:.0%} of {speed.bandwidth / 1e9:.1f} GB/s"
-        reads = f"reads {speed.prefill:.0f} tokens a second (the first after {speed.first_token:.2f} s)"
-        texts = f", {speed.sequences} texts" if speed.sequences > 1 else ""
-        print(f"{speed.threads} threads{texts}: {reads}, writes {speed.decode:.1f} ({size})")
+        print(_line(speed))
+
+
+def _line(speed: Speed) -> str:
+    size = f"{speed.token_bytes / 1e6:.0f} MB a token, {speed.share:.0%} of {speed.bandwidth / 1e9:.1f} GB/s"
+    reads = f"reads {speed.prefill:.0f} tokens a second (the first after {speed.first_token:.2f} s)"
+    texts = f", {speed.sequences} texts" if speed.sequences > 1 else ""
+    return f"{speed.threads} threads{texts}: {reads}, writes {speed.decode:.1f} ({size})"
