@@ -56,6 +56,10 @@ async def talk(client: httpx.AsyncClient, model: str, until: float, load: Load, 
         load.requests += 1
         try:
             async with client.stream("POST", "chat/completions", json=body) as answer:
+                if answer.status_code == 400 and "context_length_exceeded" in (await answer.aread()).decode():
+                    load.requests, messages = load.requests - 1, []
+                    continue
+                answer.raise_for_status()
                 async for line in answer.aiter_lines():
                     if line == "data: [DONE]":
                         break

@@ -83,10 +83,28 @@ def test_end_tokens_end_it(folder):
     assert check_same(folder, eos_token_id=[end, 256]) == made[: first + 1]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("guesses", [1, 4, 15])
-def test_guesses_change_no_text(folder, guesses):
-    """A small random model repeats itself soon, so that many guesses are right, and some are not."""
-    check_alike(folder, tokens(folder, True, 100, guesses), tokens(folder, True, 100))
+def test_guesses_change_no_text(folder, guesses, temperature):
+    """A text of three letters repeats itself all the time, and goes on otherwise as often: guesses right and wrong."""
+    writer = Writer.open(folder, dtype="float32")
+    guessed = 0
+    for seed in range(4):
+        asked = Sampling(80, temperature=temperature, seed=seed, logit_bias={64: 1000.0, 65: 1000.0, 66: 999.0})
+        writer.guesses, writer._loop = 0, None
+        plain = writer.write("abcab" * (seed + 1), asked).text
+        writer.guesses, writer._loop = guesses, None
+        writer.write("a", Sampling(1))
+        assert writer._loop is not None
+        decoder = writer._loop._decoder  # type: ignore[attr-defined]
+        read: list[int] = []
+        logits = decoder.logits
+        decoder.logits = lambda ids, read=read, logits=logits: (read.append(len(ids)), logits(ids))[1]
+        made = writer.write("abcab" * (seed + 1), asked)
+        assert made.text == plain
+        assert len(decoder.texts[0]) == made.prompt_tokens + 79  # nothing of a wrong guess is left
+        guessed += sum(read) - len(read)
+    assert guessed > 40
 
 
 def test_guesses_that_are_right_save_passes(folder):
