@@ -13,7 +13,8 @@ from bitfold.methods.hessian import BlockDiagonal
 from bitfold.methods.quantize import quantize_tensor
 from bitfold.qtensor import rows_stack, split_rows
 
-COLUMN_FORMATS = [name for name, f in FORMATS.items() if f.coder]
+# Blocks of ggml choose their scales under the data, and hold them beside the codes: test_ggml_feedback.py.
+COLUMN_FORMATS = [name for name, f in FORMATS.items() if f.coder and f.ggml is None]
 _TRELLIS = [name for name in COLUMN_FORMATS if name.startswith("trellis")]
 _FEW = ["int4-asym-g64", "int3", "nf4", "mxfp4", "int2-affine-g64", *_TRELLIS]
 

@@ -16,7 +16,8 @@ ModelOption = Annotated[
     typer.Argument(help="A model folder, a GGUF file, or a Hub repository (org/name).", show_default=False),
 ]
 OutputDirOption = Annotated[
-    Path | None, typer.Option("--output-dir", "-o", help="Folder to write; it must not exist yet.")
+    Path | None,
+    typer.Option("--output-dir", "-o", help="Folder (or file, with --export) to write; it must not exist yet."),
 ]
 BitsOption = Annotated[
     int | None,
@@ -73,6 +74,10 @@ IgnoreOption = Annotated[
     list[str] | None, typer.Option(help="Tensors to keep as they are: a name, a glob or re:PATTERN. Repeatable.")
 ]
 RecipeOption = Annotated[Path | None, typer.Option(help="A TOML file of rules, tensor by tensor.")]
+ExportOption = Annotated[
+    str | None,
+    typer.Option(help="Write a GGUF file of that type instead: gguf:Q4_K_M, see docs/gguf.md.", show_default=False),
+]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")]
 RestartOption = Annotated[
     bool, typer.Option("--restart", help="Begin anew, whatever an interrupted run has finished already.")
@@ -116,6 +121,7 @@ def quantize(
     prune: PruneOption = None,
     ignore: IgnoreOption = None,
     recipe: RecipeOption = None,
+    export: ExportOption = None,
     max_memory: MaxMemoryOption = None,
     restart: RestartOption = False,
     strict: StrictOption = False,
@@ -138,15 +144,13 @@ def quantize(
     from bitfold.run.options import Request, RunOptions
     from bitfold.text.documents import with_column
 
-    wanted = MethodOptions(
-        bits, format, group_size, fit, method, transform, act, prune, tuple(ignore or ()), recipe=recipe
-    )
+    wanted = MethodOptions(bits, format, group_size, fit, method, transform, act, prune, tuple(ignore or ()), recipe)
     text_of = with_column(calibration, text_column)
     text = settings(method, text_of, nsamples, seqlen, drift, fisher, columns, refit, start_token)
     ceiling = None if max_memory is None else parse_size(max_memory, where="--max-memory")
     how = (seed, shard_bytes, ceiling, dry_run, restart, strict, events, revision)
     options = RunOptions(*how, upload_repo=upload_repo, pre_tokenizer=pre_tokenizer)
-    report = run(Request(model, output_dir or Path("unused"), wanted, text), options)
+    report = run(Request(model, output_dir or Path("unused"), wanted, text, export), options)
     if json:
         print_json(report.to_dict())
         return

@@ -95,6 +95,8 @@ def _quantize_facts(report: QuantizeReport) -> Facts:
         yield from _preflight_facts(report.preflight)
     yield "accounted for", totals_text(report.account) if report.account else None
     yield "not quantized", report.preflight.get("unknown")
+    for text in report.preflight.get("substitutes", ()):
+        yield "instead", text
     for tensor in report.flagged:
         yield "flagged", f"{tensor.tensor}: {', '.join(tensor.flags)}"
     for name in report.unread:

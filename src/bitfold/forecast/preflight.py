@@ -55,6 +55,7 @@ class Preflight:
         rehearsal: what would go wrong when the quantized model is run; None where nothing is known to.
         unknown: what of the model stays as it is because nothing is known that it could be quantized as, in words; None
             where that is little.
+        substitutes: what gets another format than was asked for, in words.
     """
 
     output_bytes: int
@@ -72,6 +73,7 @@ class Preflight:
     times: dict[str, float] = field(default_factory=dict)
     rehearsal: str | None = None
     unknown: str | None = None
+    substitutes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, with stable keys."""
@@ -91,6 +93,7 @@ class Preflight:
         """What should be known before it begins, in words."""
         if self.rehearsal is not None:
             yield f"{self.rehearsal} (tried without values, before anything is made; --ignore keeps layers as they are)"
+        yield from self.substitutes
         if self.unknown is not None:
             yield f"not quantized: {self.unknown}"
         if self.ranges:
@@ -140,7 +143,7 @@ def preflight(source: Source, model: nn.Module | None, plan: Plan, economy: Memo
         bpw_whole=8 * sum(d.nbytes() for d in plan.decisions) / max(1, numel),
         kept=rules_of(plan.decisions),
         ragged=[d.tensor for d in plan.quantized if _is_ragged(d)],
-        engines=engines(model, source, any_quantized=bool(plan.quantized)),
+        engines=engines(model, source, any_quantized=bool(plan.quantized), file=asked.kind != FOLDER),
         allowed=memory.default_ceiling() if asked.max_memory is None else asked.max_memory,
         columns=None if calibration is None else calibration.columns,
         ranges=[d.tensor for d in plan.quantized if calibration is not None and in_ranges(d, calibration)],
@@ -169,8 +172,11 @@ def _is_ragged(decision: Quantized) -> bool:
     return scale is not None and scale.block[1] > 0 and decision.site.qshape[-1] % scale.block[1] != 0
 
 
-def engines(model: nn.Module | None, source: Source, *, any_quantized: bool) -> dict[str, str]:
-    """Who will load the folder: "yes" or "no", and why."""
+def engines(model: nn.Module | None, source: Source, *, any_quantized: bool, file: bool = False) -> dict[str, str]:
+    """Who will load the folder, or the GGUF file: "yes" or "no", and why."""
+    if file:
+        no = "no: it reads folders of safetensors"
+        return {"bitfold": "yes", "llama.cpp": "yes", "transformers": "yes, decoded to floating point", "vLLM": no}
     known = model is not None
     names = source.config.get("architectures") or ["this model's class"]
     other = "no: it has no loader for bitfold's format; `bitfold convert` writes plain weights that it loads"

@@ -201,7 +201,7 @@ class Format:
         zero = 0.0 if params.zero_point is None else params.zero_point[where]
         return (points - zero) * params.scale[where]
 
-    def coder(self, w: torch.Tensor, params: Params | None) -> GridCoder:
+    def coder(self, w: torch.Tensor, params: Params | None, importance: torch.Tensor | None = None) -> GridCoder:
         """Codes the columns of w (n, k) one by one under given scales."""
         return GridCoder(self, (w.shape[0], w.shape[1]), params)
 

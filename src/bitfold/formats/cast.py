@@ -69,7 +69,7 @@ class Cast:
         """float32 columns of the weight."""
         return fields["values"][:, index].float()
 
-    def coder(self, w: torch.Tensor, params: Params | None) -> CastCoder:
+    def coder(self, w: torch.Tensor, params: Params | None, importance: torch.Tensor | None = None) -> CastCoder:
         """Rounds the columns of w (n, k) one by one."""
         return CastCoder(self, torch.empty(tuple(w.shape), dtype=self.dtype))
 
@@ -86,7 +86,7 @@ class CastCoder:
     values: torch.Tensor
     step = 1
     at_once = 0
-    feed = None
+    feed = refit = None
 
     def encode(self, w: torch.Tensor, start: int) -> torch.Tensor:
         """See `Coder`."""

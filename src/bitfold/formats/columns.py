@@ -25,6 +25,14 @@ class Coder(Protocol):
     def at_once(self) -> int: ...
     @property
     def feed(self) -> Callable[[rounding.FeedbackColumns], None] | None: ...
+    @property
+    def refit(self) -> Callable[[torch.Tensor, Callable[[torch.Tensor, slice], torch.Tensor]], None] | None:
+        """Choose anew, once all columns are coded, the numbers that several columns share; None: it cannot.
+
+        (w (n, k), times): times(x, columns) is x H[:, columns] of an x (n, k), and x H[columns, columns] of one that
+        has no more than these columns.
+        """
+        ...
 
     def encode(self, w: torch.Tensor, start: int) -> torch.Tensor:
         """Code the columns w (n, c) that begin at column `start`; returns what they decode to, float32 (n, c).
@@ -48,6 +56,7 @@ class GridCoder:
     """
 
     step = 1
+    refit = None
 
     def __init__(self, format: Format, shape: tuple[int, int], params: Params | None) -> None:
         self._format, self._shape = format, shape

@@ -84,8 +84,9 @@ class AnyFormat(Protocol):
 
     # What it can do beyond the verbs.
     @property
-    def coder(self) -> Callable[[Tensor, Params | None], Coder] | None:
-        """(w (n, k), scales) -> what codes its columns from left to right, for error feedback."""
+    def coder(self) -> Callable[[Tensor, Params | None, Tensor | None], Coder] | None:
+        """(w (n, k), scales, importance (k,) of the inputs) -> what codes its columns from left to right, for error
+        feedback. The importance is for formats that choose their own scales."""
         ...
 
     @property

@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +21,9 @@ from bitfold.errors import FormatError, WeightError
 from bitfold.formats import AnyFormat, Fit
 from bitfold.formats.columns import Coder
 from bitfold.formats.integers import FeedbackColumns
-from bitfold.methods.hessian import Moments, diagonal_blocks, product
+from bitfold.methods.hessian import Moments, diagonal_blocks, product, product_columns
 from bitfold.methods.pruning import Pruner
-from bitfold.methods.rtn import fit_by_rows
+from bitfold.methods.rtn import fit_by_rows, rtn
 from bitfold.qtensor import QTensor, row_ranges
 
 DAMP = 0.01  # of the mean diagonal
@@ -72,28 +73,37 @@ def ldlq(
         raise FormatError(f"{format.name} cannot be coded column by column", hint="use --method rtn, or another format")
     w = w.detach().float()
     if hessian is None:
-        coder = _begin(w, format, fit, start)
-        step = coder.at_once or coder.step
-        for at in range(0, w.shape[1], step):
-            coder.encode(w[:, at : at + step], at)
-        return QTensor(format, tuple(w.shape), coder.fields())
+        return _without_data(w, format, fit, start)
     dead = _check(hessian, w.shape[1])
     alive = torch.where(dead, 0.0, w) if dead.any() else w
     pieces = [slice(0, len(w))] if pruner is not None else row_ranges(format, (len(w), w.shape[1]), WEIGHTS)
     factors: list[_Factor] = []
     found = []
     for rows in pieces:  # rows do not know each other: memory holds the errors of some at a time
-        coder = _begin(alive[rows], format, fit, start)
+        coder = _begin(alive[rows], format, fit, start, hessian.diagonal().float())
         grain = coder.step if pruner is None else max(coder.step, pruner.group)
         step = 0 if coder.at_once else coder.step
         factors = factors or [_factored(c, h, damp, step, grain * by_energy) for c, h in diagonal_blocks(hessian)]
         decoded = _coded(alive[rows], factors, coder, pruner)
+        if refit and coder.refit is not None and pruner is None:
+            coder.refit(alive[rows], partial(_times, hessian))
         fields = coder.fields()
         if refit and format.rescaled is not None:
             fields = format.rescaled(fields, _best_scale(w[rows], decoded, hessian))
         found.append(fields)
     fields = found[0] if len(found) == 1 else {name: torch.cat([f[name] for f in found]) for name in found[0]}
     return QTensor(format, tuple(w.shape), fields)
+
+
+def _without_data(w: torch.Tensor, format: AnyFormat, fit: Fit, start: Callable[..., Coder]) -> QTensor:
+    """No column knows of another: rounding to nearest."""
+    if format.ggml is not None:  # its blocks choose their scales by themselves
+        return rtn(w, None, format, fit)
+    coder = _begin(w, format, fit, start, None)
+    step = coder.at_once or coder.step
+    for at in range(0, w.shape[1], step):
+        coder.encode(w[:, at : at + step], at)
+    return QTensor(format, tuple(w.shape), coder.fields())
 
 
 def gptq(
@@ -111,8 +121,14 @@ def gptq(
     return ldlq(w, hessian, format, fit, seed=seed, damp=damp, by_energy=True, refit=refit, pruner=pruner)
 
 
-def _begin(w: torch.Tensor, format: AnyFormat, fit: Fit, start: Callable[..., Coder]) -> Coder:
-    return start(w, fit_by_rows(w, format, fit) if format.scale is not None else None)
+def _begin(
+    w: torch.Tensor, format: AnyFormat, fit: Fit, start: Callable[..., Coder], importance: torch.Tensor | None
+) -> Coder:
+    return start(w, fit_by_rows(w, format, fit) if format.scale is not None else None, importance)
+
+
+def _times(hessian: Moments, x: torch.Tensor, columns: slice) -> torch.Tensor:
+    return product_columns(x, hessian, columns)
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,16 @@ def product(x: torch.Tensor, moments: Moments) -> torch.Tensor:
     return torch.cat([x[:, columns] @ part.to(x.dtype) for columns, part in diagonal_blocks(moments)], 1)
 
 
+def product_columns(x: torch.Tensor, moments: Moments, columns: slice) -> torch.Tensor:
+    """x H[:, columns] of an x (m, k); x H[columns, columns] of one (m, columns). Columns of one known square."""
+    whole = x.shape[1] == len(moments)
+    for known, part in diagonal_blocks(moments):
+        if known.start <= columns.start and columns.stop <= known.stop:
+            here = slice(columns.start - known.start, columns.stop - known.start)
+            return x[:, known] @ part[:, here].to(x.dtype) if whole else x @ part[here, here].to(x.dtype)
+    raise ValueError(f"{columns} are not within one of the squares")
+
+
 def widest(moments: Moments) -> int:
     """Inputs of the largest part."""
     return max((len(part) for _, part in diagonal_blocks(moments)), default=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -60,6 +60,15 @@ class Plan:
     def numel(self) -> int:
         """Numbers to be written."""
         return sum(d.info.numel for d in self.written)
+
+    def kept_as(self, plain: Callable[[TensorInfo], TensorInfo]) -> Plan:
+        """With what is not quantized in the dtype that the output has for it."""
+        items = []
+        for item in self.items:
+            kept = {n: d for n, d in item.decisions.items() if isinstance(d, Kept | Unused)}
+            changed = {name: replace(d, info=plain(d.info)) for name, d in kept.items()}
+            items.append(Item(item.target, {**item.decisions, **changed}))
+        return Plan(tuple(items))
 
     def contents(self) -> dict[str, Content]:
         """What every tensor is stored as, in the order of the source."""

@@ -50,6 +50,7 @@ def quantize(
     ignore: Iterable[str] = (),
     recipe: Recipe | str | Path | None = None,
     calibration: Calibration | str | None = None,
+    export: str | None = None,
     dry_run: bool = False,
     max_memory: int | None = None,
     restart: bool = False,
@@ -71,6 +72,8 @@ def quantize(
             (but for act and ignore), or the method "auto", leave the choice of the method to bitfold.
         calibration: text for methods that need it (see `Calibration`, or just its `text`); default: the text that comes
             with bitfold.
+        export: "gguf:Q4_K_M" and the like: make a GGUF file of that mixture, `out`, instead of a folder; what it says
+            is not to be said again by bits, format or recipe.
         dry_run: plan and report only; write nothing.
         max_memory: ceiling on the resident memory of the whole process, bytes: kept, if need be by solving wide layers
             in ranges of their inputs, or refused; None = no more than what is free, with a word of caution beyond four
@@ -90,4 +93,4 @@ def quantize(
     options = RunOptions(
         seed, max_shard_bytes, max_memory, dry_run, restart, strict, log, revision, token, upload_repo, on_tensor
     )
-    return run(Request(str(src), Path(out), wanted, calibration), options)
+    return run(Request(str(src), Path(out), wanted, calibration, export), options)

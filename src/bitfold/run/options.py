@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitfold.calibration.options import Calibration, settings
+from bitfold.checkpoints.targets import FOLDER
 from bitfold.errors import UsageError
 from bitfold.recipes.options import MethodOptions
 from bitfold.recipes.recipe import Recipe
@@ -27,12 +28,19 @@ class Request:
         wanted: how weights are to be quantized.
         calibration: text and options for methods that are calibrated, or just the text; None = where it is needed, the
             text that comes with bitfold and what the method is used to.
+        export: what is made: None: a bitfold folder; "gguf:Q4_K_M" and the like: a GGUF file of that mixture, `out`.
     """
 
     source: str
     out: Path
     wanted: MethodOptions
     calibration: Calibration | str | None = None
+    export: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """What is made, as TARGETS have it."""
+        return self.export or FOLDER
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "out", real_path(self.out))

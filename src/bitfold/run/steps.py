@@ -20,6 +20,7 @@ from bitfold.calibration.shape import LONGEST
 from bitfold.checkpoints import Source, open_source
 from bitfold.checkpoints.schema import QUANT_METHOD
 from bitfold.checkpoints.staging import open_output, partial_of
+from bitfold.checkpoints.targets import FOLDER, open_target
 from bitfold.errors import CheckpointError
 from bitfold.forecast.ceiling import MemoryChooser
 from bitfold.forecast.preflight import Asked, Preflight, preflight, refuse_impossible
@@ -30,6 +31,7 @@ from bitfold.planning.plan import make_plan
 from bitfold.recipes.options import choose_recipe
 from bitfold.records.record import write_record
 from bitfold.records.run_report import QuantizeReport, TensorReport, peak_memory
+from bitfold.run.export import check_export, export_rules
 from bitfold.run.options import Request, RunOptions
 from bitfold.run.writing import Job, PlannedRun, Writing, Written
 from bitfold.system import progress
@@ -61,12 +63,15 @@ def check(request: Request, options: RunOptions) -> None:
     """Raise what can be known before anything is opened: options, places to write to, the login."""
     from bitfold.checkpoints.hub.upload import check_login
 
-    rules = choose_recipe(request.wanted)
-    if not request.wanted.leaves_the_choice:
-        request.calibration_of(rules)
+    if request.export is not None:
+        check_export(request, upload=options.upload_repo is not None)
+    else:
+        rules = choose_recipe(request.wanted)
+        if not request.wanted.leaves_the_choice:
+            request.calibration_of(rules)
     if options.dry_run:
         return
-    open_output(request.out, Path(request.source))
+    open_output(request.out, Path(request.source), single=request.export is not None)
     if options.events is not None:
         try_file(options.events)
     if options.upload_repo is not None:
@@ -112,7 +117,11 @@ def plan(opened: Opened, request: Request, options: RunOptions, obstacle: str | 
         obstacle: what was found to stand in the way of calibration, where the method is left open.
     """
     wanted, why, source = request.wanted, "", opened.source
-    if wanted.leaves_the_choice:
+    more: tuple[str, ...] = ()
+    if request.export is not None:
+        rules, why, more = export_rules(request, source, partial(why_not_calibrated, source, opened.model))
+        calibration = request.calibration_of(rules)
+    elif wanted.leaves_the_choice:
         given = request.calibration
         text = given if isinstance(given, Calibration) else Calibration(given or BUNDLED)
         why_not = partial(why_not_calibrated, source, opened.model)
@@ -125,9 +134,11 @@ def plan(opened: Opened, request: Request, options: RunOptions, obstacle: str | 
         if calibration is not None:  # a choice has read it
             source.tokenizer()
             runnable(opened.model, source)
-    job = Job(request.source, request.out, rules, options.seed, calibration, options.max_shard_bytes)
+    job = Job(request.source, request.out, rules, options.seed, calibration, options.max_shard_bytes, request.kind)
     decided = make_plan(source, opened.model, rules, shorten_groups=wanted.shortens_groups)
-    return PlannedRun(source, opened.model, decided, job, account_for(source, decided), why)
+    target = open_target(job.kind, request.out, options.max_shard_bytes, source)
+    decided = decided.kept_as(target.plain)
+    return PlannedRun(source, opened.model, decided, job, account_for(source, decided), why, substitutes=more)
 
 
 def forecast(run: PlannedRun, options: RunOptions) -> Forecast:
@@ -140,8 +151,8 @@ def forecast(run: PlannedRun, options: RunOptions) -> Forecast:
     chooser = MemoryChooser(run.source, run.model, run.plan, run.job.calibration, before.get("columns"))
     use = chooser.choose(options.max_memory)
     run = replace(run, job=replace(run.job, calibration=use.calibration), hessian_bytes=use.hessian_bytes)
-    asked = Asked(options.seed, options.max_shard_bytes, options.dry_run, options.max_memory)
-    found = preflight(run.source, run.model, run.plan, use, asked)
+    asked = Asked(options.seed, options.max_shard_bytes, options.dry_run, options.max_memory, run.job.kind)
+    found = replace(preflight(run.source, run.model, run.plan, use, asked), substitutes=list(run.substitutes))
     if not options.dry_run:
         refuse_impossible(found, run.job.out, options.max_memory, has=size_of(partial_of(run.job.out)))
         for line in (found.summary(), *found.cautions()):
@@ -152,7 +163,8 @@ def forecast(run: PlannedRun, options: RunOptions) -> Forecast:
 def execute(expected: Forecast, options: RunOptions) -> QuantizeReport:
     """Do the work, or go on with it; after a failure, what is finished stays for the next time."""
     run = expected.run
-    work = Workspace(run.job.out, _identity(run, options), restart=options.restart)
+    single = open_target(run.job.kind, run.job.out, 0, run.source).single
+    work = Workspace(run.job.out, _identity(run, options), restart=options.restart, single=single)
     if work.published:  # an earlier run had time for everything but this
         reports = [TensorReport.from_dict(record["report"]) for record in work.journal.of_kind("tensor")]
         work.journal.discard()
@@ -214,7 +226,7 @@ def record(report: QuantizeReport, job: Job, options: RunOptions, started: float
     from bitfold.checkpoints.hub.upload import upload
 
     report = replace(report, seconds=time.perf_counter() - started, peak_memory=peak_memory())
-    if options.dry_run:
+    if options.dry_run or job.kind != FOLDER:
         return report
     write_record(job.out, report, {"seed": job.seed, "calibration": job.calibration and asdict(job.calibration)})
     if options.upload_repo is None:
@@ -234,6 +246,7 @@ def _identity(run: PlannedRun, options: RunOptions) -> dict[str, Any]:
         "seed": job.seed,
         "calibration": calibration,
         "shard size": job.max_shard_bytes,
+        "kind": job.kind,
         "formats": {name: entry.to_dict() for name, entry in run.plan.entries(job.seed).items()},
         "version": software(),
         **({} if options.pre_tokenizer is None else {"pre-tokenizer": options.pre_tokenizer}),

@@ -56,6 +56,7 @@ class Job:
     seed: int
     calibration: Calibration | None
     max_shard_bytes: int
+    kind: str = FOLDER
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class PlannedRun:
         source, model, plan, job, account: of the run.
         why: this method, where bitfold chose it.
         hessian_bytes: bytes of the Hessians of experts in memory at a time.
+        substitutes: what gets another format than was asked for, in words.
     """
 
     source: Source
@@ -75,6 +77,7 @@ class PlannedRun:
     account: Account
     why: str = ""
     hessian_bytes: int = HESSIANS
+    substitutes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class Writing:
         self, run: PlannedRun, work: Workspace, events: Events, options: RunOptions, times: Mapping[str, float]
     ) -> None:
         self.run, self.work, self._events, self._options, self._times = run, work, events, options, times
-        self._target = open_target(FOLDER, work.result, run.job.max_shard_bytes)
+        self._target = open_target(run.job.kind, work.result, run.job.max_shard_bytes, run.source)
         self._target.layout(run.plan.contents())
         self.done = WrittenTensors()
         self._ceiling = Ceiling(options.max_memory)
@@ -287,17 +290,20 @@ class Writing:
         except OSError as error:
             raise written_error(error, self.work.result, "cannot be completed") from error
         check_written(run.plan, report.tensors, self._target)
-        write_manifest(self.work.result, run.account.totals())
+        if self._target.single is None:
+            write_manifest(self.work.result, run.account.totals())
         if self._options.strict and report.flagged:
             refuse_flagged(report)
         self.work.publish()
 
     def _complete(self, report: QuantizeReport) -> None:
         run, result = self.run, self.work.result
-        run.source.copy_side_files(result)
+        if self._target.single is None:
+            run.source.copy_side_files(result)
         dtypes = (run.source.info(name).dtype for name in run.source.names())
         self._target.finish(skeleton.with_dtype(run.source.config, dtypes), _quantization(run, report))
-        write_card(result, report)
+        if self._target.single is None:
+            write_card(result, report)
 
 
 def _value(

@@ -30,6 +30,7 @@ class Workspace:
         out: the folder to be made.
         identity: what decides its bytes, see `Journal`.
         restart: forget what an earlier run left.
+        single: name of the one file in `result` that is all there is to be; None: the folder is.
 
     `published` says that an earlier run finished, and only had no time to clean up.
 
@@ -37,9 +38,11 @@ class Workspace:
         CheckpointError: `out` exists, or the work of another run is there.
     """
 
-    def __init__(self, out: Path, identity: Mapping[str, Any], *, restart: bool = False) -> None:
-        self.out, self.folder = out, partial_of(out)
-        self.published = _published(out, self.folder) and not restart
+    def __init__(
+        self, out: Path, identity: Mapping[str, Any], *, restart: bool = False, single: str | None = None
+    ) -> None:
+        self.out, self.folder, self._single = out, partial_of(out), single
+        self.published = _published(out, self.folder, single) and not restart
         if not self.published:
             refuse_existing(out)
         self.journal = Journal(self.folder, identity, restart=restart)
@@ -59,7 +62,7 @@ class Workspace:
             sync_folder(self.result)
         except OSError as error:
             raise written_error(error, self.out, "cannot be given its name") from error
-        publish(self.result, self.out)
+        publish(self.result, self.out, self._single)
         self.journal.discard()
 
     def leave(self) -> bool:
@@ -71,12 +74,13 @@ class Workspace:
         return False
 
 
-def _published(out: Path, folder: Path) -> bool:
+def _published(out: Path, folder: Path, single: str | None) -> bool:
     """The result has its place and the journal was not yet removed; a move of files that was cut short is ended."""
     result = folder / "result"
     if result.is_dir() and out.is_dir() and finished(folder):
         publish(result, out)
-    return (folder / NAME).is_file() and not result.exists() and (out / "config.json").is_file()
+    whole = out.is_file() if single is not None else (out / "config.json").is_file()
+    return (folder / NAME).is_file() and not (result / (single or "")).exists() and whole
 
 
 def size_of(folder: Path) -> int:

@@ -87,7 +87,7 @@ class Additive:
             coder.encode(w[:, at : at + coder.step], at)
         return coder.fields()
 
-    def coder(self, w: Tensor, params: Params | None) -> BookCoder:
+    def coder(self, w: Tensor, params: Params | None, importance: Tensor | None = None) -> BookCoder:
         """Codes the columns of w (n, k) eight by eight, by books trained on w."""
         if not torch.isfinite(w).all():
             raise WeightError("NaN or infinite weights")
@@ -158,7 +158,7 @@ class BookCoder:
 
     step = WIDTH
     at_once = 0
-    feed = None
+    feed = refit = None
 
     def __init__(self, format: Additive, books: Tensor, scale: Tensor, width: int) -> None:
         self._format, self._stored = format, scale

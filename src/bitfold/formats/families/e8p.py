@@ -235,7 +235,7 @@ class E8PFormat:
         parallel_map(job, range(0, len(w), step))
         return {"codes": codes, "scale": scale}
 
-    def coder(self, w: Tensor, params: Params | None) -> BlockCoder:
+    def coder(self, w: Tensor, params: Params | None, importance: Tensor | None = None) -> BlockCoder:
         """Codes the columns of w (n, k) eight by eight, under given row scales or those of the rows' magnitudes."""
         scale = self._row_scale(w, params)
         check_rows(scale, len(w), self.name)
@@ -292,7 +292,7 @@ class BlockCoder:
 
     step = BLOCK
     at_once = 0
-    feed = None
+    feed = refit = None
 
     def __init__(self, format: E8PFormat, scale: Tensor, width: int) -> None:
         self._stored, self._scale = scale, scale.float()

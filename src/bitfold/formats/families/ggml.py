@@ -1,9 +1,8 @@
 """ggml's block types (GGUF files: Q4_0 ... Q6_K and relatives) as formats.
 
-Decoding is bit-exact with ggml's own dequantization. Encoding is bit-exact with the reference for the types whose
-reference is one formula (Q4_0 ... Q8_0, MXFP4, TQ2_0). llama.cpp's encoders of the K-quants are searches over
-importance-weighted candidates; here each sub-block gets the scale of its extremes and every code is the nearest one
-under the stored scales: valid files, a little more error. What cannot be written says so.
+Decoding is bit-exact with ggml's own dequantization. Encoding by itself is bit-exact with the reference for the types
+whose reference is one formula (Q4_0 ... Q8_0, MXFP4, TQ2_0); the others search for their scales (`ggml_scales`), and
+under error feedback (`ggml_coder`) all types with even steps or a table do. What cannot be written says so.
 """
 
 from __future__ import annotations
@@ -19,6 +18,8 @@ from torch import Tensor
 from bitfold.errors import FormatError, WeightError
 from bitfold.formats.base import Params, Scale
 from bitfold.formats.families import ggml_layouts as L
+from bitfold.formats.families.ggml_coder import GgmlCoder
+from bitfold.formats.families.ggml_scales import STRUCTURES
 from bitfold.system.tensorinfo import TensorInfo
 
 _CHUNK = 1 << 21  # weights at a time, so that temporaries stay in the cache and small beside the tensor
@@ -44,7 +45,7 @@ class Ggml:
     write: Callable[[Tensor], Tensor] | None
     levels: int
     plain = False
-    grid = code = books = magnitudes = coder = rescaled = decode_columns = None
+    grid = code = books = magnitudes = rescaled = decode_columns = None
 
     @property
     def ggml(self) -> str:
@@ -65,6 +66,19 @@ class Ggml:
     def span(self) -> tuple[float, float]:
         """Smallest and largest code value at scale 1 and shift 0."""
         return self.codes
+
+    @property
+    def coder(self) -> Callable[[Tensor, Params | None, Tensor | None], GgmlCoder] | None:
+        """Codes columns under error feedback; None for types without a search for scales."""
+        structure = STRUCTURES.get(self.name)
+        if structure is None:
+            return None
+
+        def start(w: Tensor, params: Params | None, importance: Tensor | None = None) -> GgmlCoder:
+            self.layout(tuple(w.shape))  # raises where the rows are no whole blocks
+            return GgmlCoder(self.block[0], structure, w, importance)
+
+        return start
 
     @property
     def scale(self) -> Scale | None:
@@ -195,51 +209,6 @@ def _write_q8_0(w: Tensor) -> Tensor:
     return L.join_legacy(codes.view(torch.uint8), [d], 8)
 
 
-def _half(x: Tensor) -> Tensor:
-    return x.to(torch.float16).float()
-
-
-def _k_affine(bits: int, groups: int, top: int, join: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
-    """Q2_K, Q4_K, Q5_K: sub-blocks w = d * scale * code - dmin * low with integers scale, low in 0..top."""
-    last = (1 << bits) - 1
-
-    def write(w: Tensor) -> Tensor:
-        sub = w.view(len(w), groups, -1)
-        low = (-sub.amin(2)).clamp(min=0)
-        scale = (sub.amax(2) + low).clamp(min=0) / last
-        d, dmin = (_half(v.amax(1, keepdim=True) / top) for v in (scale, low))
-        scale_codes, low_codes = (
-            (v * _inverse(u)).round().clamp(0, top).to(torch.int32) for v, u in ((scale, d), (low, dmin))
-        )
-        lifted = sub + (dmin * low_codes)[..., None]
-        codes = (lifted * _inverse(d * scale_codes)[..., None]).round().clamp(0, last).to(torch.int32)
-        return join(codes.flatten(1), scale_codes, low_codes, d, dmin)
-
-    return write
-
-
-def _k_symmetric(bits: int, top: int, offset: int, join: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
-    """Q3_K and Q6_K: w = d * scale * code with signed scales in -top..top-1, stored with `offset` added."""
-    half = 1 << (bits - 1)
-
-    def write(w: Tensor) -> Tensor:
-        sub = w.view(len(w), 16, 16)
-        scale = _signed_extreme(sub)[..., 0] / -half
-        d = _half(_signed_extreme(scale) / -top)
-        scale_codes = (scale * _inverse(d)).round().clamp(-top, top - 1)
-        codes = (sub * _inverse(d * scale_codes)[..., None]).round().clamp(-half, half - 1) + half
-        return join(codes.flatten(1).to(torch.int32), (scale_codes + offset).to(torch.int32), d)
-
-    return write
-
-
-def _write_iq4_nl(w: Tensor) -> Tensor:
-    d = _half(_signed_extreme(w) / L.IQ4_VALUES[0])
-    values = torch.tensor(L.IQ4_VALUES, dtype=torch.float32)
-    codes = torch.bucketize(w * _inverse(d), (values[1:] + values[:-1]) / 2)
-    return L.join_legacy(codes.to(torch.int32), [d], 4)
-
-
 def _write_mxfp4(w: Tensor) -> Tensor:
     top = w.abs().amax(1, keepdim=True)
     exponent = torch.frexp(top).exponent - 1  # floor(log2), exactly
@@ -269,13 +238,13 @@ def _types() -> list[Ggml]:
         Ggml("q5_0", (32, 22), (-16, 15), L.split_q5_0, _symmetric(5), 32),
         Ggml("q5_1", (32, 24), (0, 31), L.split_q5_1, _affine(5), 32),
         Ggml("q8_0", (32, 34), (-128, 127), L.split_q8_0, _write_q8_0, 256),
-        k("q2_k", 84, (0, 3), L.split_q2_k, _k_affine(2, 16, 15, L.join_q2_k), 4),
-        k("q3_k", 110, (-4, 3), L.split_q3_k, _k_symmetric(3, 32, 32, L.join_q3_k), 8),
-        k("q4_k", 144, (0, 15), L.split_q4_k, _k_affine(4, 8, 63, L.join_q4_k), 16),
-        k("q5_k", 176, (0, 31), L.split_q5_k, _k_affine(5, 8, 63, L.join_q5_k), 32),
-        k("q6_k", 210, (-32, 31), L.split_q6_k, _k_symmetric(6, 128, 0, L.join_q6_k), 64),
-        Ggml("iq4_nl", (32, 18), (-127, 113), L.split_iq4_nl, _write_iq4_nl, 16),
-        k("iq4_xs", 136, (-127, 113), L.split_iq4_xs, None, 16),
+        k("q2_k", 84, (0, 3), L.split_q2_k, STRUCTURES["q2_k"].write, 4),
+        k("q3_k", 110, (-4, 3), L.split_q3_k, STRUCTURES["q3_k"].write, 8),
+        k("q4_k", 144, (0, 15), L.split_q4_k, STRUCTURES["q4_k"].write, 16),
+        k("q5_k", 176, (0, 31), L.split_q5_k, STRUCTURES["q5_k"].write, 32),
+        k("q6_k", 210, (-32, 31), L.split_q6_k, STRUCTURES["q6_k"].write, 64),
+        Ggml("iq4_nl", (32, 18), (-127, 113), L.split_iq4_nl, STRUCTURES["iq4_nl"].write, 16),
+        k("iq4_xs", 136, (-127, 113), L.split_iq4_xs, STRUCTURES["iq4_xs"].write, 16),
         # OCP MXFP4's numbers in ggml's byte order; the plain `mxfp4` format keeps scales apart from codes.
         Ggml("ggml_mxfp4", (32, 17), (-12, 12), L.split_mxfp4, _write_mxfp4, 16),
         k("tq1_0", 54, (-1, 1), L.split_tq1_0, None, 3),

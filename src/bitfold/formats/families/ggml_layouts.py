@@ -226,6 +226,12 @@ def split_iq4_xs(raw: Tensor) -> Parts:
     return Parts(codes, (half(raw[:, :2]) * (scales.float() - 32))[..., None])
 
 
+def join_iq4_xs(codes: Tensor, scale: Tensor, d: Tensor) -> Tensor:
+    """codes (b, 256) in 0..15, scale (b, 8) in 0..63, its offset added, d (b, 1) -> bytes (b, 136)."""
+    scales = [unplanes(scale >> 4, 1, 2), unplanes(scale & 15, 1, 4)]
+    return torch.cat([half_bytes(d), *scales, unplanes(codes, 16, 4)], 1)
+
+
 def e8m0_half(e: Tensor) -> Tensor:
     """Half of the power of two that an E8M0 byte stands for: 2**(e - 128), float32, exact (subnormal for e < 2)."""
     e = e.to(torch.int32)

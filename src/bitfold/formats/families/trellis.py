@@ -138,7 +138,7 @@ class Trellis:
         tiles, values = self._encode_rows(w, scale, thorough)
         return tiles, _from_tiles(values, tiles.shape[:2], (w.shape[0], w.shape[1])).float() * scale
 
-    def coder(self, w: Tensor, params: Params | None) -> TileCoder:
+    def coder(self, w: Tensor, params: Params | None, importance: Tensor | None = None) -> TileCoder:
         """Codes the columns of w (n, k) four by four, tiles jointly, under given row scales or `row_scale`."""
         scale = self.row_scale(w) if params is None else self.store_scale(params.scale)
         return TileCoder(self, scale, w.shape[1])
@@ -223,7 +223,7 @@ class TileCoder:
 
     step = TILE_COLS
     at_once = 0
-    feed = None
+    feed = refit = None
 
     def __init__(self, format: Trellis, scale: Tensor, width: int) -> None:
         self._format, self._scale = format, scale
