@@ -11,15 +11,16 @@ import torch
 
 from bitfold.checkpoints import open_source
 from bitfold.checkpoints.schema import QUANTIZATION, Entry, describe, own_quantization, read_entries
-from bitfold.checkpoints.targets import GGUF, TARGETS, open_target
+from bitfold.checkpoints.targets import ENGINES, GGUF, TARGETS, open_target
 from bitfold.errors import CheckpointError, UsageError
 from bitfold.formats import FORMATS, get_format
 from bitfold.methods.quantize import quantize_tensor
 from bitfold.system.tensorinfo import TensorInfo
 from bitfold.transforms import Hadamard
 
-# Those that hold tensors of any name; a GGUF file holds a model that it knows: test_gguf_writing.py.
-FOLDERS = [kind for kind in TARGETS if kind != GGUF]
+# Those that hold tensors of any name; a GGUF file holds a model that it knows (test_gguf_writing.py), folders of
+# other engines hold integers alone (test_packed_writing.py).
+FOLDERS = [kind for kind in TARGETS if kind not in (GGUF, *ENGINES)]
 TENSORS = {
     "a.weight": torch.arange(24, dtype=torch.float32).view(4, 6).bfloat16(),
     "b.weight": torch.linspace(-1, 1, 33),

@@ -16,7 +16,7 @@ from bitfold.checkpoints.gguf.described import describe_model
 from bitfold.checkpoints.gguf.mixtures import Facts, Typed, base_type, typed
 from bitfold.checkpoints.schema import Content, Entry, describe
 from bitfold.checkpoints.staging import open_output, written_aside
-from bitfold.checkpoints.targets import FOLDER, GGUF, open_target
+from bitfold.checkpoints.targets import ENGINES, FOLDER, GGUF, open_target
 from bitfold.errors import UsageError
 from bitfold.formats import get_format
 from bitfold.qtensor import QTensor
@@ -54,7 +54,7 @@ def repack(src: str | Path, out: str | Path, to: str, pre_tokenizer: str | None 
         out: the file (GGUF) or folder (bitfold) to make; must not exist.
         to: "gguf": every tensor in the type that it has; "gguf:Q4_K_M" and the like: in the types of that mixture,
             rounded without data where they are others; "bitfold": a bitfold folder with every tensor in the type that
-            it has.
+            it has; "compressed-tensors", "gptq", "awq": integers as they are, for other engines.
         pre_tokenizer: for GGUF files, see `open_source`.
 
     Raises:
@@ -64,11 +64,12 @@ def repack(src: str | Path, out: str | Path, to: str, pre_tokenizer: str | None 
     from bitfold.checkpoints import open_source
 
     kind, _, mixture = to.partition(":")
-    if kind not in (GGUF, BITFOLD) or (kind == BITFOLD and mixture):
-        raise UsageError(f"unknown kind of checkpoint {to!r}", hint="bitfold, gguf, or gguf:TYPE as in gguf:Q4_K_M")
+    if kind not in (GGUF, BITFOLD, *ENGINES) or (kind != GGUF and mixture):
+        hint = f"bitfold, gguf, gguf:TYPE as in gguf:Q4_K_M, {', '.join(ENGINES)}"
+        raise UsageError(f"unknown kind of checkpoint {to!r}", hint=hint)
     if mixture:
         base_type(mixture)
-    target = FOLDER if kind == BITFOLD else GGUF
+    target = FOLDER if kind == BITFOLD else kind
     place = open_output(out, Path(src), single=kind == GGUF)
     source = open_source(Path(src), pre_tokenizer=pre_tokenizer)
     try:

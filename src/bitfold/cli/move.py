@@ -29,7 +29,8 @@ def convert(
     to: Annotated[
         str,
         typer.Option(
-            help="What to write: safetensors (floating point), bitfold or gguf (types as they are), gguf:TYPE."
+            help="What to write: safetensors (floating point), bitfold or gguf (types as they are), gguf:TYPE,"
+            " compressed-tensors, gptq or awq (integers as they are)."
         ),
     ] = "safetensors",
     dtype: Annotated[
