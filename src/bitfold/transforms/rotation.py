@@ -49,9 +49,12 @@ def rotation_plan(size: int, seed: int) -> RotationPlan:
     return RotationPlan(rotation(matrix, False), rotation(transposed, True), (matrix, transposed, sign))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _available() -> bool:
     return native.core() is not None
+
+
+# What torch.compiler.assume_constant_result sets. It would import all of the compiler, a second at every start.
+_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def rotates(x: Tensor) -> bool:
