@@ -218,7 +218,7 @@ def test_refusals(source: Path, tmp_path: Path) -> None:
         Calibration(drift=2.0)
     with pytest.raises(BitfoldError, match="column by column"):
         bitfold.quantize(
-            source, tmp_path / "out", format="q8_0", method="ldlq", calibration=Calibration("default", **SHORT)
+            source, tmp_path / "out", format="ggml_mxfp4", method="ldlq", calibration=Calibration("default", **SHORT)
         )
     assert not (tmp_path / "out").exists()
 

@@ -88,8 +88,9 @@ def test_its_own_layers_and_those_of_a_folder_against_it(file: Path, folder: Pat
 
 
 def test_outliers_are_the_folder_s(file: Path, folder: Path):
+    """The file runs on its own blocks, with activations in 15 bits: half of 2^-14 of the largest one of a token."""
     one, other = (find_outliers(model, tiny_lm.TEXT, context=32, max_tokens=64) for model in (file, folder))
-    assert one.perplexity == pytest.approx(other.perplexity, rel=1e-6)
+    assert one.perplexity == pytest.approx(other.perplexity, rel=2**-14)
     assert [w.tensor for w in one.weights] == [w.tensor for w in other.weights]
 
 
