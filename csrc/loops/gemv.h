@@ -63,19 +63,22 @@ void split_row(const float* x, size_t k, size_t padded, int8_t* out, float* scal
   }
 }
 
-// x (padded) in 8 bits -> start, and sums (groups) if the weight has zero points.
+// Each plane of x (planes, padded) in 8 bits -> its part of start; all of them -> sums (groups) if the weight has zero
+// points, in units of the last plane.
 template <class S>
-void sums_for_gemv(const Scaled& w, const int8_t* x, size_t padded, int32_t* start, float* sums) {
+void sums_for_gemv(const Scaled& w, const int8_t* x, size_t planes, size_t padded, int32_t* start, float* sums) {
   const size_t steps = padded / S::W, per = run_length<S>(w, steps), runs = (steps + per - 1) / per;
   const int offset = w.offset - S::centre(w.bits);
-  for (size_t g = 0; g < runs; ++g) {
-    typename S::I acc = S::zero();
-    for (size_t t = g * per; t < smaller(steps, (g + 1) * per); ++t)
-      acc = S::template dot<4>(acc, S::set8(1), S::load(x + t * S::W));
-    S::store(start + g * S::L, acc);
-    for (int i = 0; i < S::L; ++i) start[g * S::L + static_cast<size_t>(i)] *= -offset;
+  for (size_t p = 0; p < planes; ++p, start += runs * S::L) {
+    for (size_t g = 0; g < runs; ++g) {
+      typename S::I acc = S::zero();
+      for (size_t t = g * per; t < smaller(steps, (g + 1) * per); ++t)
+        acc = S::template dot<4>(acc, S::set8(1), S::load(x + p * padded + t * S::W));
+      S::store(start + g * S::L, acc);
+      for (int i = 0; i < S::L; ++i) start[g * S::L + static_cast<size_t>(i)] *= -offset;
+    }
   }
-  if (w.zero) group_sums(w, x, sums);
+  if (w.zero) group_sums(w, x, sums, planes, padded);
 }
 
 // x (k) -> the order in which gemvf reads (padded), and sums.
@@ -105,23 +108,28 @@ struct Rows {
   }
 };
 
-// acc[r] += codes of step t of row r times x.
-template <class S, class C, int R>
-BITFOLD_INLINE inline void gemv8_step(const C& codec, const Rows<S, C, R>& from, size_t t, const int8_t* x,
-                                      typename S::I (&acc)[R]) {
+// acc[p][r] += codes of step t of row r times plane p of x.
+template <class S, class C, int P, int R>
+BITFOLD_INLINE inline void gemv8_step(const C& codec, const Rows<S, C, R>& from, size_t t, const Act8& a,
+                                      typename S::I (&acc)[P][R]) {
   typename S::I u[R];
   from.fetch(t);
   repeat<R>([&](auto r) BITFOLD_INLINE { u[r.value] = codec.load(from.p[r.value] + t * C::kBytes); });
-  const typename S::I xt = S::load(x + t * S::W);
-  repeat<R>([&](auto r) BITFOLD_INLINE { acc[r.value] = S::template dot<C::kBits>(acc[r.value], u[r.value], xt); });
+  repeat<P>([&](auto p) BITFOLD_INLINE {
+    const typename S::I xt = S::load(a.x + p.value * a.padded + t * S::W);
+    repeat<R>([&](auto r) BITFOLD_INLINE {
+      acc[p.value][r.value] = S::template dot<C::kBits>(acc[p.value][r.value], u[r.value], xt);
+    });
+  });
 }
 
-// R rows of the weight. `One`: a scale (or several) for each step; otherwise for runs of steps.
-template <class S, class C, bool One, int R>
+// R rows of the weight times P planes of one row. `One`: a scale (or several) for each step; otherwise for runs of
+// steps.
+template <class S, class C, bool One, int P, int R>
 void gemv8_rows(const DenseWeight& w, const Act8& a, const C& codec, const size_t* rows, float* y) {
   using I = typename S::I;
   using F = typename S::F;
-  const size_t steps = a.padded / S::W, per = One ? 1 : run_length<S>(w, steps);
+  const size_t steps = a.padded / S::W, per = One ? 1 : run_length<S>(w, steps), runs = (steps + per - 1) / per;
   const size_t scales = One ? scales_per_step<S>(w) : 1;
   const typename S::Spread how(static_cast<int>(scales));
   const Rows<S, C, R> from(w, rows);
@@ -130,22 +138,27 @@ void gemv8_rows(const DenseWeight& w, const Act8& a, const C& codec, const size_
   repeat<R>([&](auto r) BITFOLD_INLINE { f[r.value] = S::zerof(); });
   for (size_t t = 0, g = 0; t < steps; g += scales, start += S::L) {
     F s[R];
-    I acc[R];
+    I acc[P][R];
     repeat<R>([&](auto r) BITFOLD_INLINE {
       s[r.value] = spread<S>(w, how, from.scale[r.value] + g);
-      acc[r.value] = S::load(start);
+      repeat<P>([&](auto p) BITFOLD_INLINE { acc[p.value][r.value] = S::load(start + p.value * runs * S::L); });
     });
     if constexpr (One) {
-      gemv8_step<S, C, R>(codec, from, t++, a.x, acc);
+      gemv8_step<S, C, P, R>(codec, from, t++, a, acc);
     } else {
-      for (const size_t stop = smaller(steps, t + per); t < stop; ++t) gemv8_step<S, C, R>(codec, from, t, a.x, acc);
+      for (const size_t stop = smaller(steps, t + per); t < stop; ++t) gemv8_step<S, C, P, R>(codec, from, t, a, acc);
     }
-    repeat<R>([&](auto r) BITFOLD_INLINE { f[r.value] = S::fma(S::to_float(acc[r.value]), s[r.value], f[r.value]); });
+    repeat<R>([&](auto r) BITFOLD_INLINE {
+      F sum = S::to_float(acc[0][r.value]);
+      repeat<P - 1>([&](auto p)
+                        BITFOLD_INLINE { sum = S::fma(sum, S::set(256), S::to_float(acc[p.value + 1][r.value])); });
+      f[r.value] = S::fma(sum, s[r.value], f[r.value]);
+    });
   }
   repeat<R>([&](auto r) BITFOLD_INLINE {
     const F scaled = S::mul(f[r.value], S::set(w.unit));
     const size_t row = rows[r.value];
-    y[row] = (w.zero ? less_zeros<S>(w, row, a.sums, scaled) : S::sum(scaled)) * *a.scale;
+    y[row] = (w.zero ? less_zeros<S>(w, row, a.sums, scaled) : S::sum(scaled)) * a.scale[P - 1];
   });
 }
 
@@ -212,8 +225,14 @@ struct Gemv8 {
 
   template <class C>
   static void with_codec(const DenseWeight& w, const Act8& a, size_t begin, size_t end, float* y) {
+    a.planes == 1 ? with_planes<C, 1>(w, a, begin, end, y) : with_planes<C, kPlanes>(w, a, begin, end, y);
+  }
+
+  template <class C, int P>
+  static void with_planes(const DenseWeight& w, const Act8& a, size_t begin, size_t end, float* y) {
     const C codec(w);
-    const auto rows = run_length<S>(w, 2) == 1 ? gemv8_rows<S, C, true, kGemvRows> : gemv8_rows<S, C, false, kGemvRows>;
+    constexpr int R = kGemvRows;
+    const auto rows = run_length<S>(w, 2) == 1 ? gemv8_rows<S, C, true, P, R> : gemv8_rows<S, C, false, P, R>;
     each_row_block(begin, end, [&](const size_t* at) { rows(w, a, codec, at, y); });
   }
 };

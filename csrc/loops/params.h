@@ -52,12 +52,16 @@ inline size_t run_length(const Scaled& w, size_t steps) {
   return w.group == 0 ? steps : w.group % S::W ? 1 : w.group / S::W;
 }
 
+// Of x (planes, padded): each plane in units of 256 of the next one.
 template <class T>
-inline void group_sums(const Scaled& w, const T* x, float* sums) {
+inline void group_sums(const Scaled& w, const T* x, float* sums, size_t planes = 1, size_t padded = 0) {
   const size_t group = w.group ? w.group : w.k;
   for (size_t g = 0; g < w.groups; ++g) {
     double sum = 0;
-    for (size_t c = g * group; c < smaller(w.k, (g + 1) * group); ++c) sum += x[c];
+    for (size_t p = 0; p < planes; ++p) {
+      sum *= 256;
+      for (size_t c = g * group; c < smaller(w.k, (g + 1) * group); ++c) sum += x[p * padded + c];
+    }
     sums[g] = static_cast<float>(sum);
   }
 }

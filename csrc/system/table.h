@@ -74,8 +74,8 @@ struct Table {
   // The same -> kPlanes rows of bytes and their scales; up to how many rows of floats bytes are the faster way.
   void (*split)(const float* x, size_t k, size_t padded, int8_t* out, float* scales);
   size_t split_rows;
-  // One row of activations: start (and sums, if the weight has zero points) for gemv8.
-  void (*sums8)(const Scaled& w, const int8_t* x, size_t padded, int32_t* start, float* sums);
+  // One row of activations in planes: start (and sums, if the weight has zero points) for gemv8.
+  void (*sums8)(const Scaled& w, const int8_t* x, size_t planes, size_t padded, int32_t* start, float* sums);
   // One row of any number, to its place in blocks of block_rows(m) (x null: one of zeros, which fills up the last
   // block); see gemm.h for their arrangement and the scratch memory.
   size_t (*block_rows)(size_t m);

@@ -41,8 +41,9 @@ class Prepared {
         m_(m * planes_),
         padded_(round_up(w.k, kPad)),
         int8_(int8),
-        bytes_in_(w.integers && (int8 || planes_ > 1)) {
-    const size_t block = m_ == 1 ? 1 : bytes_in_ ? t_.block_rows(m_) : t_.block_rowsf(m_);
+        bytes_in_(w.integers && (int8 || planes_ > 1)),
+        one_(m_ == 1 || (m == 1 && by_row(w))) {
+    const size_t block = one_ ? 1 : bytes_in_ ? t_.block_rows(m_) : t_.block_rowsf(m_);
     rows_ = round_up(m_, block);
     char* at = static_cast<char*>(memory);
     const auto take = [&](size_t size) {
@@ -51,8 +52,8 @@ class Prepared {
       bytes_ += round_up(size, 64);
       return mine;
     };
-    // Numbers kept for every row and chunk (chunks are at least as long as the shortest group), or lane by lane.
-    const size_t chunks = (rows_ * (padded_ / 16 + 1) + padded_ / 4 + t_.lanes) * 4;
+    // Numbers kept for every row, lane by lane or for each chunk (which are at least as long as the shortest group).
+    const size_t chunks = rows_ * (one_ ? padded_ / 4 + t_.lanes : padded_ / 16 + 1) * 4;
     scale_ = reinterpret_cast<float*>(take(m_ * sizeof(float)));
     x_ = take(rows_ * padded_ * (bytes_in_ ? 1 : sizeof(float)));
     start_ = reinterpret_cast<int32_t*>(take(bytes_in_ ? chunks : 0));
@@ -64,13 +65,14 @@ class Prepared {
   void row(size_t i, const float* x) const {
     RowMemory& memory = RowMemory::mine();
     if (planes_ > 1) {
-      int8_t* codes = memory.codes.get<int8_t>(planes_ * padded_);
+      int8_t* codes = one_ ? reinterpret_cast<int8_t*>(x_) : memory.codes.get<int8_t>(planes_ * padded_);
       t_.split(x, w_.k, padded_, codes, scale_ + i * planes_);
+      if (one_) return t_.sums8(w_, codes, planes_, padded_, start_, sums_);
       for (size_t p = 0; p < planes_; ++p) arrange(i * planes_ + p, codes + p * padded_);
       return;
     }
     if (int8_) {
-      int8_t* codes = m_ == 1 && bytes_in_ ? reinterpret_cast<int8_t*>(x_) : memory.codes.get<int8_t>(padded_);
+      int8_t* codes = one_ && bytes_in_ ? reinterpret_cast<int8_t*>(x_) : memory.codes.get<int8_t>(padded_);
       scale_[i] = t_.quantize(x, w_.k, padded_, codes);
       if (bytes_in_) return arrange(i, codes);
       float* floats = memory.floats.get<float>(w_.k);
@@ -87,7 +89,7 @@ class Prepared {
       Act8 a;
       a.m = m_, a.planes = planes_, a.padded = padded_, a.x = reinterpret_cast<const int8_t*>(x_), a.scale = scale_;
       a.start = start_, a.sums = sums_;
-      if (m_ == 1) return products.gemv8(w_, a, begin, end, y);
+      if (one_) return products.gemv8(w_, a, begin, end, y);
       const size_t scratch = t_.gemm_scratch(w_, m_, padded_);
       return products.gemm8(w_, a, begin, end, y, RowMemory::mine().panel.get<uint8_t>(scratch));
     }
@@ -105,7 +107,7 @@ class Prepared {
  private:
   void arrange(size_t i, const int8_t* codes) const {
     int8_t* out = reinterpret_cast<int8_t*>(x_);
-    if (m_ == 1) return t_.sums8(w_, codes, padded_, start_, sums_);
+    if (one_) return t_.sums8(w_, codes, 1, padded_, start_, sums_);
     t_.arrange8(w_, codes, m_, padded_, i, out, start_, sums_);
     for (size_t r = m_; i + 1 == m_ && r < rows_; ++r) t_.arrange8(w_, nullptr, m_, padded_, r, out, start_, sums_);
   }
@@ -119,15 +121,15 @@ class Prepared {
 
   const W& w_;
   const Table& t_;
-  // Sums of products of so many columns fit 32 bits. One row is faster as it is by short groups (what is done for each
-  // is done for every plane) and where its planes would need a panel: loops/few.h has these bits only.
-  static bool splits(const W& w, size_t m, const Table& t) {
-    const bool few = w.bits == 2 || w.bits == 3 || w.bits == 4 || w.bits == 8;  // 8: trellis, too
-    return w.integers && m <= t.split_rows && w.k <= 1 << 16 && (m > 1 || (w.group == 0 && few));
-  }
+  // Sums of products of so many columns fit 32 bits.
+  static bool splits(const W& w, size_t m, const Table& t) { return w.integers && m <= t.split_rows && w.k <= 1 << 16; }
+  // One row in planes: gemv8 reads it, or it is a few rows.
+  static bool by_row(const DenseWeight&) { return true; }
+  static bool by_row(const TrellisWeight&) { return false; }
 
   const size_t planes_, m_, padded_;  // m: rows of bytes or floats, planes of each
   const bool int8_, bytes_in_;        // rounded; multiplied as bytes
+  const bool one_;                    // one row, maybe in planes, as gemv8 and gemvf read it
   size_t rows_ = 0, bytes_ = 0;
   float *scale_ = nullptr, *sums_ = nullptr;
   char* x_ = nullptr;
