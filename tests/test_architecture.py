@@ -28,7 +28,8 @@ FLOORS = (
     ("engine", "evaluation", "planning", "workspace"),
     ("calibration", "reporting", "serving"),
     ("forecast",),
-    ("integrations", "run"),
+    ("run",),
+    ("integrations",),
     ("cli",),
     ("__init__", "__main__"),
 )

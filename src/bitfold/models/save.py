@@ -27,7 +27,7 @@ def save(model: nn.Module, folder: str | Path, *, max_shard_bytes: int = 4 << 30
     Raises:
         CheckpointError: the folder exists, or cannot be written.
     """
-    tensors = _stored(model)
+    tensors = stored_of(model)
     with written_aside(open_output(folder)) as aside:
         target = open_target(FOLDER, aside, max_shard_bytes)
         target.layout({name: TensorInfo(w.dtype, tuple(w.shape)) for name, w in tensors.items()})
@@ -39,7 +39,7 @@ def save(model: nn.Module, folder: str | Path, *, max_shard_bytes: int = 4 << 30
             generation.save_pretrained(str(aside))
 
 
-def _stored(model: nn.Module) -> dict[str, torch.Tensor]:
+def stored_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors of a model, tied ones once."""
     skip, written = tuple(tied_names(model)), set()
     found: dict[str, torch.Tensor] = {}

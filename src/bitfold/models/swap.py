@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -25,8 +26,7 @@ def swap(
     model: nn.Module, site: Site, qtensor: QTensor, *, act: str = "float", transform: Transform | None = None
 ) -> None:
     """Replace the weight of a site by a quantized one; tied aliases share it."""
-    if callable(getattr(type(model), "save_pretrained", None)):
-        model.save_pretrained = _no_plain_saving  # type: ignore[assignment]
+    _give_saving(model, site.module)
     flat = site.experts is not None
     weight = QWeight(qtensor, act=act, transposed=site.transposed, transform=transform, flat=flat)
     weight.dtype = _float_dtype(model.get_submodule(site.module), site.parameter)
@@ -44,12 +44,12 @@ def swap(
     setattr(first, site.parameter, weight)  # the first name owns the weight, the aliases refer to it
 
 
-def _no_plain_saving(*_: object, **__: object) -> None:
-    """In place of transformers' `save_pretrained`.
+def _give_saving(model: nn.Module, path: str) -> None:
+    """Let transformers' own `save_pretrained` write what the packed fields mean, where there is a transformers."""
+    if "transformers.modeling_utils" in sys.modules:
+        from bitfold.models.hf_saving import give_saving
 
-    That would write packed fields without a word of what they mean; `from_pretrained` would draw the weights at random.
-    """
-    raise UsageError("transformers' save_pretrained does not know packed weights", hint="bitfold.save(model, folder)")
+        give_saving(model, path)
 
 
 def _float_dtype(owner: nn.Module, parameter: str) -> torch.dtype:

@@ -110,14 +110,28 @@ def make_plan(source: Source, model: nn.Module | None, recipe: Recipe, *, shorte
         decisions: dict[str, Decision] = {}
         for name in target.names:
             decision = _decide(name, infos, by_name, aliases, recipe, target.used)
-            if isinstance(decision, Quantized):
-                decision = _shorten(decision) if shorten_groups else decision
-                _check(decision)
-            decisions[name] = decision
+            decisions[name] = _fitting(decision, shorten_groups) if isinstance(decision, Quantized) else decision
         items.append(Item(target, decisions))
     plan = place_factors(Plan(tuple(items)), model)
     _warn_of_idle_rules(plan, recipe)
     return plan
+
+
+def plan_sites(model: nn.Module, recipe: Recipe, *, shorten_groups: bool) -> list[Quantized]:
+    """What is quantized of a model whose checkpoint somebody else reads; see `make_plan`."""
+    found = []
+    for site in find_sites(model):
+        scheme, reason = decide(recipe, site)
+        if scheme is not None:
+            info = TensorInfo(model.get_submodule(site.module).get_parameter(site.parameter).dtype, site.shape)
+            found.append(_fitting(Quantized(site.tensor, info, reason, site, scheme), shorten_groups))
+    return found
+
+
+def _fitting(decision: Quantized, shorten_groups: bool) -> Quantized:
+    fitting = _shorten(decision) if shorten_groups else decision
+    _check(fitting)
+    return fitting
 
 
 def _warn_of_idle_rules(plan: Plan, recipe: Recipe) -> None:
