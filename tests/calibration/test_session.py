@@ -22,6 +22,7 @@ from bitfold.calibration import (
     Text,
     calibration_tokens,
     fisher,
+    tail,
     token_weights,
     walk_shape,
 )
@@ -175,16 +176,16 @@ def test_token_weights_are_those_of_the_cross_entropy(
     """
     model = LlamaForCausalLM.from_pretrained(source).eval()
     ids = calibration_tokens(source, str(source / "text.txt"), nsamples=3, seqlen=48)
-    monkeypatch.setattr(fisher, "_CHUNK", chunk)
+    monkeypatch.setattr(tail, "_CHUNK", chunk)
     name = "model.layers.0.self_attn.o_proj"
     seen: list[torch.Tensor] = []
-    drawn = torch.multinomial
+    drawn = fisher.drawn
 
-    def draw(p: torch.Tensor, count: int, **options: Any) -> torch.Tensor:
-        seen.append(drawn(p, count, **options))
+    def draw(p: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        seen.append(drawn(p, generator))
         return seen[-1]
 
-    monkeypatch.setattr(torch, "multinomial", draw)
+    monkeypatch.setattr(fisher, "drawn", draw)
     found = token_weights(model, [name], ids, seed=1)[name]
     model.get_submodule(name).register_full_backward_hook(lambda _m, _i, out: gradients.append(out[0]))
     gradients: list[torch.Tensor] = []
@@ -194,6 +195,15 @@ def test_token_weights_are_those_of_the_cross_entropy(
         nn.functional.cross_entropy(model(inputs_embeds=hidden).logits[0], label, reduction="sum").backward()
     expected = torch.stack([g[0].square().mean(-1).sqrt() for g in gradients])
     assert torch.allclose(found, (expected / expected.mean()).clamp(max=50), rtol=1e-3)
+
+
+def test_labels_are_drawn_by_their_probability() -> None:
+    """Shares of many draws within five standard deviations; what is impossible is never drawn, at either end."""
+    p = torch.tensor([0.0, 0.5, 0.0, 0.125, 0.375, 0.0])
+    found = fisher.drawn(p.expand(1 << 14, -1), torch.Generator().manual_seed(3))[:, 0]
+    shares = torch.bincount(found, minlength=len(p)) / len(found)
+    assert (shares[p == 0] == 0).all()
+    assert ((shares - p).abs() <= 5 * (p * (1 - p) / len(found)).sqrt()).all()
 
 
 def test_texts(source: Path, tmp_path: Path) -> None:

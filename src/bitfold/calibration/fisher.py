@@ -17,19 +17,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from bitfold.calibration.rehearsal import text_inputs
+from bitfold.calibration.tail import FEW, Tail, recomputed, tokens_at_once
 from bitfold.errors import ModelError
 from bitfold.system import progress
 
 _POWER = 0.5  # of the squared gradients
 _LARGEST = 50.0  # times the mean: a single token must not be the whole Hessian
 _EVEN = 0.02  # of the tokens must carry the weight, as many as carry it when all that do count alike
-_CHUNK = 128  # tokens whose logits exist at a time
-_LOGITS = 1 << 24  # that exist at a time at most, however many words there are
 _WHOLE = 1 << 29  # bytes of the logits of a window that may exist at once, where they cannot be had piece by piece
-_FEW = 8  # tokens on which the output layer is looked at
 
 
 class Marks(Protocol):
@@ -78,8 +75,8 @@ def token_weights(
             found[name][at] = squares
 
     now: set[str] = set()
-    with _listening(model, found, note), _recomputed(model, blocks), progress.bar("weigh tokens", len(ids)) as bar:
-        tail = _Tail.of(model, ids[:1, :_FEW])
+    with _listening(model, found, note), recomputed(model, blocks), progress.bar("weigh tokens", len(ids)) as bar:
+        tail = Tail.of(model, ids[:1, :FEW])
         for number, sample in enumerate(ids):
             at, known = number, None if marks is None else marks.window(number)
             if known is not None:
@@ -130,83 +127,7 @@ def _listening(model: Any, names: Iterable[str], note: Callable[[str, torch.Tens
             handle.remove()
 
 
-@contextlib.contextmanager
-def _recomputed(model: nn.Module, blocks: Iterable[str]) -> Iterator[None]:
-    """The backward pass runs each block forward once more instead of finding its activations in memory."""
-    modules = [model.get_submodule(path) for path in blocks]
-
-    def again(forward: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    try:
-        for block in modules:
-            block.__dict__["forward"] = again(block.forward)
-        yield
-    finally:
-        for block in modules:
-            block.__dict__.pop("forward", None)
-
-
-class _Tail:
-    """What a model makes of the last hidden states, token by token: scaling, soft caps and all.
-
-    Args:
-        model: with its base model and what follows it.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self._model, self._base = model, model.base_model
-        self._answer: Any = None
-        self.heard = False
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, model: Any, ids: torch.Tensor) -> _Tail | None:
-        """Of a model, tried on a few tokens; None if its logits are not made so."""
-        if model.base_model is model:
-            return None
-        tail = cls(model)
-        hidden, few = tail.hidden(ids), ids.shape[1] // 2
-        if not isinstance(hidden, torch.Tensor) or hidden.shape[:2] != ids.shape:
-            return None
-        whole = model(**text_inputs(model, ids)).logits
-        part = tail.logits(hidden[:, :few], ids[:, :few])
-        if not tail.heard:  # the model goes past its base model to a part of it
-            return None
-        close = part.shape == whole[:, :few].shape and torch.allclose(part, whole[:, :few], rtol=1e-3, atol=1e-3)
-        return tail if close else None
-
-    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
-        """The last hidden states (1, tokens, width)."""
-        self._answer = self._base(**text_inputs(self._model, ids))
-        found: torch.Tensor = self._answer[0]
-        return found
-
-    def logits(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Of some of them (1, tokens, vocabulary)."""
-        known = self._answer
-        if isinstance(known, tuple):
-            replaced: Any = (hidden, *known[1:])
-        else:
-            replaced = type(known)(**{**known, next(iter(known)): hidden})
-
-        def answer_again(*_args: Any, **_kwargs: Any) -> Any:
-            self.heard = True
-            return replaced
-
-        try:
-            self._base.__dict__["forward"] = answer_again
-            logits: torch.Tensor = self._model(**text_inputs(self._model, ids)).logits
-            return logits
-        finally:
-            self._base.__dict__.pop("forward", None)
-
-    def forget(self) -> None:
-        """What the base model answered is not needed any more."""
-        self._answer = None
-
-
-def _backward(model: Any, tail: _Tail | None, ids: torch.Tensor, generator: torch.Generator) -> None:
+def _backward(model: Any, tail: Tail | None, ids: torch.Tensor, generator: torch.Generator) -> None:
     """One window (1, tokens) there and back."""
     words = int(model.get_input_embeddings().weight.shape[0])
     if tail is None:
@@ -228,16 +149,22 @@ def _backward(model: Any, tail: _Tail | None, ids: torch.Tensor, generator: torc
     hidden.backward(torch.cat(parts, 1))
 
 
-def tokens_at_once(words: int) -> int:
-    """Tokens whose logits exist at a time, of a vocabulary of so many words."""
-    return max(1, min(_CHUNK, _LOGITS // max(1, words)))
-
-
 def _surprise(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Gradient of the summed cross entropy by the logits (tokens, vocabulary), labels drawn from them: p - label."""
     p = logits.float().softmax(-1)
-    labels = torch.multinomial(p, 1, generator=generator)
+    labels = drawn(p, generator)
     return p.scatter_add_(1, labels, torch.full_like(labels, -1.0, dtype=p.dtype)).to(logits.dtype)
+
+
+def drawn(p: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """int64 (rows, 1): an entry of each row of p (rows, words), nonnegative, by its share of the row.
+
+    One random number a row and a running sum: `torch.multinomial` draws one for every entry, which takes longer than
+    the rest of the pass where there are 262144 of them.
+    """
+    sums = p.cumsum(-1)
+    below = sums[:, -1:] * torch.rand(len(p), 1, generator=generator)
+    return torch.searchsorted(sums, below, right=True).clamp_(max=p.shape[-1] - 1)
 
 
 def one_sided(weights: torch.Tensor) -> bool:

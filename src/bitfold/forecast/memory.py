@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import nn
 
-from bitfold.calibration.fisher import tokens_at_once
 from bitfold.calibration.options import Calibration
 from bitfold.calibration.rehearsal import vocabulary as embedding_rows
 from bitfold.calibration.runner import HESSIANS
 from bitfold.calibration.session import weighs_tokens
 from bitfold.calibration.shape import window
+from bitfold.calibration.tail import tokens_at_once
 from bitfold.checkpoints import Source
 from bitfold.forecast.work import BlockWork, GroupShape, work_of
 from bitfold.methods.gptq import WEIGHTS as CODED
