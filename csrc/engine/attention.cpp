@@ -88,9 +88,10 @@ void Worker::turn_head(float* x) {
 // as there are too few to go round.
 void Worker::find_looks(const Layer& layer) {
   const size_t group = plan_.heads / plan_.kv_heads;
+  const size_t together = table().attend_rows;
   size_t whole = 0, place = 0;
   for (const Span& s : shared_.spans)
-    whole += s.count == 1 ? plan_.kv_heads : plan_.heads * ((s.count + kQueries - 1) / kQueries);
+    whole += s.count == 1 ? plan_.kv_heads : plan_.heads * ((s.count + together - 1) / together);
   const size_t most = (kLooksPerThread * static_cast<size_t>(threads_) + whole - 1) / whole;
   looks_.clear(), found_.clear();
   for (size_t n = 0; n < shared_.spans.size(); ++n) {
@@ -100,7 +101,7 @@ void Worker::find_looks(const Layer& layer) {
     const size_t length = tokens[s.count - 1].position + 1 - begin;
     const size_t wanted = std::min(most, (length + kLeastPiece - 1) / kLeastPiece);
     const size_t piece = round_up((length + wanted - 1) / wanted, kPiece), pieces = (length + piece - 1) / piece;
-    const size_t heads = s.count == 1 ? group : 1, rows = std::min(s.count, kQueries);
+    const size_t heads = s.count == 1 ? group : 1, rows = std::min(s.count, together);
     for (size_t p = 0; p < pieces; ++p)
       for (size_t first = 0; first < s.count; first += rows)
         for (size_t h = 0; h < plan_.heads; h += heads)
@@ -137,6 +138,7 @@ void Worker::look(const Layer& layer, size_t index, const Look& look) {
   a.cap = plan_.score_cap;
   a.scratch = scores_.data();
   a.unpacked = unpacked_.data();
+  a.tiles = tiles_.get<uint8_t>(table().attend_scratch(plan_.dim));
   a.max = shared_.max.data() + look.place;
   a.sum = shared_.sum.data() + look.place;
   a.out = shared_.seen.data() + look.place * dim;

@@ -8,6 +8,7 @@ namespace bitfold {
 // Positions of the cache are kept in blocks: keys (dim, kKeyBlock), so that the scores of a block are sums of vectors
 // and nothing is added across lanes; values (positions, dim).
 constexpr size_t kKeyBlock = 16;
+constexpr size_t kAttendPad = 16;
 constexpr size_t kPiece = 64;  // positions looked at together; the cache is a multiple of it
 
 enum class Activation { kSilu, kGeluTanh };
@@ -32,8 +33,9 @@ struct Attend {
   float* max = nullptr;       // (rows) largest score
   float* sum = nullptr;       // (rows) of exp(score - max)
   float* out = nullptr;       // (rows, dim): sums of exp(score - max) * value
-  float* scratch = nullptr;   // rows * kPiece
+  float* scratch = nullptr;   // rows * kPiece, rows rounded up to kAttendPad
   float* unpacked = nullptr;  // dim * kPiece, of whole numbers
+  void* tiles = nullptr;      // attend_scratch of the table, aligned to 64 bytes
 };
 
 // Rows of an unquantized weight, bfloat16 or float32.

@@ -51,7 +51,7 @@ void Barrier::relax() {
 
 Decoder::Shared::Shared(const Plan& plan, int threads) : barrier(threads), inputs(most_inputs(plan)) {
   const size_t group = plan.heads / plan.kv_heads;
-  const size_t most = 2 * kLooksPerThread * static_cast<size_t>(threads) * std::max(kQueries, group);
+  const size_t most = 2 * kLooksPerThread * static_cast<size_t>(threads) * std::max(table().attend_rows, group);
   max.resize(most);
   sum.resize(most);
   seen.resize(most * plan.dim);
@@ -97,7 +97,7 @@ Worker::Worker(Decoder& decoder, int thread)
       own_(kAlone * decoder.plan_.hidden),
       inputs_(decoder.shared_->inputs.size()) {
   for (auto* memory : {&h_, &basis_, &scratch_}) memory->resize(widest(plan_));
-  const size_t queries = std::max(kQueries, plan_.heads / plan_.kv_heads);
+  const size_t queries = round_up(std::max(table().attend_rows, plan_.heads / plan_.kv_heads), kAttendPad);
   scores_.resize(queries * kPiece);
   unpacked_.resize(plan_.dim * kPiece);
   from_.resize(queries);

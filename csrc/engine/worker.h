@@ -163,6 +163,7 @@ class Worker {
   std::vector<float> unpacked_, own_, h_, basis_, scratch_, scores_, normed_, probabilities_;
   Routing routing_;
   std::vector<Scratch> inputs_;
+  Scratch tiles_;
   std::vector<Best> best_;
   std::vector<Look> looks_;
   std::vector<Found> found_;
@@ -176,7 +177,6 @@ inline float* feature(const List& list, size_t m, float* y, size_t i, size_t f) 
   return nullptr;
 }
 
-constexpr size_t kQueries = 16;         // of one head, that look at the cache together
 constexpr size_t kLooksPerThread = 16;  // more than that, and texts are not cut into pieces
 
 template <class F>

@@ -5,6 +5,7 @@
 #include "weights/trellis/tile_avx512.h"
 
 #include "loops/amx.h"
+#include "loops/amx_attend.h"
 #include "loops/amx_floats.h"
 
 namespace bitfold {
@@ -62,6 +63,9 @@ void use_amx(Table& t) {
   t.gemm_scratch = amx::amx_scratch<amx::Simd>;
   t.dense.gemm8 = amx::amx_gemm8<amx::Simd, amx::Tiles>;
   t.trellis.gemm8 = amx::amx_gemm8<amx::Simd, amx::Tiles>;
+  t.attend = amx::tile_attend<amx::Simd, amx::Tiles>;
+  t.attend_rows = amx::kAttendRows;
+  t.attend_scratch = amx::TileAttention<amx::Simd, amx::Tiles>::scratch;
   t.tiles.least = amx::kMostFew + 1;
   t.tiles.bytes = amx::TileActs<amx::Simd>::bytes;
   t.tiles.row = amx::TileActs<amx::Simd>::row;

@@ -12,6 +12,7 @@ namespace bitfold {
 namespace BITFOLD_NS {
 
 constexpr size_t kTileDepth = 32;  // columns of one tile product
+constexpr size_t kTile = 1024;     // bytes
 
 // 2 * S::L floats in Parts.
 template <class S, int Parts>
@@ -105,7 +106,7 @@ class TileFloats {
   }
 
  private:
-  static constexpr size_t kRows = TileActs<S>::kRows, kWide = 2 * S::L, kTile = 1024;
+  static constexpr size_t kRows = TileActs<S>::kRows, kWide = 2 * S::L;
   static constexpr size_t kDecoded = 256;  // columns of a panel: a block of ggml's
   static constexpr size_t kInner = 128;    // of these, as many as lie in the first-level cache with their activations
   static constexpr size_t kTiles = kDecoded / kTileDepth, kStride = 4 * kTile;  // tiles of the same columns

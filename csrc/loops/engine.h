@@ -244,12 +244,14 @@ bool soften(const Attend& a, size_t r, size_t first) {
     for (size_t j = 0; j < kPiece; ++j) s[j] = a.cap * tanh_of(s[j] / a.cap);
   for (size_t j = 0; j < from; ++j) s[j] = kUnseen;
   for (size_t j = to; j < kPiece; ++j) s[j] = kUnseen;
-  const float here = top_of(s), top = here > a.max[r] ? here : a.max[r];
-  const float before = exp_of(a.max[r] - top);
-  a.max[r] = top;
-  a.sum[r] = a.sum[r] * before + exp_below(s, top);
-  if (before != 1.0f)
+  const float here = top_of(s);
+  if (here > a.max[r]) {
+    const float before = exp_of(a.max[r] - here);
+    a.max[r] = here;
+    a.sum[r] *= before;
     for (size_t d = 0; d < a.dim; ++d) a.out[r * a.dim + d] *= before;
+  }
+  a.sum[r] += exp_below(s, a.max[r]);
   return true;
 }
 
@@ -288,6 +290,10 @@ void each_row_of(const Attend& a, const void* cached, size_t at, void (*unpack)(
   unpack(a, at, a.unpacked);
   each_row<S>(a, static_cast<const float*>(a.unpacked), Step());
 }
+
+constexpr size_t kAttendTogether = 2 * kMostQueries;
+
+inline size_t no_attend_scratch(size_t) { return 0; }
 
 template <class S>
 void attend(const Attend& a) {

@@ -177,6 +177,10 @@ struct Simd {
     static constexpr UpperHalves kUpper{};
     return _mm512_permutex2var_epi16(_mm512_castps_si512(a), _mm512_load_si512(kUpper.at), _mm512_castps_si512(b));
   }
+  // Lane by lane the upper half of a, then that of b, which has no other half.
+  static I pair_halves(F a, F b) {
+    return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(a), 16), _mm512_castps_si512(b));
+  }
   static F near_half(F x) {
     const I up = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
     return _mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32(~0xffff)));

@@ -111,6 +111,8 @@ struct Table {
   void (*gated)(Activation kind, const float* gate, const float* up, size_t n, float* out);
   void (*turn_pairs)(float* x, const float* cosine, const float* sine, size_t half);
   void (*attend)(const Attend& a);
+  size_t attend_rows;                    // of one head, that are best looked at together
+  size_t (*attend_scratch)(size_t dim);  // bytes of Attend::tiles
   void (*plain_rows)(const PlainRows& w, const float* x, size_t m, size_t begin, size_t end, float* y);
 
   template <class W>

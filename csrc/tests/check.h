@@ -25,4 +25,5 @@ void test_ggml(const char* isa);
 void test_plain(const char* isa);
 void test_lattice(const char* isa);
 void test_rounding(const char* isa);
+void test_attend(const char* isa);
 void test_engine(const char* isa);

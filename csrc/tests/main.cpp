@@ -21,6 +21,7 @@ static void test_amx() {
   test_linear("amx, by hand");
   test_trellis("amx, by hand");
   test_plain("amx, by hand");
+  test_attend("amx, by hand");
   bitfold::set_isa("avx512");
 }
 #endif
@@ -43,6 +44,7 @@ int main(int argc, char** argv) {
     test_plain(name.c_str());
     test_lattice(name.c_str());
     test_rounding(name.c_str());
+    test_attend(name.c_str());
     test_engine(name.c_str());
 #if BITFOLD_WITH_AMX
     if (name == "avx512") test_amx();
