@@ -63,11 +63,13 @@ void split_row(const float* x, size_t k, size_t padded, int8_t* out, float* scal
   }
 }
 
-// Each plane of x (planes, padded) in 8 bits -> its part of start; all of them -> sums (groups) if the weight has zero
-// points, in units of the last plane.
+// The planes (planes, padded) of a row of x, each -> its part of start; all of them -> sums (groups) if the weight has
+// zero points, in units of the last plane.
 template <class S>
-void sums_for_gemv(const Scaled& w, const int8_t* x, size_t planes, size_t padded, int32_t* start, float* sums) {
+void sums_for_gemv(const Scaled& w, const int8_t* x, size_t planes, size_t padded, size_t row, int32_t* start,
+                   float* sums) {
   const size_t steps = padded / S::W, per = run_length<S>(w, steps), runs = (steps + per - 1) / per;
+  start += row * planes * runs * S::L;
   const int offset = w.offset - S::centre(w.bits);
   for (size_t p = 0; p < planes; ++p, start += runs * S::L) {
     for (size_t g = 0; g < runs; ++g) {
@@ -78,7 +80,7 @@ void sums_for_gemv(const Scaled& w, const int8_t* x, size_t planes, size_t padde
       for (int i = 0; i < S::L; ++i) start[g * S::L + static_cast<size_t>(i)] *= -offset;
     }
   }
-  if (w.zero) group_sums(w, x, sums, planes, padded);
+  if (w.zero) group_sums(w, x, sums + row * w.groups, planes, padded);
 }
 
 // x (k) -> the order in which gemvf reads (padded), and sums.
@@ -108,24 +110,24 @@ struct Rows {
   }
 };
 
-// acc[p][r] += codes of step t of row r times plane p of x.
-template <class S, class C, int P, int R>
+// acc[i][r] += codes of step t of row r times row i of x.
+template <class S, class C, int N, int R>
 BITFOLD_INLINE inline void gemv8_step(const C& codec, const Rows<S, C, R>& from, size_t t, const Act8& a,
-                                      typename S::I (&acc)[P][R]) {
+                                      typename S::I (&acc)[N][R]) {
   typename S::I u[R];
   from.fetch(t);
   repeat<R>([&](auto r) BITFOLD_INLINE { u[r.value] = codec.load(from.p[r.value] + t * C::kBytes); });
-  repeat<P>([&](auto p) BITFOLD_INLINE {
-    const typename S::I xt = S::load(a.x + p.value * a.padded + t * S::W);
+  repeat<N>([&](auto i) BITFOLD_INLINE {
+    const typename S::I xt = S::load(a.x + i.value * a.padded + t * S::W);
     repeat<R>([&](auto r) BITFOLD_INLINE {
-      acc[p.value][r.value] = S::template dot<C::kBits>(acc[p.value][r.value], u[r.value], xt);
+      acc[i.value][r.value] = S::template dot<C::kBits>(acc[i.value][r.value], u[r.value], xt);
     });
   });
 }
 
-// R rows of the weight times P planes of one row. `One`: a scale (or several) for each step; otherwise for runs of
-// steps.
-template <class S, class C, bool One, int P, int R>
+// R rows of the weight times M rows of activations in P planes. `One`: a scale (or several) for each step; otherwise
+// for runs of steps.
+template <class S, class C, bool One, int P, int M, int R>
 void gemv8_rows(const DenseWeight& w, const Act8& a, const C& codec, const size_t* rows, float* y) {
   using I = typename S::I;
   using F = typename S::F;
@@ -134,31 +136,39 @@ void gemv8_rows(const DenseWeight& w, const Act8& a, const C& codec, const size_
   const typename S::Spread how(static_cast<int>(scales));
   const Rows<S, C, R> from(w, rows);
   const int32_t* start = a.start;
-  F f[R];
-  repeat<R>([&](auto r) BITFOLD_INLINE { f[r.value] = S::zerof(); });
+  F f[M][R];
+  repeat<M>([&](auto m)
+                BITFOLD_INLINE { repeat<R>([&](auto r) BITFOLD_INLINE { f[m.value][r.value] = S::zerof(); }); });
   for (size_t t = 0, g = 0; t < steps; g += scales, start += S::L) {
     F s[R];
-    I acc[P][R];
+    I acc[M * P][R];
     repeat<R>([&](auto r) BITFOLD_INLINE {
       s[r.value] = spread<S>(w, how, from.scale[r.value] + g);
-      repeat<P>([&](auto p) BITFOLD_INLINE { acc[p.value][r.value] = S::load(start + p.value * runs * S::L); });
+      repeat<M * P>([&](auto i) BITFOLD_INLINE { acc[i.value][r.value] = S::load(start + i.value * runs * S::L); });
     });
     if constexpr (One) {
-      gemv8_step<S, C, P, R>(codec, from, t++, a, acc);
+      gemv8_step<S, C, M * P, R>(codec, from, t++, a, acc);
     } else {
-      for (const size_t stop = smaller(steps, t + per); t < stop; ++t) gemv8_step<S, C, P, R>(codec, from, t, a, acc);
+      for (const size_t stop = smaller(steps, t + per); t < stop; ++t)
+        gemv8_step<S, C, M * P, R>(codec, from, t, a, acc);
     }
-    repeat<R>([&](auto r) BITFOLD_INLINE {
-      F sum = S::to_float(acc[0][r.value]);
-      repeat<P - 1>([&](auto p)
-                        BITFOLD_INLINE { sum = S::fma(sum, S::set(256), S::to_float(acc[p.value + 1][r.value])); });
-      f[r.value] = S::fma(sum, s[r.value], f[r.value]);
+    repeat<M>([&](auto m) BITFOLD_INLINE {
+      repeat<R>([&](auto r) BITFOLD_INLINE {
+        F sum = S::to_float(acc[m.value * P][r.value]);
+        repeat<P - 1>([&](auto p) BITFOLD_INLINE {
+          sum = S::fma(sum, S::set(256), S::to_float(acc[m.value * P + p.value + 1][r.value]));
+        });
+        f[m.value][r.value] = S::fma(sum, s[r.value], f[m.value][r.value]);
+      });
     });
   }
-  repeat<R>([&](auto r) BITFOLD_INLINE {
-    const F scaled = S::mul(f[r.value], S::set(w.unit));
-    const size_t row = rows[r.value];
-    y[row] = (w.zero ? less_zeros<S>(w, row, a.sums, scaled) : S::sum(scaled)) * a.scale[P - 1];
+  repeat<M>([&](auto m) BITFOLD_INLINE {
+    if (m.value * P >= a.m) return;
+    repeat<R>([&](auto r) BITFOLD_INLINE {
+      const F scaled = S::mul(f[m.value][r.value], S::set(w.unit));
+      const float sum = w.zero ? less_zeros<S>(w, rows[r.value], a.sums + m.value * w.groups, scaled) : S::sum(scaled);
+      y[m.value * w.n + rows[r.value]] = sum * a.scale[m.value * P + P - 1];
+    });
   });
 }
 
@@ -202,12 +212,12 @@ void gemvf_rows(const DenseWeight& w, const ActF& a, const C& codec, const V& va
 
 constexpr int kGemvRows = 4;  // rows of the weight that advance together
 
-// f(rows) for kGemvRows rows of the weight at a time; the last ones may repeat the last row.
-template <class F>
+// f(rows) for R rows of the weight at a time; the last ones may repeat the last row.
+template <int R, class F>
 inline void each_row_block(size_t begin, size_t end, const F& f) {
-  for (size_t row = begin; row < end; row += kGemvRows) {
-    size_t rows[kGemvRows];
-    for (size_t r = 0; r < kGemvRows; ++r) rows[r] = smaller(row + r, end - 1);
+  for (size_t row = begin; row < end; row += R) {
+    size_t rows[R];
+    for (size_t r = 0; r < R; ++r) rows[r] = smaller(row + r, end - 1);
     f(rows);
   }
 }
@@ -225,15 +235,25 @@ struct Gemv8 {
 
   template <class C>
   static void with_codec(const DenseWeight& w, const Act8& a, size_t begin, size_t end, float* y) {
-    a.planes == 1 ? with_planes<C, 1>(w, a, begin, end, y) : with_planes<C, kPlanes>(w, a, begin, end, y);
+    if constexpr (S::kSplitRows > 0) {
+      if (a.planes > 1) return with_planes<C, kPlanes>(w, a, begin, end, y);
+    }
+    with_planes<C, 1>(w, a, begin, end, y);
   }
 
   template <class C, int P>
   static void with_planes(const DenseWeight& w, const Act8& a, size_t begin, size_t end, float* y) {
+    if (a.m == P) return with_rows<C, P, 1>(w, a, begin, end, y);
+    if (a.m == 2 * P) return with_rows<C, P, 2>(w, a, begin, end, y);
+    with_rows<C, P, 4>(w, a, begin, end, y);
+  }
+
+  template <class C, int P, int M>
+  static void with_rows(const DenseWeight& w, const Act8& a, size_t begin, size_t end, float* y) {
     const C codec(w);
-    constexpr int R = kGemvRows;
-    const auto rows = run_length<S>(w, 2) == 1 ? gemv8_rows<S, C, true, P, R> : gemv8_rows<S, C, false, P, R>;
-    each_row_block(begin, end, [&](const size_t* at) { rows(w, a, codec, at, y); });
+    constexpr int R = P * M * kGemvRows <= S::kSums ? kGemvRows : 2;
+    const auto rows = run_length<S>(w, 2) == 1 ? gemv8_rows<S, C, true, P, M, R> : gemv8_rows<S, C, false, P, M, R>;
+    each_row_block<R>(begin, end, [&](const size_t* at) { rows(w, a, codec, at, y); });
   }
 };
 
@@ -254,7 +274,7 @@ struct GemvF {
     const V values(w);
     const auto rows =
         run_length<S>(w, 2) == 1 ? gemvf_rows<S, C, true, kGemvRows, V> : gemvf_rows<S, C, false, kGemvRows, V>;
-    each_row_block(begin, end, [&](const size_t* at) { rows(w, a, codec, values, at, y); });
+    each_row_block<kGemvRows>(begin, end, [&](const size_t* at) { rows(w, a, codec, values, at, y); });
   }
 };
 

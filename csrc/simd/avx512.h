@@ -45,6 +45,7 @@ struct Simd {
   static constexpr int kGemmRows = 12;       // rows of activations held in registers by gemm
   static constexpr size_t kGemmColumns = 4;  // of a dot product
   static constexpr int kRegisters = 32;
+  static constexpr int kSums = 24;                  // vectors of sums that leave registers for the rest
   static constexpr size_t kSplitRows = ~size_t{0};  // table.h
   static constexpr bool kFew = true;                // few.h has the registers it needs
   using I = __m512i;

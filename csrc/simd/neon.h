@@ -42,6 +42,7 @@ struct Simd {
   static constexpr size_t kGemmColumns = 4;
 #endif
   static constexpr int kRegisters = 32;
+  static constexpr int kSums = 16;         // vectors of sums that leave registers for the rest
   static constexpr size_t kSplitRows = 0;  // table.h
   static constexpr bool kFew = false;      // few.h has the registers it needs
   using I = uint8x16_t;

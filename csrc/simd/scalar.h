@@ -11,6 +11,7 @@ struct Simd {
   static constexpr int kGemmRows = 4;
   static constexpr size_t kGemmColumns = 4;  // of a dot product
   static constexpr int kRegisters = 16;
+  static constexpr int kSums = 4;          // vectors of sums that leave registers for the rest
   static constexpr size_t kSplitRows = 0;  // table.h
   static constexpr bool kFew = false;      // few.h has the registers it needs
   union I {

@@ -19,7 +19,7 @@ template <class W>
 struct Products {
   // One row of activations: the arrangement of gemvf, and sums if the weight has zero points.
   void (*arrange)(const W& w, const float* x, size_t padded, float* out, float* sums);
-  // Rows [begin, end) of the weight times one row of activations.
+  // Rows [begin, end) of the weight times one row of activations; gemv8: or up to four, see Prepared::by_row.
   void (*gemv8)(const W& w, const Act8& a, size_t begin, size_t end, float* y);
   void (*gemvf)(const W& w, const ActF& a, size_t begin, size_t end, float* y);
   // Any number of rows, see arrange8 and arrangef of the table. begin is a multiple of kBandRows, and so is end unless
@@ -74,8 +74,9 @@ struct Table {
   // The same -> kPlanes rows of bytes and their scales; up to how many rows of floats bytes are the faster way.
   void (*split)(const float* x, size_t k, size_t padded, int8_t* out, float* scales);
   size_t split_rows;
-  // One row of activations in planes: start (and sums, if the weight has zero points) for gemv8.
-  void (*sums8)(const Scaled& w, const int8_t* x, size_t planes, size_t padded, int32_t* start, float* sums);
+  // A row of activations in planes: its part of start (and of sums, if the weight has zero points) for gemv8.
+  void (*sums8)(const Scaled& w, const int8_t* x, size_t planes, size_t padded, size_t row, int32_t* start,
+                float* sums);
   // One row of any number, to its place in blocks of block_rows(m) (x null: one of zeros, which fills up the last
   // block); see gemm.h for their arrangement and the scratch memory.
   size_t (*block_rows)(size_t m);

@@ -167,8 +167,8 @@ void test_linear(const char* isa) {
         const bool zero = bits > 1 && random() % 2, bf16 = random() % 2;
         const Case c{bits, n, k, group, zero, bf16, false, false};
         const Sample s(c, random);
-        for (size_t m : {1, 2, 3, 7, 17, 33}) check(isa, c, s, m, m % 2, 2, random);
-        for (size_t m : {1, 2, 3, 8, 17, 33}) check(isa, c, s, m, m % 2 == 0, 2, random);
+        for (size_t m : {1, 2, 3, 4, 7, 17, 33}) check(isa, c, s, m, m % 2, 2, random);
+        for (size_t m : {1, 2, 3, 4, 8, 17, 33}) check(isa, c, s, m, m % 2 == 0, 2, random);
         check_dequantize(isa, c, s);
       }
   for (size_t group : {16, 64}) {  // FP4 and NF4

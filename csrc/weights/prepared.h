@@ -42,8 +42,8 @@ class Prepared {
         padded_(round_up(w.k, kPad)),
         int8_(int8),
         bytes_in_(w.integers && (int8 || planes_ > 1)),
-        one_(m_ == 1 || (m == 1 && by_row(w))) {
-    const size_t block = one_ ? 1 : bytes_in_ ? t_.block_rows(m_) : t_.block_rowsf(m_);
+        by_row_(bytes_in_ ? by_row(w, m, planes_) : m == 1) {
+    const size_t block = by_row_ ? planes_ * (m == 3 ? 4 : m) : bytes_in_ ? t_.block_rows(m_) : t_.block_rowsf(m_);
     rows_ = round_up(m_, block);
     char* at = static_cast<char*>(memory);
     const auto take = [&](size_t size) {
@@ -53,7 +53,7 @@ class Prepared {
       return mine;
     };
     // Numbers kept for every row, lane by lane or for each chunk (which are at least as long as the shortest group).
-    const size_t chunks = rows_ * (one_ ? padded_ / 4 + t_.lanes : padded_ / 16 + 1) * 4;
+    const size_t chunks = rows_ * (by_row_ ? padded_ / 4 + t_.lanes : padded_ / 16 + 1) * 4;
     scale_ = reinterpret_cast<float*>(take(m_ * sizeof(float)));
     x_ = take(rows_ * padded_ * (bytes_in_ ? 1 : sizeof(float)));
     start_ = reinterpret_cast<int32_t*>(take(bytes_in_ ? chunks : 0));
@@ -65,14 +65,14 @@ class Prepared {
   void row(size_t i, const float* x) const {
     RowMemory& memory = RowMemory::mine();
     if (planes_ > 1) {
-      int8_t* codes = one_ ? reinterpret_cast<int8_t*>(x_) : memory.codes.get<int8_t>(planes_ * padded_);
+      int8_t* codes = by_row_ ? place(i) : memory.codes.get<int8_t>(planes_ * padded_);
       t_.split(x, w_.k, padded_, codes, scale_ + i * planes_);
-      if (one_) return t_.sums8(w_, codes, planes_, padded_, start_, sums_);
+      if (by_row_) return sums(i);
       for (size_t p = 0; p < planes_; ++p) arrange(i * planes_ + p, codes + p * padded_);
       return;
     }
     if (int8_) {
-      int8_t* codes = one_ && bytes_in_ ? reinterpret_cast<int8_t*>(x_) : memory.codes.get<int8_t>(padded_);
+      int8_t* codes = by_row_ && bytes_in_ ? place(i) : memory.codes.get<int8_t>(padded_);
       scale_[i] = t_.quantize(x, w_.k, padded_, codes);
       if (bytes_in_) return arrange(i, codes);
       float* floats = memory.floats.get<float>(w_.k);
@@ -89,7 +89,7 @@ class Prepared {
       Act8 a;
       a.m = m_, a.planes = planes_, a.padded = padded_, a.x = reinterpret_cast<const int8_t*>(x_), a.scale = scale_;
       a.start = start_, a.sums = sums_;
-      if (one_) return products.gemv8(w_, a, begin, end, y);
+      if (by_row_) return products.gemv8(w_, a, begin, end, y);
       const size_t scratch = t_.gemm_scratch(w_, m_, padded_);
       return products.gemm8(w_, a, begin, end, y, RowMemory::mine().panel.get<uint8_t>(scratch));
     }
@@ -105,9 +105,18 @@ class Prepared {
   }
 
  private:
+  // Row i for gemv8, which takes four for three.
+  int8_t* place(size_t i) const { return reinterpret_cast<int8_t*>(x_) + i * planes_ * padded_; }
+  void sums(size_t i) const {
+    t_.sums8(w_, place(i), planes_, padded_, i, start_, sums_);
+    if (i != 2 || m_ != 3 * planes_) return;
+    memset(place(3), 0, planes_ * padded_);
+    t_.sums8(w_, place(3), planes_, padded_, 3, start_, sums_);
+  }
+
   void arrange(size_t i, const int8_t* codes) const {
     int8_t* out = reinterpret_cast<int8_t*>(x_);
-    if (one_) return t_.sums8(w_, codes, 1, padded_, start_, sums_);
+    if (by_row_) return sums(i);
     t_.arrange8(w_, codes, m_, padded_, i, out, start_, sums_);
     for (size_t r = m_; i + 1 == m_ && r < rows_; ++r) t_.arrange8(w_, nullptr, m_, padded_, r, out, start_, sums_);
   }
@@ -123,13 +132,18 @@ class Prepared {
   const Table& t_;
   // Sums of products of so many columns fit 32 bits.
   static bool splits(const W& w, size_t m, const Table& t) { return w.integers && m <= t.split_rows && w.k <= 1 << 16; }
-  // One row in planes: gemv8 reads it, or it is a few rows.
-  static bool by_row(const DenseWeight&) { return true; }
-  static bool by_row(const TrellisWeight&) { return false; }
+  // Whether gemv8 is the faster way, as measured: where loops/few.h has these bits, it is for more rows; what is done
+  // for each group is done for every plane of every row.
+  static bool by_row(const DenseWeight& w, size_t m, size_t planes) {
+    const bool few = w.bits == 2 || w.bits == 3 || w.bits == 4;
+    const size_t most = w.group == 0 ? (few ? 6 : 12) : w.group < 32 ? 12 : 2;
+    return m == 1 || (m <= 4 && m * planes <= most);
+  }
+  static bool by_row(const TrellisWeight&, size_t m, size_t planes) { return m * planes == 1; }
 
   const size_t planes_, m_, padded_;  // m: rows of bytes or floats, planes of each
   const bool int8_, bytes_in_;        // rounded; multiplied as bytes
-  const bool one_;                    // one row, maybe in planes, as gemv8 and gemvf read it
+  const bool by_row_;                 // as gemv8 reads them (gemvf reads one row of floats)
   size_t rows_ = 0, bytes_ = 0;
   float *scale_ = nullptr, *sums_ = nullptr;
   char* x_ = nullptr;
