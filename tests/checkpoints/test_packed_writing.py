@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from bitfold.checkpoints import open_source
 from bitfold.checkpoints.headers import read_header
@@ -18,15 +19,20 @@ from bitfold.errors import CheckpointError
 from bitfold.methods.quantize import quantize_tensor
 from bitfold.system.tensorinfo import TensorInfo
 from bitfold.transforms import Hadamard
+from bitfold.transforms.activations import ACT_SCALE
 from packed_files import UP
 
 WEIGHT = f"{UP}.weight"
 DOWN = "model.layers.0.mlp.down_proj.weight"
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 HELD = {
-    "compressed-tensors": ("int4-g32", "int4-asym-g32", "int2-asym-g64", "int8", "int4", "int4-asym", "int8-g128"),
+    "compressed-tensors": (
+        *("int4-g32", "int4-asym-g32", "int2-asym-g64", "int8", "int4", "int4-asym", "int8-g128"),
+        *("fp8-e4m3", "fp8-e4m3-tensor", "mxfp4"),
+    ),
     "gptq": ("int4-g32", "int4-asym-g32", "int2-g64", "int3-g32", "int3-asym-g32", "int8", "int8-g128"),
     "awq": ("int4-g32", "int4-asym-g32", "int4-asym-g128"),
+    "auto-round": ("int4-g32", "int2-g64", "int8", "int3-g32"),
 }
 CASES = [(kind, form) for kind, forms in HELD.items() for form in forms]
 
@@ -78,8 +84,43 @@ def test_several_kinds_of_integers(tmp_path: Path) -> None:
     targets = [group["targets"] for group in settings(tmp_path / "c")["config_groups"].values()]
     assert targets == [[name.removesuffix(".weight")] for name in forms]
     for kind in ("gptq", "awq"):
-        with pytest.raises(CheckpointError, match="one kind"):
+        with pytest.raises(CheckpointError, match=r"one kind|are none of those"):
             write(kind, tmp_path / kind, forms)
+
+
+def test_mixed_bits_for_auto_round(tmp_path: Path) -> None:
+    """The commonest kind for all, others by the names of their layers, and plain ones as floats."""
+    forms = {WEIGHT: "int4-g32", DOWN: "int8", WEIGHT.replace("0", "1"): "int4-g32", DOWN.replace("0", "1"): "int2-g64"}
+    expected = write("auto-round", tmp_path / "m", forms)
+    source = open_source(tmp_path / "m")
+    assert all(torch.equal(source.read(name), w) for name, w in expected.items())
+    said = settings(tmp_path / "m")
+    assert (said["bits"], said["group_size"]) == (4, 32)
+    assert said["extra_config"][DOWN.removesuffix(".weight")] == {
+        "bits": 8, "group_size": -1, "sym": True, "data_type": "int",
+    }  # fmt: skip
+    with pytest.raises(CheckpointError, match="zero points"):
+        write("auto-round", tmp_path / "z", {WEIGHT: "int4-asym-g32"})
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_nvfp4_up_to_the_last_bit_of_its_global_scale(tmp_path: Path, seed: int) -> None:
+    """It divides where we multiply: the same numbers where a divisor gives them, else told. Five roundings lie
+    between the two, to float32."""
+    w = torch.randn(64, 128, generator=torch.Generator().manual_seed(seed)) * 3.0**seed
+    q = quantize_tensor(w, "nvfp4")
+    (tmp_path / "m").mkdir()
+    target = open_target("compressed-tensors", tmp_path / "m", 1 << 20)
+    entries = {WEIGHT: Entry(q.format, q.shape)}
+    target.layout(entries)
+    target.pack(WEIGHT, q.fields)
+    target.finish(CONFIG, describe(entries, {}))
+    found, expected = open_source(tmp_path / "m").read(WEIGHT), q.dequantize()
+    assert target.rounded.keys() <= {WEIGHT}
+    assert torch.equal(found, expected) == (not target.rounded)
+    assert "last bit" in target.but_for
+    assert all(0 < loss <= (3 * 2.0**-24) ** 2 for loss in target.rounded.values())
+    torch.testing.assert_close(found, expected, rtol=5 * 2.0**-24, atol=0)
 
 
 def test_integer_activations(tmp_path: Path) -> None:
@@ -89,6 +130,22 @@ def test_integer_activations(tmp_path: Path) -> None:
     group = settings(tmp_path / "m")["config_groups"]["group_0"]
     assert (group["format"], group["input_activations"]["strategy"]) == ("int-quantized", "token")
     assert torch.equal(open_source(tmp_path / "m").read(WEIGHT), expected[WEIGHT])
+
+
+def test_static_activations(tmp_path: Path) -> None:
+    """The scale of the tensor beside the weight, and no token rounded by itself."""
+    q = quantize_tensor(torch.randn(64, 128), "int8")
+    (tmp_path / "m").mkdir()
+    target = open_target("compressed-tensors", tmp_path / "m", 1 << 20)
+    entries = {WEIGHT: Entry(q.format, q.shape, "int8-static")}
+    target.layout(entries)
+    target.pack(WEIGHT, {**q.fields, ACT_SCALE: torch.tensor([0.25])})
+    target.finish(CONFIG, describe(entries, {}))
+    group = settings(tmp_path / "m")["config_groups"]["group_0"]["input_activations"]
+    assert (group["strategy"], group["dynamic"]) == ("tensor", False)
+    with safe_open(tmp_path / "m" / "model.safetensors", "pt") as file:
+        assert file.get_tensor(f"{UP}.input_scale").tolist() == [0.25]
+    assert torch.equal(open_source(tmp_path / "m").read(WEIGHT), q.dequantize())
 
 
 def test_versions_of_gptq(tmp_path: Path) -> None:
@@ -112,7 +169,7 @@ REFUSED: dict[str, tuple[str, Entry]] = {
     "experts": (WEIGHT, Entry(INT4.format, (4, 64, 128))),
     "inputs first": (WEIGHT, Entry(INT4.format, (64, 128), "float", True)),
     "groups that do not divide": (WEIGHT, Entry(INT4.format, (64, 80))),
-    "static activations": (WEIGHT, Entry(INT4.format, (64, 128), "int8-static")),
+    "static activations of 4 bits": (WEIGHT, Entry(INT4.format, (64, 128), "int8-static")),
     "5 bits": (WEIGHT, Entry(quantize_tensor(torch.randn(64, 128), "int5-g64").format, (64, 128))),
 }
 

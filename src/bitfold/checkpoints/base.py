@@ -133,6 +133,9 @@ class Target(Protocol):
         variant: of the kind, where it has any.
     """
 
+    but_for: str  # what of packed tensors it may not take bit by bit, in words, once `layout` was called; mostly empty
+    rounded: dict[str, float]  # |w - w'|^2 / |w|^2 of packed tensors that it could not take as they were, once packed
+
     def __init__(self, folder: Path, max_shard_bytes: int, source: Source | None = None, variant: str = "") -> None: ...
 
     @property
@@ -147,6 +150,10 @@ class Target(Protocol):
 
     def plain(self, info: TensorInfo) -> TensorInfo:
         """What a tensor that is not quantized is stored as."""
+        ...
+
+    def engines(self) -> dict[str, str]:
+        """Who else loads it, once `stored` or `size` was called: "yes" or "no", and why."""
         ...
 
     def stored(self, contents: Mapping[str, Content]) -> dict[str, TensorInfo]:

@@ -34,6 +34,9 @@ class SafetensorsFolder:
         self.folder, self.max_shard_bytes = folder, max_shard_bytes
         self._writer: PlannedWriter | None = None
         self._packed: dict[str, set[str]] = {}  # names of the fields of each packed tensor
+        self._any_packed = False
+        self.but_for = ""
+        self.rounded: dict[str, float] = {}
 
     @property
     def _open(self) -> PlannedWriter:
@@ -54,7 +57,15 @@ class SafetensorsFolder:
         found: dict[str, TensorInfo] = {}
         for name, content in contents.items():
             found |= content.stored(name) if isinstance(content, Entry) else {name: content}
+        self._any_packed = any(isinstance(content, Entry) for content in contents.values())
         return found
+
+    def engines(self) -> dict[str, str]:
+        """See `Target`."""
+        if not self._any_packed:
+            return {"transformers": "yes", "vLLM": "yes"}
+        other = "no: it has no loader for bitfold's format; --export compressed-tensors is one that it has"
+        return {"transformers": "yes, where bitfold is installed", "vLLM": other}
 
     def size(self, contents: Mapping[str, Content]) -> int:
         """See `Target`."""

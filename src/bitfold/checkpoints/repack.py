@@ -54,7 +54,7 @@ def repack(src: str | Path, out: str | Path, to: str, pre_tokenizer: str | None 
         out: the file (GGUF) or folder (bitfold) to make; must not exist.
         to: "gguf": every tensor in the type that it has; "gguf:Q4_K_M" and the like: in the types of that mixture,
             rounded without data where they are others; "bitfold": a bitfold folder with every tensor in the type that
-            it has; "compressed-tensors", "gptq", "awq": integers as they are, for other engines.
+            it has; "compressed-tensors", "gptq", "awq", "auto-round": codes as they are, for other engines.
         pre_tokenizer: for GGUF files, see `open_source`.
 
     Raises:
@@ -159,9 +159,8 @@ class _Repacking:
         nbytes = target.size(contents)
         again = [name for name, content in contents.items() if not self._same(name, content)]
         first = f", such as {again[0]}" if again else ""
-        what = (
-            f"{len(again)} of {len(contents)} tensors are rounded anew{first}" if again else "exact: nothing is rounded"
-        )
+        exact = f"exact but for {target.but_for}" if target.but_for else "exact: nothing is rounded"
+        what = f"{len(again)} of {len(contents)} tensors are rounded anew{first}" if again else exact
         progress.say(f"{size_text(nbytes)}; {what}")
         with progress.bar("convert", len(contents)) as bar:
             for name, content in contents.items():
@@ -170,6 +169,7 @@ class _Repacking:
                 else:
                     target.write(name, [self._plain(name, content)])
                 bar.advance(1, name)
+        self.losses |= target.rounded
         entries = {name: content for name, content in contents.items() if isinstance(content, Entry)}
         if target.single is None:
             self._source.copy_side_files(folder)

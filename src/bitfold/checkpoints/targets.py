@@ -10,12 +10,19 @@ from pathlib import Path
 from bitfold.checkpoints.base import Source, Target
 from bitfold.checkpoints.folder import SafetensorsFolder
 from bitfold.checkpoints.gguf.target import GgufModel
-from bitfold.checkpoints.packed.written import AwqFolder, CompressedFolder, GptqFolder
+from bitfold.checkpoints.packed.to_compressed import CompressedFolder
+from bitfold.checkpoints.packed.to_gptq import AutoRoundFolder, AwqFolder, GptqFolder
+from bitfold.checkpoints.packed.written import PackedFolder
 from bitfold.errors import UsageError
 
 FOLDER, GGUF = "safetensors", "gguf"
-# Folders of integers for other engines.
-ENGINES: dict[str, type[Target]] = {"compressed-tensors": CompressedFolder, "gptq": GptqFolder, "awq": AwqFolder}
+# Folders for other engines.
+ENGINES: dict[str, type[PackedFolder]] = {
+    "compressed-tensors": CompressedFolder,
+    "gptq": GptqFolder,
+    "awq": AwqFolder,
+    "auto-round": AutoRoundFolder,
+}
 TARGETS: dict[str, type[Target]] = {FOLDER: SafetensorsFolder, GGUF: GgufModel, **ENGINES}
 
 

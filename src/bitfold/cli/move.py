@@ -30,7 +30,7 @@ def convert(
         str,
         typer.Option(
             help="What to write: safetensors (floating point), bitfold or gguf (types as they are), gguf:TYPE,"
-            " compressed-tensors, gptq or awq (integers as they are)."
+            " compressed-tensors, gptq, awq or auto-round (codes as they are)."
         ),
     ] = "safetensors",
     dtype: Annotated[

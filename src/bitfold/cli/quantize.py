@@ -76,7 +76,10 @@ IgnoreOption = Annotated[
 RecipeOption = Annotated[Path | None, typer.Option(help="A TOML file of rules, tensor by tensor.")]
 ExportOption = Annotated[
     str | None,
-    typer.Option(help="Write a GGUF file of that type instead: gguf:Q4_K_M, see docs/gguf.md.", show_default=False),
+    typer.Option(
+        help="Write for other engines: compressed-tensors, gptq, awq, auto-round; or a GGUF file: gguf:Q4_K_M.",
+        show_default=False,
+    ),
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")]
 RestartOption = Annotated[

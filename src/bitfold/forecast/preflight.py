@@ -7,7 +7,7 @@ memory, or has no room on the disk, is refused here, with the numbers that would
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,8 @@ class Asked:
 def preflight(source: Source, model: nn.Module | None, plan: Plan, economy: MemoryUse, asked: Asked) -> Preflight:
     """Estimate a run that goes about its memory as `economy` says."""
     calibration, numel = economy.calibration, plan.numel
-    output = open_target(asked.kind, Path(), asked.max_shard_bytes, source).size(plan.contents())
+    target = open_target(asked.kind, Path(), asked.max_shard_bytes, source)
+    output = target.size(plan.contents())
     timed = asked.timed or numel > _TIMED_FROM
     times = seconds(plan, calibration, model, asked.seed) if timed else {}
     return Preflight(
@@ -143,7 +144,7 @@ def preflight(source: Source, model: nn.Module | None, plan: Plan, economy: Memo
         bpw_whole=8 * sum(d.nbytes() for d in plan.decisions) / max(1, numel),
         kept=rules_of(plan.decisions),
         ragged=[d.tensor for d in plan.quantized if _is_ragged(d)],
-        engines=engines(model, source, any_quantized=bool(plan.quantized), file=asked.kind != FOLDER),
+        engines=engines(model, source, target.engines()),
         allowed=memory.default_ceiling() if asked.max_memory is None else asked.max_memory,
         columns=None if calibration is None else calibration.columns,
         ranges=[d.tensor for d in plan.quantized if calibration is not None and in_ranges(d, calibration)],
@@ -172,20 +173,19 @@ def _is_ragged(decision: Quantized) -> bool:
     return scale is not None and scale.block[1] > 0 and decision.site.qshape[-1] % scale.block[1] != 0
 
 
-def engines(model: nn.Module | None, source: Source, *, any_quantized: bool, file: bool = False) -> dict[str, str]:
-    """Who will load the folder, or the GGUF file: "yes" or "no", and why."""
-    if file:
-        no = "no: it reads folders of safetensors"
-        return {"bitfold": "yes", "llama.cpp": "yes", "transformers": "yes, decoded to floating point", "vLLM": no}
-    known = model is not None
-    names = source.config.get("architectures") or ["this model's class"]
-    other = "no: it has no loader for bitfold's format; `bitfold convert` writes plain weights that it loads"
-    found = {
-        "bitfold": "yes" if known else f"yes, given the module: transformers does not have {names[0]}",
-        "transformers": "yes, where bitfold is installed" if known else f"no: it does not have {names[0]}",
-        "vLLM": other if any_quantized else "yes",
-        "llama.cpp": "no: it reads GGUF files, and this is a folder of safetensors",
-    }
+def engines(model: nn.Module | None, source: Source, others: Mapping[str, str]) -> dict[str, str]:
+    """Who will load the result: "yes" or "no", and why.
+
+    Args:
+        model: the skeleton; None: transformers does not have the class.
+        source: of the run.
+        others: what the kind of checkpoint says of other programs than bitfold.
+    """
+    found = {"bitfold": "yes", "llama.cpp": "no: it reads GGUF files, and this is a folder of safetensors", **others}
+    if model is None:
+        name = (source.config.get("architectures") or ["this model's class"])[0]
+        found["bitfold"] = f"yes, given the module: transformers does not have {name}"
+        found["transformers"] = f"no: it does not have {name}"
     return found
 
 

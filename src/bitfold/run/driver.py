@@ -72,8 +72,9 @@ def quantize(
             (but for act and ignore), or the method "auto", leave the choice of the method to bitfold.
         calibration: text for methods that need it (see `Calibration`, or just its `text`); default: the text that comes
             with bitfold.
-        export: "gguf:Q4_K_M" and the like: make a GGUF file of that mixture, `out`, instead of a folder; what it says
-            is not to be said again by bits, format or recipe.
+        export: "compressed-tensors", "gptq", "awq", "auto-round": make a folder for engines that read these; or
+            "gguf:Q4_K_M" and the like: make a GGUF file of that mixture, `out`, which is not to be said again by bits,
+            format or recipe.
         dry_run: plan and report only; write nothing.
         max_memory: ceiling on the resident memory of the whole process, bytes: kept, if need be by solving wide layers
             in ranges of their inputs, or refused; None = no more than what is free, with a word of caution beyond four

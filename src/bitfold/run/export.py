@@ -1,4 +1,4 @@
-"""Runs that end in a GGUF file: the rules that its mixture means for this model."""
+"""Runs that end in another program's checkpoint: the rules that it means for this model."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Callable
 from bitfold.checkpoints import Source
 from bitfold.checkpoints.gguf.mixtures import PLAIN_TYPES, base_type
 from bitfold.checkpoints.repack import fallbacks, mixture_of
-from bitfold.checkpoints.targets import GGUF
+from bitfold.checkpoints.targets import ENGINES, GGUF
 from bitfold.errors import UsageError
 from bitfold.recipes.recipe import Recipe, Rule
+from bitfold.run.engine_export import check_engine_options, engine_rules
 from bitfold.run.options import Request
 
 _METHODS = ("rtn", "ldlq", "gptq")
@@ -25,8 +26,12 @@ def check_export(request: Request, *, upload: bool) -> None:
         UsageError: an unknown type, or options that say otherwise than it does.
     """
     kind, _, mixture = (request.export or "").partition(":")
+    if kind in ENGINES and not mixture:
+        check_engine_options(request.wanted)
+        return
     if kind != GGUF or not mixture:
-        raise UsageError(f"cannot export {request.export!r}", where="--export", hint="gguf:TYPE, as in gguf:Q4_K_M")
+        hint = f"gguf:TYPE, as in gguf:Q4_K_M, or {', '.join(ENGINES)}"
+        raise UsageError(f"cannot export {request.export!r}", where="--export", hint=hint)
     base_type(mixture)
     wanted = request.wanted
     if said := [flag for flag in wanted.given() if flag != "--method"]:
@@ -39,6 +44,11 @@ def check_export(request: Request, *, upload: bool) -> None:
         raise UsageError("a GGUF file cannot be published from here yet", where="--upload-repo")
 
 
+def single_file(request: Request) -> bool:
+    """Whether one file is made, not a folder."""
+    return (request.export or "").partition(":")[0] == GGUF
+
+
 def export_rules(
     request: Request, source: Source, why_not: Callable[[], str | None]
 ) -> tuple[Recipe, str, tuple[str, ...]]:
@@ -49,6 +59,8 @@ def export_rules(
         source: open.
         why_not: asked where it matters: what stands in the way of calibration, in words; None if nothing does.
     """
+    if not single_file(request):
+        return engine_rules(request, source, why_not)
     mixture = (request.export or "").partition(":")[2]
     tied = bool(source.config.get("tie_word_embeddings"))
     names = [name for name in source.names() if not (tied and name == _ENDS[1])]

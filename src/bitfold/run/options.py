@@ -28,7 +28,8 @@ class Request:
         wanted: how weights are to be quantized.
         calibration: text and options for methods that are calibrated, or just the text; None = where it is needed, the
             text that comes with bitfold and what the method is used to.
-        export: what is made: None: a bitfold folder; "gguf:Q4_K_M" and the like: a GGUF file of that mixture, `out`.
+        export: what is made: None: a bitfold folder; "gptq" and others of ENGINES: a folder for other engines;
+            "gguf:Q4_K_M" and the like: a GGUF file of that mixture, `out`.
     """
 
     source: str

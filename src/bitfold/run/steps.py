@@ -20,7 +20,7 @@ from bitfold.calibration.shape import LONGEST
 from bitfold.checkpoints import Source, open_source
 from bitfold.checkpoints.schema import QUANT_METHOD
 from bitfold.checkpoints.staging import open_output, partial_of
-from bitfold.checkpoints.targets import FOLDER, open_target
+from bitfold.checkpoints.targets import ENGINES, open_target
 from bitfold.errors import CheckpointError
 from bitfold.forecast.ceiling import MemoryChooser
 from bitfold.forecast.preflight import Asked, Preflight, preflight, refuse_impossible
@@ -31,7 +31,8 @@ from bitfold.planning.plan import make_plan
 from bitfold.recipes.options import choose_recipe
 from bitfold.records.record import write_record
 from bitfold.records.run_report import QuantizeReport, TensorReport, peak_memory
-from bitfold.run.export import check_export, export_rules
+from bitfold.run.engine_export import held_by_engine
+from bitfold.run.export import check_export, export_rules, single_file
 from bitfold.run.options import Request, RunOptions
 from bitfold.run.writing import Job, PlannedRun, Writing, Written
 from bitfold.system import progress
@@ -71,7 +72,7 @@ def check(request: Request, options: RunOptions) -> None:
             request.calibration_of(rules)
     if options.dry_run:
         return
-    open_output(request.out, Path(request.source), single=request.export is not None)
+    open_output(request.out, Path(request.source), single=single_file(request))
     if options.events is not None:
         try_file(options.events)
     if options.upload_repo is not None:
@@ -135,8 +136,11 @@ def plan(opened: Opened, request: Request, options: RunOptions, obstacle: str | 
             source.tokenizer()
             runnable(opened.model, source)
     job = Job(request.source, request.out, rules, options.seed, calibration, options.max_shard_bytes, request.kind)
-    decided = make_plan(source, opened.model, rules, shorten_groups=wanted.shortens_groups)
     target = open_target(job.kind, request.out, options.max_shard_bytes, source)
+    decided = make_plan(source, opened.model, rules, shorten_groups=wanted.shortens_groups)
+    if request.export in ENGINES:
+        decided, said = held_by_engine(decided, target)
+        more = (*more, *said)
     decided = decided.kept_as(target.plain)
     return PlannedRun(source, opened.model, decided, job, account_for(source, decided), why, substitutes=more)
 
@@ -226,7 +230,7 @@ def record(report: QuantizeReport, job: Job, options: RunOptions, started: float
     from bitfold.checkpoints.hub.upload import upload
 
     report = replace(report, seconds=time.perf_counter() - started, peak_memory=peak_memory())
-    if options.dry_run or job.kind != FOLDER:
+    if options.dry_run or not job.out.is_dir():
         return report
     write_record(job.out, report, {"seed": job.seed, "calibration": job.calibration and asdict(job.calibration)})
     if options.upload_repo is None:

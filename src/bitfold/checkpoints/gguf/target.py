@@ -58,6 +58,8 @@ class GgufModel:
         self._laid: dict[str, Laid] = {}
         self._words: dict[int, dict[str, Any]] = {}  # the tokenizer, for an embedding of so many rows
         self._writer: PlannedWriter | None = None
+        self.but_for = ""
+        self.rounded: dict[str, float] = {}
 
     @property
     def _open(self) -> PlannedWriter:
@@ -72,6 +74,11 @@ class GgufModel:
     def plain(self, info: TensorInfo) -> TensorInfo:
         """See `Target`: llama.cpp wants vectors in float32."""
         return TensorInfo(torch.float32, info.shape) if len(info.shape) < 2 else info
+
+    def engines(self) -> dict[str, str]:
+        """See `Target`."""
+        no = "no: it reads folders of safetensors"
+        return {"llama.cpp": "yes", "transformers": "yes, decoded to floating point", "vLLM": no}
 
     def stored(self, contents: Mapping[str, Content]) -> dict[str, TensorInfo]:
         """See `Target`: the names of llama.cpp."""
