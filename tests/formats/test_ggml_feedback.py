@@ -58,7 +58,7 @@ def test_without_data_it_is_rounding_under_the_searched_scales(name: str) -> Non
 
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_with_no_hessian_it_is_rtn(name: str) -> None:
-    rounded, fed = (quantize_tensor(weight(), name, method=method) for method in ("rtn", "ldlq"))
+    rounded, fed = (quantize_tensor(weight(), name, method=method, fit="mse") for method in ("rtn", "ldlq"))
     assert torch.equal(rounded.fields["blocks"], fed.fields["blocks"])
 
 
@@ -123,3 +123,15 @@ def test_iq4_xs_is_taken_apart_as_it_was_put_together() -> None:
 def test_rows_that_are_no_whole_blocks() -> None:
     with pytest.raises(FormatError, match="multiple of 256"):
         quantize_tensor(weight()[:, :300], "q4_k", method="ldlq", hessian=moments(300))
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_importance_moves_the_errors_to_where_they_cost_little(name: str) -> None:
+    format, w = GGML[name], weight()
+    importance = torch.exp(2 * torch.randn(K, generator=torch.Generator().manual_seed(1)))
+    cost = {}
+    for what, blocks in (("plain", format.weighted(w, None)), ("weighed", format.weighted(w, importance))):
+        cost[what] = float(((format.decode(blocks, (N, K)) - w).square() * importance).sum())
+    assert cost["weighed"] <= cost["plain"]
+    if format.levels != 256:  # eight bits: nothing to be gained
+        assert cost["weighed"] < 0.97 * cost["plain"]

@@ -188,7 +188,9 @@ class _Repacking:
         if self._same(name, content):
             return self._source.fields(name)
         w = self._source.read(name).float()
-        q = QTensor(content.format, content.shape, content.format.encode(w.view(content.shape), None))
+        encode = content.format.weighted
+        assert encode is not None  # what is rounded anew is a type of ggml
+        q = QTensor(content.format, content.shape, encode(w.view(content.shape), None))
         self._lost(name, w, q.dequantize().view(w.shape))
         return q.fields
 

@@ -88,7 +88,7 @@ class Format:
     grid: Grid
     scale: Scale | None = None
     plain = False
-    code = books = magnitudes = ggml = None
+    code = books = magnitudes = ggml = weighted = None
 
     @property
     def levels(self) -> int:

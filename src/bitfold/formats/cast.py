@@ -24,7 +24,7 @@ class Cast:
     name: str
     dtype: torch.dtype
     plain = True
-    scale = grid = levels = code = books = magnitudes = ggml = rescaled = None
+    scale = grid = levels = code = books = magnitudes = ggml = rescaled = weighted = None
 
     @property
     def bits(self) -> Fraction:

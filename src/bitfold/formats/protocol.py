@@ -98,3 +98,9 @@ class AnyFormat(Protocol):
     def decode_columns(self) -> Callable[[Fields, Shape, Tensor], Tensor] | None:
         """(fields, shape (n, k), index) -> float32 columns (n, len(index)), the others not decoded."""
         ...
+
+    @property
+    def weighted(self) -> Callable[[Tensor, Tensor | None], dict[str, Tensor]] | None:
+        """(w (n, k), importance float32 (k,) of the inputs or None) -> fields, the scales searched for such that errors
+        cost least, each counting by the importance of its input. For formats that choose their own scales."""
+        ...

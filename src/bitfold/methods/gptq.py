@@ -23,7 +23,7 @@ from bitfold.formats.columns import Coder
 from bitfold.formats.integers import FeedbackColumns
 from bitfold.methods.hessian import Moments, diagonal_blocks, product, product_columns
 from bitfold.methods.pruning import Pruner
-from bitfold.methods.rtn import fit_by_rows, rtn
+from bitfold.methods.rtn import fit_by_rows
 from bitfold.qtensor import QTensor, row_ranges
 
 DAMP = 0.01  # of the mean diagonal
@@ -97,8 +97,8 @@ def ldlq(
 
 def _without_data(w: torch.Tensor, format: AnyFormat, fit: Fit, start: Callable[..., Coder]) -> QTensor:
     """No column knows of another: rounding to nearest."""
-    if format.ggml is not None:  # its blocks choose their scales by themselves
-        return rtn(w, None, format, fit)
+    if format.weighted is not None:  # its blocks choose their scales by themselves
+        return QTensor(format, tuple(w.shape), format.weighted(w, None))
     coder = _begin(w, format, fit, start, None)
     step = coder.at_once or coder.step
     for at in range(0, w.shape[1], step):

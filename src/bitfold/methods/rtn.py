@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from bitfold.formats import AnyFormat, Fit, Params
+from bitfold.methods.fits import FITS
 from bitfold.qtensor import QTensor
 from bitfold.system.parallel import parallel_map
 
@@ -18,11 +19,14 @@ def rtn(w: torch.Tensor, hessian: torch.Tensor | None, format: AnyFormat, fit: F
         w: (n, k), any float dtype.
         hessian: not used.
         format: any format that can encode.
-        fit: chooses the scales; not used by formats without scales.
+        fit: chooses the scales; formats that choose their own search for them unless it is "absmax": that is what their
+            own program does in a formula, bit for bit.
         seed: not used: rounding to nearest draws nothing.
     """
     shape = tuple(w.shape)
     if format.scale is None:
+        if format.weighted is not None and fit is not FITS["absmax"]:
+            return QTensor(format, shape, format.weighted(w, None))
         return QTensor(format, shape, format.encode(w, None))
     return QTensor(format, shape, format.encode(w, fit_by_rows(w, format, fit)))
 

@@ -44,7 +44,7 @@ class Additive:
     books: int
     code_bits: int
     plain = False
-    grid = levels = code = magnitudes = ggml = decode_columns = None
+    grid = levels = code = magnitudes = ggml = decode_columns = weighted = None
 
     @property
     def bits(self) -> Fraction:

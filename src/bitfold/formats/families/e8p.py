@@ -184,7 +184,7 @@ class E8PFormat:
 
     name: str = "e8p"
     plain = False
-    grid = levels = code = books = ggml = decode_columns = None
+    grid = levels = code = books = ggml = decode_columns = weighted = None
 
     @property
     def bits(self) -> Fraction:

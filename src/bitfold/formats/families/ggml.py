@@ -107,14 +107,33 @@ class Ggml:
             raise FormatError(f"{self.name} can be read but not written", hint=f"written are {', '.join(writable())}")
         if params is not None:
             raise FormatError(f"{self.name} chooses its own scales", hint="use it with the default fit")
+        write = self.write
+        return self._encode(w, None, lambda rows, _: write(rows))
+
+    def weighted(self, w: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
+        """See `AnyFormat`; as `encode` where the type knows no search, or where there is nothing to be gained by it.
+
+        Raises:
+            FormatError, WeightError: as `encode`.
+        """
+        structure = STRUCTURES.get(self.name)
+        if structure is None or self.levels == 256:
+            return self.encode(w)
+        return self._encode(w, importance, structure.write)
+
+    def _encode(
+        self, w: Tensor, importance: Tensor | None, write: Callable[[Tensor, Tensor | None], Tensor]
+    ) -> dict[str, Tensor]:
+        """Fields of a weight, a few rows at a time."""
         info = self.layout(tuple(w.shape))["blocks"]
-        out = torch.empty(info.numel // self.block[1], self.block[1], dtype=torch.uint8)
-        rows = w.reshape(-1, self.block[0])
-        for part in self._chunks(len(out)):
-            piece = rows[part].float()
+        out, k = torch.empty(info.shape, dtype=torch.uint8).view(-1, info.shape[-1]), w.shape[-1]
+        rows, step = w.reshape(-1, k), max(1, _CHUNK // k)
+        for at in range(0, len(rows), step):
+            piece = rows[at : at + step].float()
             if not torch.isfinite(piece).all():
                 raise WeightError("NaN or infinite weights")
-            out[part] = self.write(piece)
+            wide = None if importance is None else importance.expand_as(piece).reshape(-1, self.block[0])
+            out[at : at + step] = write(piece.reshape(-1, self.block[0]), wide).view(len(piece), -1)
         return {"blocks": out.view(info.shape)}
 
     def decode(self, fields: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -126,14 +127,26 @@ def nearest(x: Tensor, points: tuple[int, ...]) -> Tensor:
     """The number of the nearest point of each x."""
     if points[-1] - points[0] == len(points) - 1:
         return x.round().clamp_(points[0], points[-1]).sub_(points[0])
-    values = torch.tensor(points, dtype=torch.float32)
-    return torch.bucketize(x.contiguous(), (values[1:] + values[:-1]) / 2)
+    return _nearest_of(points)[_halves(x, points)]
 
 
 def _values(x: Tensor, points: tuple[int, ...]) -> Tensor:
     if points[-1] - points[0] == len(points) - 1:
         return x.round().clamp_(points[0], points[-1])
-    return torch.tensor(points, dtype=torch.float32)[nearest(x, points)]
+    return torch.tensor(points, dtype=torch.float32)[_nearest_of(points)][_halves(x, points)]
+
+
+def _halves(x: Tensor, points: tuple[int, ...]) -> Tensor:
+    """The half step above the lowest point in which each x lies: what is nearest changes only between these."""
+    return x.mul(2).floor_().clamp_(2 * points[0], 2 * points[-1]).sub_(2 * points[0]).to(torch.int32)
+
+
+@lru_cache
+def _nearest_of(points: tuple[int, ...]) -> Tensor:
+    """The number of the nearest point, int64, by half steps."""
+    values = torch.tensor(points, dtype=torch.float32)
+    middles = torch.arange(2 * points[0], 2 * points[-1] + 1, dtype=torch.float32) / 2 + 0.25
+    return torch.bucketize(middles, (values[1:] + values[:-1]) / 2)
 
 
 def _half(x: Tensor) -> Tensor:

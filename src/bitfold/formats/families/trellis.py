@@ -46,7 +46,7 @@ class Trellis:
     name: str
     code: TrellisCode
     plain = False
-    grid = books = magnitudes = ggml = decode_columns = None
+    grid = books = magnitudes = ggml = decode_columns = weighted = None
 
     @property
     def bits(self) -> Fraction:
