@@ -41,7 +41,9 @@ def tokens(folder: Path, by_engine: bool, count: int, guesses: int = 0, **settin
     writer.model.generation_config.update(**settings)  # type: ignore[union-attr, operator]
     if by_engine:
         made: list[int] = []
-        writer._generate(ids, writer._config(count), writer._sampler(ids, Sampling()), lambda t: bool(made.append(t)))
+        writer._generate(
+            ids, writer._config(writer.model, count), writer._sampler(ids, Sampling()), lambda t: bool(made.append(t))
+        )
         assert writer.native  # nothing fell back
         return made
     out = writer.model.generate(  # type: ignore[operator]

@@ -9,12 +9,16 @@ import torch
 import transformers as hf
 
 import tiny_lm
+from bitfold.engine.decoder import Decoder
+from bitfold.engine.opening import Opened
+from bitfold.errors import UsageError
 from bitfold.serving.metrics import Metrics
 from bitfold.serving.module import ModuleDecoder
 from bitfold.serving.scheduler import Scheduler
-from bitfold.serving.server import _decoder
+from bitfold.serving.server import ServerOptions, _decoder
 from bitfold.system import progress
 from serving.fakes import Text
+from small_decoders import build
 
 SMALL = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2}
 # Keys and values of all positions; of a window; a state; nothing at all.
@@ -69,9 +73,28 @@ def test_it_says_so(monkeypatch):
     said: list[str] = []
     monkeypatch.setattr(progress, "say", said.append)
     made = model("gpt2")
-    assert isinstance(_decoder(made, 50, 2), ModuleDecoder)
+    opened, options = Opened(made, None, None, lambda: made), ServerOptions(sequences=2)
+    assert isinstance(_decoder(opened, 50, options)[1], ModuleDecoder)
     assert "GPT2LMHeadModel" in said[0]
     made.generation_config.no_repeat_ngram_size = 3
-    _decoder(made, 50, 2)
+    _decoder(opened, 50, options)
     assert "no_repeat_ngram_size" in said[1]
     assert "does without" in said[1]
+
+
+def test_keys_and_values_are_kept_as_asked(monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(progress, "say", said.append)
+    made = build("llama")
+    opened, sizes = Opened(made, None, None, lambda: made), {}
+    for cache in ("f16", "int8"):
+        _, decoder = _decoder(opened, 64, ServerOptions(sequences=2, cache=cache))
+        assert isinstance(decoder, Decoder)
+        assert decoder.cache == cache
+        sizes[cache] = decoder.cache_bytes
+    assert sizes["int8"] < sizes["f16"]
+    with pytest.raises(UsageError, match="unknown cache"):
+        ServerOptions(cache="fp8")
+    other = model("gpt2")
+    _decoder(Opened(other, None, None, lambda: other), 50, ServerOptions(cache="int8"))
+    assert "the cache is transformers' own" in said[-1]

@@ -148,9 +148,9 @@ class SafetensorsSource:
         file = self.path / "generation_config.json"
         return read_json_object(file) if file.is_file() else {}
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self, *, plain: bool = False) -> Any:
         """See `Source`."""
-        return read_tokenizer(self.path)
+        return read_tokenizer(self.path, plain=plain)
 
     def close(self) -> None:
         """Nothing stays open between reads."""

@@ -42,6 +42,7 @@ def bench(
     if (model is None) == (shape is None):
         raise UsageError("name a model, or a shape for random weights", where="MODEL, --shape")
     from bitfold.engine.decoder import Unsupported
+    from bitfold.engine.opening import load_model
     from bitfold.engine.shapes import random_model
     from bitfold.engine.speed import measure
     from bitfold.models.model_ref import ModelRef
@@ -54,7 +55,7 @@ def bench(
         assert model is not None
         ref = ModelRef.of(model, revision=revision)
         ref.require_causal("only causal language models generate text")
-        loaded = ref.load("AutoModelForCausalLM", None)
+        loaded = load_model(ref, None)
     counts = threads or sorted({1, most})
     try:
         found = measure(

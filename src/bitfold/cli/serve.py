@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from bitfold.cli.app import Json, ModelArgument, Revision, Terminated, app, print_json
-from bitfold.cli.generate import Dtype
+from bitfold.cli.generate import Cache, Dtype
 from bitfold.errors import UsageError
 
 
@@ -35,6 +35,7 @@ def serve(
         list[str] | None,
         typer.Option(help="A web page that may ask (https://host), * for all. May be repeated.", show_default=False),
     ] = None,
+    cache: Cache = "auto",
     dtype: Dtype = "auto",
     revision: Revision = None,
     json: Json = False,
@@ -47,7 +48,7 @@ def serve(
         raise UsageError(f"the server needs {missing}", hint="pip install 'bitfold[serve]'") from error
     key = api_key if api_key is not None else os.environ.get("BITFOLD_API_KEY")
     options = ServerOptions(
-        host, port, context, sequences, queue, name, key, tuple(allow_origin or ()), dtype, revision
+        host, port, context, sequences, queue, name, key, tuple(allow_origin or ()), cache, dtype, revision
     )
     try:
         serve(model, options, (lambda ready: print_json(asdict(ready))) if json else None)

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from bitfold.engine.bare import Bare
 from bitfold.engine.decoder import Unsupported
 from bitfold.engine.grammar import Guide
 from bitfold.engine.loop import Loop, OnToken, by_transformers, end_tokens, require_plain, stop_texts
+from bitfold.engine.opening import open_model
 from bitfold.engine.sampling import Sampler, Sampling
 from bitfold.engine.stream import TextStream
 from bitfold.errors import BitfoldError, ModelError, UsageError
@@ -68,8 +70,8 @@ class Writer:
     """A model with its tokenizer, ready to write; keeps the conversation of `say`.
 
     Args:
-        model: in evaluation mode.
-        tokenizer: of transformers.
+        model: of transformers, in evaluation mode.
+        tokenizer: of transformers, or a `PlainTokenizer`.
         longest: tokens that the model can attend to, or None.
         messages: the conversation so far.
         native: use the native engine, where it has code for the model; where it has not, one line says why.
@@ -110,17 +112,28 @@ class Writer:
                 template that is missing or cannot be used.
         """
         subject = ModelRef.of(model, revision=revision)
-        subject.require_generation("generate takes causal language models and encoder-decoders")
-        tokenizer = subject.tokenizer() if tokenizer is None else tokenizer
-        if chat:  # before minutes of loading
-            require_chat(tokenizer, subject.name)
-        kind = "AutoModelForSeq2SeqLM" if subject.encodes_first() else "AutoModelForCausalLM"
-        return cls(subject.load(kind, read_dtype(dtype)), tokenizer, subject.longest)
+        found = open_model(
+            subject,
+            read_dtype(dtype),
+            tokenizer=tokenizer,
+            check=lambda tokenizer, _: require_chat(tokenizer, subject.name) if chat else None,
+            require=lambda ref: ref.require_generation("generate takes causal language models and encoder-decoders"),
+        )
+        if isinstance(found.model, Bare):
+            made = _Opened(found.model, found.tokenizer, found.longest)
+            made.whole = found.whole
+            return made
+        return cls(found.model, found.tokenizer, found.longest)
+
+    @property
+    def running(self) -> Any:
+        """What the engine runs: the model, or as much of it as it needs."""
+        return self.model
 
     @property
     def answers(self) -> bool:
         """Whether it is an encoder-decoder: what it writes answers the prompt, and begins with a token of its own."""
-        return bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
+        return bool(getattr(getattr(self.running, "config", None), "is_encoder_decoder", False))
 
     def write(self, prompt: str, sampling: Sampling | None = None, on_text: OnText | None = None) -> Generation:
         """Continue the prompt, or answer it; `on_text` gets the new text piece by piece, word by word."""
@@ -139,7 +152,7 @@ class Writer:
             CheckpointError: its chat template cannot be used.
         """
         if not self.messages:
-            require_chat(self.tokenizer, type(self.model).__name__)
+            require_chat(self.tokenizer, type(self.running).__name__)
         messages = [*self.messages, {"role": "user", "content": text}]
         tokens = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -151,14 +164,14 @@ class Writer:
     def _run(self, prompt: str, ids: torch.Tensor, sampling: Sampling, on_text: OnText | None) -> Generation:
         if ids.shape[1] == 0:
             raise UsageError("the prompt is empty")
-        refuse_unknown_tokens(self.model, ids, self.tokenizer)
+        refuse_unknown_tokens(self.running, ids, self.tokenizer)
         room = sampling.max_new_tokens if self.longest is None else self.longest - self._before(ids)
         if room < 1:
             hint = "shorten it, or begin a new conversation"
             raise UsageError(f"{ids.shape[1]} tokens are more than the model can take, {self.longest}", hint=hint)
-        config = self._config(min(room, sampling.max_new_tokens))
+        config = self._config(self.running, min(room, sampling.max_new_tokens))
         sampler = self._sampler(ids, sampling)
-        text = _Text(self.tokenizer, (*sampling.stop, *stop_texts(self.model.generation_config)), on_text)
+        text = _Text(self.tokenizer, (*sampling.stop, *stop_texts(self.running.generation_config)), on_text)
         start = time.monotonic()
         try:
             with torch.no_grad():
@@ -178,7 +191,9 @@ class Writer:
         if self.native:
             try:
                 require_plain(config)
-                self._loop = self._loop or Loop(self.model, self.guesses, self.cache, self.prompt_cache)
+                if self._loop is None:
+                    room = int(ids.shape[1]) + int(config.max_new_tokens)
+                    self._loop = Loop(self.running, self.guesses, self.cache, self.prompt_cache, room)
                 self._loop.generate(ids[0].tolist(), sampler, config.max_new_tokens, end_tokens(config), on_token)
                 return
             except Unsupported as reason:
@@ -188,18 +203,20 @@ class Writer:
                 )
                 progress.say(f"text comes from transformers' own loop, which is slower: {reason}{own}")
         with _in_words(self.model):
-            by_transformers(self.model, ids, config, sampler, on_token)
+            model = self.model
+            by_transformers(model, ids, self._config(model, config.max_new_tokens), sampler, on_token)
 
     def _sampler(self, ids: torch.Tensor, sampling: Sampling) -> Sampler:
-        config, matcher = self.model.generation_config, None
+        config, matcher = self.running.generation_config, None
         if sampling.grammar is not None:
             self._guide = self._guide or Guide(self.tokenizer, sorted(end_tokens(config)))
             matcher = self._guide.matcher(sampling.grammar)
         return Sampler(sampling.filled(config), () if self.answers else ids[0].tolist(), matcher)
 
-    def _config(self, max_new_tokens: int) -> Any:
+    @staticmethod
+    def _config(model: Any, max_new_tokens: int) -> Any:
         """The model's own generation config (its end tokens), without what the sampler does."""
-        config: Any = copy.deepcopy(self.model.generation_config)
+        config: Any = copy.deepcopy(model.generation_config)
         config.update(
             max_new_tokens=max_new_tokens,
             max_length=None,
@@ -217,6 +234,32 @@ class Writer:
             end = config.eos_token_id
             config.pad_token_id = end[0] if isinstance(end, list) and end else end
         return config
+
+
+class _Opened(Writer):
+    """A writer of which the engine has what it needs; transformers' model is loaded when somebody asks for it.
+
+    From then on the engine runs that one: its settings can be changed as those of any.
+    """
+
+    whole: Callable[[], nn.Module]
+    _given: nn.Module
+
+    @property
+    def model(self) -> nn.Module:
+        """The model of transformers."""
+        if isinstance(self._given, Bare):
+            self._given, self._loop = self.whole(), None
+        return self._given
+
+    @model.setter
+    def model(self, model: nn.Module) -> None:
+        self._given = model
+
+    @property
+    def running(self) -> Any:
+        """See `Writer`."""
+        return self._given
 
 
 @contextlib.contextmanager

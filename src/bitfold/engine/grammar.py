@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bitfold.errors import CheckpointError, ModelError, UsageError
+from bitfold.text.plain_tokenizer import PlainTokenizer
 
 JSON_SCHEMA, REGEX, GRAMMAR = "json_schema", "regex", "grammar"
 # White space between the tokens of JSON as layouts have it, and no more: small models would write it for ever.
@@ -94,7 +95,7 @@ class Guide:
     """Makes matchers for one tokenizer; takes part of a second to make.
 
     Args:
-        tokenizer: of transformers, a fast one.
+        tokenizer: of transformers, a fast one, or what can make it.
         ends: end tokens of the model.
 
     Raises:
@@ -107,7 +108,8 @@ class Guide:
 
         known = list(ends) or ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
         try:
-            self._tokenizer: Any = hf.from_tokenizer(tokenizer, eos_token=known or None)
+            whole = tokenizer.whole() if isinstance(tokenizer, PlainTokenizer) else tokenizer
+            self._tokenizer: Any = hf.from_tokenizer(whole, eos_token=known or None)
         except Exception as error:  # the library raises what its readers stumble over
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UsageError(f"llguidance has no code for the model's tokenizer: {first}", where="a grammar") from error

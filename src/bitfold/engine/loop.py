@@ -72,6 +72,7 @@ class Loop:
         guesses: tokens of a pass that may be guessed from the text before; None: as many as pay, by measurement.
         cache: how keys and values are kept, see `Decoder`.
         prompt_cache: a file that keeps those of the prompt.
+        room: tokens that the first text will have; more come with more.
 
     Raises:
         Unsupported: the engine has no code for it.
@@ -84,10 +85,11 @@ class Loop:
         guesses: int | None = None,
         cache: str = "auto",
         prompt_cache: str | Path | None = None,
+        room: int = _ROOM,
     ) -> None:
         self._model, self._cache = model, cache
         self._guesses = guesses
-        self._decoder = Decoder(model, _ROOM, cache=cache)
+        self._decoder = self._made(room)
         self._file = None if prompt_cache is None else PromptCache(prompt_cache, model)
 
     def generate(
@@ -151,7 +153,10 @@ class Loop:
 
     def _make_room(self, tokens: int) -> None:
         if tokens > self._decoder.positions:
-            self._decoder = Decoder(self._model, -(-tokens // _ROOM) * _ROOM, cache=self._cache)
+            self._decoder = self._made(tokens)
+
+    def _made(self, tokens: int) -> Decoder:
+        return Decoder(self._model, -(-tokens // _ROOM) * _ROOM, cache=self._cache)
 
 
 def by_transformers(model: Any, ids: Tensor, config: Any, sampler: Sampler, on_token: OnToken) -> None:

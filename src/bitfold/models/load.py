@@ -54,7 +54,11 @@ def load(
     """
     found = resolve(str(path), revision=revision, token=token)
     if module is None and (found.is_file() or quantization_config(found) is None):
-        return load_packed(found, dtype)
+        source = GgufSource(found, weights_alone=True) if found.is_file() else open_source(found)
+        try:
+            return load_packed(source, dtype)
+        finally:
+            source.close()
     return load_folder(found, module=module, dtype=dtype)
 
 
@@ -74,39 +78,69 @@ def load_folder(folder: Path, *, module: nn.Module | None = None, dtype: torch.d
     return model.eval()
 
 
-def load_packed(path: Path, dtype: torch.dtype | None = None) -> nn.Module:
+def load_packed(source: Source, dtype: torch.dtype | None = None, module: nn.Module | None = None) -> nn.Module:
     """The model of what another program packed; linear layers and embeddings multiply by the packed weights.
 
     Args:
-        path: a GGUF file, or any of its parts, whose blocks are not copied; a folder of packed weights, which are
-            repacked exactly, one after the other.
+        source: a GGUF file, whose blocks are not copied; a folder of packed weights, which are repacked exactly, one
+            after the other.
         dtype: of all that is not stored in blocks, and so of the activations; None: what suits the file.
+        module: the skeleton to fill, with the names of the checkpoint; default: transformers' model.
 
     Raises:
         CheckpointError: nothing is packed in it; it is damaged, or of an architecture or a way of packing that is not
             supported.
         ModelError: transformers cannot build it, or tensors are missing.
     """
-    source = GgufSource(path, weights_alone=True) if path.is_file() else open_source(path)
-    try:
-        if source.packed is None:
-            hint = "`bitfold quantize` makes quantized folders"
-            raise CheckpointError("was not written by bitfold, and holds nothing packed", where=str(path), hint=hint)
-        model: Any = open_skeleton(source, dtype=dtype)
-        if model is None:
-            what = f"transformers does not have the class that its config names: {source.config.get('architectures')}"
-            raise ModelError(what, where=str(path))
-        sites = {name: site for site in find_sites(model) for name in (site.tensor, *site.aliases)}
-        for target in map_names(source.names(), model):
-            if target.used:
-                _fill(model, target, source, sites, dtype)
-        skeleton.retie(model)
-        skeleton.give_generation(model, source.generation_config, str(path))
-    finally:
-        source.close()
-    _require_all(model, str(path))
-    module: nn.Module = model.eval()
-    return module
+    if source.packed is None:
+        hint = "`bitfold quantize` makes quantized folders"
+        raise CheckpointError("was not written by bitfold, and holds nothing packed", where=str(source.path), hint=hint)
+    model: Any = _model_of(source, dtype) if module is None else module
+    sites = {name: site for site in find_sites(model) for name in (site.tensor, *site.aliases)}
+    for target in map_names(source.names(), model):
+        if target.used:
+            _fill(model, target, source, sites, dtype)
+    return _filled(model, source)
+
+
+def load_plain(source: Source, dtype: torch.dtype | None = None, module: nn.Module | None = None) -> nn.Module:
+    """The model, converted tensor by tensor: transformers would keep the whole file mapped beside the converted copy.
+
+    Args:
+        source: any checkpoint.
+        dtype: of the parameters; None: what the config says, or that of the first float tensor where it says nothing.
+        module: the skeleton to fill, with the names of the checkpoint; what is of its dtype stays mapped from the file.
+            Default: transformers' model.
+
+    Raises:
+        ModelError: transformers cannot build it, or tensors are missing.
+    """
+    if dtype is None and not (source.config.get("dtype") or source.config.get("torch_dtype")):
+        stored = (source.info(name).dtype for name in source.names())
+        dtype = next((d for d in stored if d.is_floating_point), None)
+    model: Any = _model_of(source, dtype) if module is None else module
+    for target in map_names(source.names(), model):
+        if target.used:
+            for name, w in target.read(source.read, model).items():
+                wanted = dtype or model.get_parameter(name).dtype
+                own = w.to(wanted, copy=module is None) if w.is_floating_point() else w.clone()
+                set_tensor(model, name, own)
+    return _filled(model, source)
+
+
+def _model_of(source: Source, dtype: torch.dtype | None) -> nn.Module:
+    model = open_skeleton(source, dtype=dtype)
+    if model is None:
+        what = f"transformers does not have the class that its config names: {source.config.get('architectures')}"
+        raise ModelError(what, where=str(source.path))
+    return model
+
+
+def _filled(model: nn.Module, source: Source) -> nn.Module:
+    skeleton.retie(model)
+    skeleton.give_generation(model, source.generation_config, str(source.path))
+    _require_all(model, str(source.path))
+    return model.eval()
 
 
 def _fill(model: nn.Module, target: Target, source: Source, sites: dict[str, Site], dtype: torch.dtype | None) -> None:
@@ -128,7 +162,9 @@ def _fill(model: nn.Module, target: Target, source: Source, sites: dict[str, Sit
 def _require_all(model: nn.Module, where: str) -> None:
     left = [name for name, p in model.named_parameters() if p.is_meta]
     if left:
-        raise ModelError(f"{len(left)} parameters were never given a value, the first is {left[0]}", where=where)
+        raise ModelError(
+            f"{len(left)} tensors of {type(model).__name__} are missing, among them {left[0]}", where=where
+        )
 
 
 def _skeleton(folder: Path, dtype: torch.dtype | None) -> nn.Module:

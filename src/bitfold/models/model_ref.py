@@ -13,16 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitfold.checkpoints import open_source
+from bitfold.checkpoints import Source, open_source
 from bitfold.checkpoints.gguf.parts import part_paths
 from bitfold.checkpoints.safetensors import read_config
 from bitfold.errors import ModelError, UsageError
 from bitfold.models import skeleton
 from bitfold.models.limits import positions
-from bitfold.models.load import load_folder, load_packed
-from bitfold.models.mapping import map_names
-from bitfold.models.opening import open_skeleton
-from bitfold.nn import set_tensor
+from bitfold.models.load import load_folder, load_packed, load_plain
 
 Model = str | Path | nn.Module
 DTYPES: dict[str, torch.dtype | None] = {
@@ -58,6 +55,7 @@ class ModelRef:
     module: nn.Module | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     packed: bool = False
+    _open: list[Source] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def of(cls, model: Model, *, revision: str | None = None) -> ModelRef:
@@ -76,9 +74,21 @@ class ModelRef:
 
         path = resolve(model, revision=revision)
         source = open_source(path)  # before texts are read or a tokenizer is asked for
-        source.close()
         own = source.quantization is not None
-        return cls(source.path, None, read_config(source.path) if own else source.config, source.packed is not None)
+        config = read_config(source.path) if own else source.config
+        return cls(source.path, None, config, source.packed is not None, [source])
+
+    def source(self) -> Source:
+        """The checkpoint, open: as it was found, until `load` has closed it, and opened anew after that."""
+        assert self.path is not None
+        if not self._open:
+            self._open.append(open_source(self.path))
+        return self._open[0]
+
+    def close(self) -> None:
+        """Release the checkpoint; what was read of it stays."""
+        while self._open:
+            self._open.pop().close()
 
     @property
     def name(self) -> str:
@@ -140,15 +150,11 @@ class ModelRef:
         said = [self.config.get("is_encoder_decoder"), *(getattr(part, "is_encoder_decoder", None) for part in parts)]
         return any(value is True for value in said)
 
-    def tokenizer(self) -> Any:
-        """The tokenizer of the folder; UsageError for a module."""
+    def tokenizer(self, plain: bool = False) -> Any:
+        """The tokenizer of the checkpoint; UsageError for a module. `plain`: see `Source.tokenizer`."""
         if self.path is None:
             raise UsageError("a module has no tokenizer", where=self.name, hint="pass tokenizer=")
-        source = open_source(self.path)
-        try:
-            return source.tokenizer()
-        finally:
-            source.close()
+        return self.source().tokenizer(plain=plain)
 
     def load(self, auto_class: str, dtype: torch.dtype | None, *, decoded: bool = False) -> nn.Module:
         """The model, in evaluation mode.
@@ -164,12 +170,15 @@ class ModelRef:
         if self.module is not None:
             return self.module.eval()
         assert self.path is not None
-        if is_bitfold(self.config):
-            return load_folder(self.path, dtype=dtype)
-        if self.packed:
-            model = _stream(self.path, dtype) if decoded else load_packed(self.path, dtype)
-        else:
-            model = _load_plain(self.path, self.config, auto_class, dtype)
+        try:
+            if is_bitfold(self.config):
+                return load_folder(self.path, dtype=dtype)
+            if self.packed:
+                model = (load_plain if decoded else load_packed)(self.source(), dtype)
+            else:
+                model = _load_plain(self.source(), auto_class, dtype)
+        finally:
+            self.close()
         if auto_class == _CAUSAL:
             _require_text_alone(model, self.name)
         return model
@@ -204,8 +213,10 @@ def weight_files(path: Path) -> list[Path]:
     return files or sorted(f for f in path.iterdir() if f.suffix in (".bin", ".gguf", ".pt"))
 
 
-def _load_plain(path: Path, config: Mapping[str, Any], auto_class: str, dtype: torch.dtype | None) -> nn.Module:
+def _load_plain(source: Source, auto_class: str, dtype: torch.dtype | None) -> nn.Module:
     import transformers
+
+    path, config = source.path, source.config
 
     # The class of the checkpoint itself, where one knows how it is to be judged: transformers' AutoModelForCausalLM has
     # no place for models of text and images, and would make others of some.
@@ -213,7 +224,7 @@ def _load_plain(path: Path, config: Mapping[str, Any], auto_class: str, dtype: t
     if own is not None and not own.__name__.endswith((*_PREDICT, "ForMaskedLM")):
         own = None  # BertForPreTraining, say, is judged as BertForMaskedLM
     if own is not None:
-        return _stream(path, dtype)
+        return load_plain(source, dtype)
     wanted: torch.dtype | str = "auto" if dtype is None else dtype
     loader = own or getattr(transformers, auto_class)
     try:
@@ -229,39 +240,6 @@ def _load_plain(path: Path, config: Mapping[str, Any], auto_class: str, dtype: t
         )
     module: nn.Module = model
     return module.eval()
-
-
-def _stream(path: Path, dtype: torch.dtype | None) -> nn.Module:
-    """The model, converted tensor by tensor: transformers would keep the whole file mapped beside the converted copy.
-
-    Args:
-        path: folder or GGUF file.
-        dtype: of the parameters; None: what the config says, or that of the first float tensor where it says nothing.
-    """
-    source = open_source(path)
-    try:
-        if dtype is None and not (source.config.get("dtype") or source.config.get("torch_dtype")):
-            stored = (source.info(name).dtype for name in source.names())
-            dtype = next((d for d in stored if d.is_floating_point), None)
-        model: Any = open_skeleton(source, dtype=dtype)
-        if model is None:
-            what = f"transformers does not have the class that its config names: {source.config.get('architectures')}"
-            raise ModelError(what, where=str(path))
-        for target in map_names(source.names(), model):
-            if target.used:
-                for name, w in target.read(source.read, model).items():
-                    wanted = dtype or model.get_parameter(name).dtype
-                    set_tensor(model, name, w.to(wanted, copy=True) if w.is_floating_point() else w.clone())
-        skeleton.retie(model)
-        skeleton.give_generation(model, source.generation_config, str(path))
-    finally:
-        source.close()
-    if left := [name for name, p in model.named_parameters() if p.is_meta]:
-        raise ModelError(
-            f"{len(left)} tensors of {type(model).__name__} are missing, among them {left[0]}", where=str(path)
-        )
-    module: nn.Module = model.eval()
-    return module
 
 
 @torch.no_grad()

@@ -11,8 +11,10 @@ from typing import Any
 import uvicorn
 from torch import nn
 
-from bitfold.engine.decoder import Decoder, Unsupported
+from bitfold.engine.bare import Bare
+from bitfold.engine.decoder import CACHES, Decoder, Unsupported
 from bitfold.engine.loop import require_plain
+from bitfold.engine.opening import Opened, open_model
 from bitfold.errors import UsageError
 from bitfold.models.model_ref import Model, ModelRef, read_dtype
 from bitfold.serving.app import Service, make_app
@@ -40,6 +42,7 @@ class ServerOptions:
         name: of the model, as clients call it; None: the name of its folder or repository.
         key: that clients must send; None: none.
         origins: of web pages that may ask.
+        cache: how keys and values are kept, see `Decoder`.
         dtype: of the activations.
         revision: of the Hub repository.
 
@@ -55,6 +58,7 @@ class ServerOptions:
     name: str | None = None
     key: str | None = None
     origins: tuple[str, ...] = ()
+    cache: str = "auto"
     dtype: str = "auto"
     revision: str | None = None
 
@@ -67,6 +71,13 @@ class ServerOptions:
             raise UsageError("a port is 0 to 65535", where="--port")
         if self.key == "":
             raise UsageError("an empty key protects nothing", where="--api-key")
+        if self.cache not in CACHES:
+            raise UsageError(f"unknown cache {self.cache!r}", where="--cache", hint=", ".join(CACHES))
+
+    def require(self, longest: int | None) -> None:
+        """UsageError for texts longer than a model takes; None: any."""
+        if longest is not None and self.context is not None and self.context > longest:
+            raise UsageError(f"the model takes {longest} tokens, not {self.context}", where="--context")
 
 
 @dataclass(frozen=True)
@@ -123,13 +134,10 @@ def open_service(model: Model, options: ServerOptions, address: Sequence[Any]) -
     """Load it, and say what memory it takes; `address`: host and port. Errors as `serve`."""
     ref = ModelRef.of(model, revision=options.revision)
     ref.require_causal("the server takes causal language models")
-    tokenizer = ref.tokenizer()
-    longest = ref.longest
-    context = options.context or min(CONTEXT, longest or CONTEXT)
-    if longest is not None and context > longest:
-        raise UsageError(f"the model takes {longest} tokens, not {context}", where="--context")
-    loaded: Any = ref.load("AutoModelForCausalLM", read_dtype(options.dtype))
-    decoder = _decoder(loaded, context, options.sequences)
+    opened = open_model(ref, read_dtype(options.dtype), check=lambda _, longest: options.require(longest))
+    context = options.context or min(CONTEXT, opened.longest or CONTEXT)
+    loaded, decoder = _decoder(opened, context, options)
+    tokenizer = opened.tokenizer
     host, port = address[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     name, sequences = options.name or _name(ref), options.sequences
@@ -150,16 +158,20 @@ def open_service(model: Model, options: ServerOptions, address: Sequence[Any]) -
     return service, ready
 
 
-def _decoder(model: nn.Module, context: int, sequences: int) -> Steps:
+def _decoder(opened: Opened, context: int, options: ServerOptions) -> tuple[Any, Steps]:
+    """The model that is run, and what runs it."""
+    model: Any = opened.model
     try:
         require_plain(model.generation_config)
     except Unsupported as reason:
         progress.say(f"{reason}: the server does without")
     try:
-        return Decoder(model, context, sequences=sequences)
+        return model, Decoder(model, context, sequences=options.sequences, cache=options.cache)
     except Unsupported as reason:
-        progress.say(f"text comes from transformers' model, one after the other, which is slower: {reason}")
-        return ModuleDecoder(model, context, sequences)
+        own = "" if options.cache == "auto" else "; the cache is transformers' own, too"
+        progress.say(f"text comes from transformers' model, one after the other, which is slower: {reason}{own}")
+        whole = opened.whole() if isinstance(model, Bare) else model
+        return whole, ModuleDecoder(whole, context, options.sequences)
 
 
 def _nbytes(model: nn.Module) -> int:

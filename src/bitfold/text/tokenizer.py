@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bitfold.errors import CheckpointError, UsageError
+from bitfold.text.plain_tokenizer import read_plain
 
 _WHOLE = "tokenizer.json"
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -18,16 +19,19 @@ def is_tokenizer(name: str) -> bool:
     return name in (_WHOLE, *_PARTS)
 
 
-def read_tokenizer(folder: Path, *, name: str | None = None) -> Any:
+def read_tokenizer(folder: Path, *, name: str | None = None, plain: bool = False) -> Any:
     """The tokenizer of a folder, as transformers reads it; code that lies beside it is never run.
 
     Args:
         folder: where its files are.
         name: what messages call it; default: the folder.
+        plain: a `PlainTokenizer` will do, where it makes the same tokens.
 
     Raises:
         CheckpointError: there is none, or none that can be read: which file, why, and what to do.
     """
+    if plain and (found := read_plain(folder, lambda: read_tokenizer(folder, name=name))) is not None:
+        return found
     from transformers import AutoTokenizer
 
     try:

@@ -227,11 +227,13 @@ class GgufSource:
         """See `Source`: begin, pad and all end tokens."""
         return generation_config(self._file.metadata)
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self, *, plain: bool = False) -> Any:
         """See `Source`."""
         if self._tokenizer is None:
             hint = "use a file with the vocabulary in it, or the original folder"
             raise CheckpointError("the file carries no tokenizer", where=str(self.path), hint=hint)
+        if plain:
+            return self._tokenizer.plain(self.tokenizer)
         with tempfile.TemporaryDirectory(prefix="bitfold-tokenizer-") as folder:
             self._tokenizer.write(Path(folder))
             write_json(Path(folder) / "config.json", self.config)  # transformers looks there for the kind of model

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 from bitfold.checkpoints.gguf.pre_tokenizers import BYTE_LEVEL, PRE_TOKENIZERS, Pre, guessed
 from bitfold.errors import CheckpointError, UsageError
+from bitfold.text.plain_tokenizer import PlainTokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of tokens
 SPACE = "▁"
@@ -47,9 +48,8 @@ class GgufTokenizer:
 
         Returns the names written.
         """
-        v, metadata = self.vocabulary, self.vocabulary.metadata
-        document = _sentencepiece_bpe(v) if self.pre is None else _byte_level_bpe(v, self.pre)
-        special = v.special_tokens()
+        metadata, document = self.vocabulary.metadata, self._document()
+        special = self.vocabulary.special_tokens()
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
         config["model_max_length"] = metadata.get(f"{metadata.get('general.architecture')}.context_length", 10**30)
         files = {"tokenizer.json": document, "tokenizer_config.json": config, "special_tokens_map.json": special}
@@ -58,6 +58,37 @@ class GgufTokenizer:
             # Without indent: of a quarter of a million tokens the standard library would make its lines in ten seconds.
             (out_dir / name).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
         return list(files)
+
+    def _document(self) -> dict[str, Any]:
+        v = self.vocabulary
+        return _sentencepiece_bpe(v) if self.pre is None else _byte_level_bpe(v, self.pre)
+
+    def plain(self, whole: Callable[[], Any]) -> PlainTokenizer:
+        """The same without a file in between: reading a vocabulary out of JSON takes longer than all else.
+
+        Args:
+            whole: makes transformers' tokenizer.
+        """
+        from tokenizers import AddedToken, Tokenizer
+        from tokenizers.models import BPE
+
+        document = self._document()
+        model, added = document.pop("model"), document.pop("added_tokens")
+        backend = Tokenizer.from_str(json.dumps({**document, "added_tokens": [], "model": _EMPTY}))
+        model.pop("type")
+        merges = [(left, right) for left, right in model.pop("merges")]
+        vocabulary = model.pop("vocab")
+        backend.model = BPE(vocabulary, merges, **{key: value for key, value in model.items() if value is not None})
+        for special in (True, False):
+            tokens = [
+                AddedToken(t["content"], normalized=False, special=special) for t in added if t["special"] == special
+            ]
+            backend.add_special_tokens(tokens) if special else backend.add_tokens(tokens)
+        template = _chat_template(self.vocabulary.metadata).get("chat_template")
+        return PlainTokenizer(backend, self.vocabulary.special_tokens(), template, whole)
+
+
+_EMPTY = {"type": "BPE", "vocab": {}, "merges": []}
 
 
 def tokenizer_of(metadata: Mapping[str, Any], where: str, pre_tokenizer: str | None = None) -> GgufTokenizer | None:
@@ -219,20 +250,25 @@ class _Vocabulary:
         return self._list("scores", float, None)
 
     @cached_property
-    def merges(self) -> list[list[str]]:
+    def merges(self) -> list[tuple[str, str]]:
         """The merges of byte-level BPE, pairs of tokens."""
         merges = self.metadata.get("tokenizer.ggml.merges")
         if not isinstance(merges, list):
             raise CheckpointError("tokenizer.ggml.merges is missing", where=self.where, hint=_REMAKE)
-        if odd := next((m for m in merges if not isinstance(m, str) or " " not in m[1:]), None):
-            raise CheckpointError(f"{odd!r} in tokenizer.ggml.merges is no merge", where=self.where, hint=_REMAKE)
         # A token may itself begin with a space; the separator is the first one after its first character.
-        pairs = [[m[: (cut := m.index(" ", 1))], m[cut + 1 :]] for m in merges]
+        odd = next((m for m in merges if not isinstance(m, str) or m.find(" ", 1) < 1), None)
+        if odd is not None:
+            raise CheckpointError(f"{odd!r} in tokenizer.ggml.merges is no merge", where=self.where, hint=_REMAKE)
         # llama.cpp falls back to bytes where a merge makes no token, which is as if there were no such merge; the
         # tokenizers library refuses them.
-        good = [[a, b] for a, b in pairs if a in self.ids and b in self.ids and a + b in self.ids]
-        if len(good) < len(pairs):
-            left = f"{len(pairs) - len(good)} of {len(pairs)} merges make no token of the vocabulary and are left out"
+        ids, good = self.ids, []
+        for merge in merges:
+            cut = merge.index(" ", 1)
+            left, right = merge[:cut], merge[cut + 1 :]
+            if left in ids and right in ids and left + right in ids:
+                good.append((left, right))
+        if len(good) < len(merges):
+            left = f"{len(merges) - len(good)} of {len(merges)} merges make no token of the vocabulary and are left out"
             warnings.warn(f"{self.where}: {left} (tokenizer.ggml.merges)", stacklevel=2)
         return good
 

@@ -155,9 +155,9 @@ class PackedSource:
         """See `Source`."""
         return self._stored.generation_config()
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self, *, plain: bool = False) -> Any:
         """See `Source`."""
-        return self._stored.tokenizer()
+        return self._stored.tokenizer(plain=plain)
 
     def close(self) -> None:
         """Nothing stays open between reads."""
