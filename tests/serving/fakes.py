@@ -27,6 +27,7 @@ class FakeDecoder:
 
     cache_bytes = 0
     vocabulary = VOCABULARY
+    guesses = True
 
     def __init__(
         self, sequences: int, positions: int = 1000, following: Callable[[Sequence[int]], int] = next_token
@@ -48,7 +49,7 @@ class FakeDecoder:
         self.copies.append((source, target, tokens))
         self.texts[target] = self.texts[source][:tokens]
 
-    def step(self, work: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
+    def step(self, work: Sequence[tuple[int, Sequence[int]]], wanted: Sequence[int] | None = None) -> Tensor:
         assert self.gate.wait(30)
         assert len({sequence for sequence, _ in work}) == len(work)
         assert all(ids for _, ids in work)
@@ -56,12 +57,16 @@ class FakeDecoder:
         if self.broken is not None:
             error, self.broken = self.broken, None
             raise error
-        logits = torch.zeros(len(work), VOCABULARY)
-        for row, (sequence, ids) in zip(logits, work, strict=True):
-            self.texts[sequence] += ids
-            assert len(self.texts[sequence]) <= self.positions
-            row[self._following(self.texts[sequence])] = 20.0
-        return logits
+        rows = []
+        for (sequence, ids), last in zip(work, wanted or [1] * len(work), strict=True):
+            text = self.texts[sequence]
+            for i, token in enumerate(ids):
+                text.append(token)
+                if i >= len(ids) - last:
+                    rows.append(torch.zeros(VOCABULARY))
+                    rows[-1][self._following(text)] = 20.0
+            assert len(text) <= self.positions
+        return torch.stack(rows)
 
 
 class Text:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
 from bitfold.engine import Sampling
 from bitfold.errors import BitfoldError
+from bitfold.serving.guessing import Guessing
 from bitfold.serving.metrics import Metrics
 from bitfold.serving.scheduler import _ALONE, Closed, QueueFull, Scheduler
 from serving.fakes import END, FakeDecoder, Text, next_token
@@ -25,8 +26,10 @@ def run() -> Iterator[list[Scheduler]]:
         scheduler.close()
 
 
-def start(run: list[Scheduler], decoder: FakeDecoder, waiting: int = 100) -> Scheduler:
-    run.append(Scheduler(decoder, Metrics(), waiting))
+def start(
+    run: list[Scheduler], decoder: FakeDecoder, waiting: int = 100, guessing: Guessing | None = None
+) -> Scheduler:
+    run.append(Scheduler(decoder, Metrics(), waiting, guessing))
     return run[-1]
 
 
@@ -37,12 +40,13 @@ def until(condition: object) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.parametrize("guesses", [0, None, 7], ids=["plain", "auto", "guessed"])
 @pytest.mark.parametrize("sequences", [1, 2, 5])
-def test_every_text_is_what_it_would_be_alone(run, sequences):
+def test_every_text_is_what_it_would_be_alone(run, sequences, guesses):
     """Sixty texts of random lengths, from several threads, some with beginnings in common."""
     draw = random.Random(sequences)
     decoder = FakeDecoder(sequences)
-    scheduler = start(run, decoder)
+    scheduler = start(run, decoder, guessing=Guessing(guesses))
     shared = [draw.randrange(256) for _ in range(50)]
     texts = [
         Text(shared[: draw.randrange(50)] + [draw.randrange(256) for _ in range(draw.randrange(1, 400))], limit)
@@ -58,6 +62,41 @@ def test_every_text_is_what_it_would_be_alone(run, sequences):
         assert text.wait() == text.expected()
         assert text.pieces[-1].finish == "length"
     assert all(sum(tokens for _, tokens in work) <= _ALONE + sequences for work in decoder.passes)
+
+
+def repeats(text: Sequence[int]) -> int:
+    """A text that goes round, but for a place that depends on where it is."""
+    return 65 + len(text) % (5 if len(text) % 40 else 3)
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 4, 8, 9])
+def test_texts_that_repeat_themselves_are_guessed_where_rows_are_to_spare(run, sequences):
+    decoder = FakeDecoder(sequences, following=repeats)
+    decoder.gate.clear()
+    scheduler = start(run, decoder, guessing=Guessing(7))
+    texts = [Text([65 + i, 66, 67], 100) for i in range(sequences)]
+    scheduler.submit(*(text.job for text in texts))
+    decoder.gate.set()
+    for text in texts:
+        assert text.wait() == text.expected(repeats)
+        assert text.job.made == 100
+    rows = [sum(tokens for _, tokens in work) for work in decoder.passes[1:]]
+    assert max(rows) <= max(8, sequences)
+    few = {1: 30, 2: 40, 4: 70}.get(sequences)
+    assert len(rows) < few if few is not None else len(rows) == 99
+
+
+def test_a_text_may_end_among_guesses(run):
+    decoder = FakeDecoder(1, following=lambda text: END if len(text) == 33 else 65 + len(text) % 4)
+    scheduler = start(run, decoder, guessing=Guessing(7))
+    for limit in (20, 21, 22, 100):
+        text = Text([65, 66], limit)
+        scheduler.submit(text.job)
+        text.wait()
+        assert text.job.made == min(limit, 32)
+        assert text.pieces[-1].finish == ("stop" if limit == 100 else "length")
+        until(scheduler.idle)
+        assert decoder.texts[0] == [65, 66, *text.job.ids[:-1]]
 
 
 def test_texts_are_written_side_by_side(run):

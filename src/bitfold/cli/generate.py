@@ -61,7 +61,7 @@ Seed = Annotated[int, typer.Option(help="Of the draws; the same seed gives the s
 Dtype = Annotated[str, typer.Option(help="Of the activations: auto (as stored), float32, bfloat16 or float16.")]
 
 
-def _guesses(text: str) -> int | None:
+def guesses_of(text: str) -> int | None:
     """What `--speculate` means: None for auto."""
     if text == "auto":
         return None
@@ -144,7 +144,7 @@ def generate(
     penalties = (repetition_penalty, presence_penalty, frequency_penalty, _bias(logit_bias), tuple(stop or ()))
     asked = _grammar(json_schema, regex, grammar)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed, top_k, min_p, typical_p, *penalties, asked)
-    guesses, kind = _guesses(speculate), _cache(cache)
+    guesses, kind = guesses_of(speculate), _cache(cache)
     writer = Writer.open(model, dtype=dtype, revision=revision, chat=chat)
     writer.guesses, writer.cache, writer.prompt_cache = guesses, kind, prompt_cache
     write = writer.say if chat else writer.write
@@ -195,7 +195,7 @@ def chat(
     penalties = (repetition_penalty, presence_penalty, frequency_penalty, _bias(logit_bias), tuple(stop or ()))
     asked = _grammar(json_schema, regex, grammar)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed, top_k, min_p, typical_p, *penalties, asked)
-    guesses, kind = _guesses(speculate), _cache(cache)
+    guesses, kind = guesses_of(speculate), _cache(cache)
     writer = Writer.open(model, dtype=dtype, revision=revision, chat=True)
     writer.guesses, writer.cache, writer.prompt_cache = guesses, kind, prompt_cache
     writer.interruptible = True

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from bitfold.cli.app import Json, ModelArgument, Revision, Terminated, app, print_json
-from bitfold.cli.generate import Cache, Dtype
+from bitfold.cli.generate import Cache, Dtype, Speculate, guesses_of
 from bitfold.errors import UsageError
 
 
@@ -35,6 +35,7 @@ def serve(
         list[str] | None,
         typer.Option(help="A web page that may ask (https://host), * for all. May be repeated.", show_default=False),
     ] = None,
+    speculate: Speculate = "auto",
     cache: Cache = "auto",
     dtype: Dtype = "auto",
     revision: Revision = None,
@@ -47,9 +48,8 @@ def serve(
         missing = error.name or str(error)
         raise UsageError(f"the server needs {missing}", hint="pip install 'bitfold[serve]'") from error
     key = api_key if api_key is not None else os.environ.get("BITFOLD_API_KEY")
-    options = ServerOptions(
-        host, port, context, sequences, queue, name, key, tuple(allow_origin or ()), cache, dtype, revision
-    )
+    kept = (cache, guesses_of(speculate), dtype, revision)
+    options = ServerOptions(host, port, context, sequences, queue, name, key, tuple(allow_origin or ()), *kept)
     try:
         serve(model, options, (lambda ready: print_json(asdict(ready))) if json else None)
     except (KeyboardInterrupt, Terminated):

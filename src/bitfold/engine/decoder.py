@@ -70,6 +70,8 @@ class Decoder:
         self.texts: list[list[int]] = [[] for _ in range(sequences)]
         self._reach = [0] * sequences  # tokens that were read since each began: what windows hold is the end of them
 
+    guesses = True  # tokens can be taken back: `texts` is shortened
+
     @property
     def ids(self) -> list[int]:
         """Tokens of the first sequence."""
@@ -157,19 +159,20 @@ class Decoder:
         """
         return self.step([(sequence, ids)])[0]
 
-    def step(self, work: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
+    def step(self, work: Sequence[tuple[int, Sequence[int]]], wanted: Sequence[int] | None = None) -> Tensor:
         """Read new tokens of some sequences, every weight once for 256 of them, whosever they are.
 
         Args:
             work: (sequence, tokens behind those that it has); no sequence twice.
+            wanted: behind how many of the last tokens of each logits are wanted; None: behind the last.
 
         Returns:
-            float32 logits (len(work), vocabulary) behind the last token of each.
+            float32 logits (rows, vocabulary), those of one sequence after those of the other.
 
         Raises:
             UsageError: no tokens, a sequence twice, or more tokens than there is room for.
         """
-        return self._read(work, [1] * len(work))
+        return self._read(work, [1] * len(work) if wanted is None else wanted)
 
     def logits(self, ids: Sequence[int], sequence: int = 0) -> Tensor:
         """Read tokens; float32 logits (tokens, vocabulary) behind each of them. UsageError as `extend`."""

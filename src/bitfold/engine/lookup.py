@@ -31,6 +31,11 @@ class Lookup:
         for token in ids:
             self.add(token)
 
+    @property
+    def length(self) -> int:
+        """Tokens of the text."""
+        return len(self._ids)
+
     def add(self, token: int) -> None:
         """One more token of the text."""
         if len(self._ids) >= _GRAM:
@@ -59,7 +64,7 @@ class Payoff:
         self._most, self._always = most, always
         self._single: float | None = None  # seconds of a pass of one token
         self._costs: dict[int, float] = {}  # seconds of a pass, by its guesses
-        self._tokens, self._lost = 0, 0.0
+        self._tokens, self._lost = 0.0, 0.0
         self._failure = 0.0  # what a pass loses whose guesses are all wrong
         self._length = min(most, _FEW)
 
@@ -71,8 +76,8 @@ class Payoff:
             return 0  # what guesses are compared with is not known yet
         return self._length if self._lost + self._failure <= _SHARE * self._tokens + _ADVANCE else 0
 
-    def note(self, guesses: int, tokens: int, seconds: float) -> None:
-        """A pass with so many guesses took so long and brought so many tokens."""
+    def note(self, guesses: int, tokens: float, seconds: float) -> None:
+        """A pass with so many guesses took so long and brought so many tokens (of several texts: on average)."""
         self._tokens += tokens
         if guesses == 0:
             self._single = _steady(self._single, seconds)
@@ -82,7 +87,7 @@ class Payoff:
             cost = self._costs[guesses] / self._single
             self._failure = cost - 1
             self._lost = max(self._lost + cost - tokens, -_CREDIT)  # a text may change its ways
-            right = tokens - 1
+            right = int(tokens) - 1
             self._length = min(self._most, 2 * self._length if right == guesses else max(_FEW, right + 1))
 
 

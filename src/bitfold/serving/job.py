@@ -83,11 +83,16 @@ class Job:
     sampler: Sampler
     stream: TextStream
     send: Receiver
-    made: int = 0  # tokens
+    ids: list[int] = field(default_factory=list)  # tokens that were made
     reused: int = 0  # tokens of the prompt that need not be read
     gone: bool = False  # nobody wants it any more
     clock: dict[str, float] = field(default_factory=dict)  # when it was asked for, began, had its first token
     _chances: list[TokenChance] = field(default_factory=list)
+
+    @property
+    def made(self) -> int:
+        """How many tokens there are."""
+        return len(self.ids)
 
     def advance(self, logits: Tensor) -> int | None:
         """Choose a token and send what it brings; the token, or None if the text ends.
@@ -96,7 +101,7 @@ class Job:
             logits: float32 (vocabulary).
         """
         token = self.sampler.choose(logits)
-        self.made += 1
+        self.ids.append(token)
         if token in self.asked.ends:
             self._send(self.stream.finish(), "stop")
             return None

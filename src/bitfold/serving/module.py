@@ -30,6 +30,7 @@ class ModuleDecoder:
     """
 
     cache_bytes = 0  # it grows with the texts
+    guesses = False  # several tokens at a time gain nothing here
 
     def __init__(self, model: nn.Module, positions: int, sequences: int) -> None:
         self._model: Any = model
@@ -50,8 +51,8 @@ class ModuleDecoder:
         self.texts[target] = list(self.texts[source])
         self._cut(target, tokens)
 
-    def step(self, work: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
-        """As `Decoder.step`."""
+    def step(self, work: Sequence[tuple[int, Sequence[int]]], wanted: Sequence[int] | None = None) -> Tensor:
+        """As `Decoder.step`, one row of logits for each."""
         return torch.stack([self._read(sequence, list(ids)) for sequence, ids in work])
 
     def _cut(self, sequence: int, length: int) -> int:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bitfold.errors import BitfoldError
+from bitfold.serving.guessing import Guessing
 from bitfold.serving.job import Job, Piece
 from bitfold.serving.metrics import Metrics
 from bitfold.serving.protocol import Steps, common
@@ -55,15 +56,17 @@ class Scheduler:
         decoder: whose sequences are shared out.
         metrics: what is counted.
         waiting: texts that may wait, at most.
+        guessing: where texts repeat themselves; None: never.
     """
 
-    def __init__(self, decoder: Steps, metrics: Metrics, waiting: int = 256) -> None:
+    def __init__(self, decoder: Steps, metrics: Metrics, waiting: int = 256, guessing: Guessing | None = None) -> None:
         self._decoder, self._metrics, self._most = decoder, metrics, waiting
         self._slots = [_Slot(i) for i in range(len(decoder.texts))]
         self._queue: deque[Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self._given = 0
+        self._guessing = guessing if decoder.guesses else None
         self._room = 2 * _LEAST  # tokens of prompts in a pass in which something is written
         self._plain = 0.0  # seconds of a pass that reads no prompt, lately
         self._thread = threading.Thread(target=self._run, name="bitfold-scheduler", daemon=True)
@@ -177,37 +180,61 @@ class Scheduler:
                 room -= len(part)
                 work.append((slot.number, part))
                 reading.append(slot)
+        guesses = self._guess(work, writing, reading)
+        counts = [1 + len(guess) for guess in guesses]
         start = time.monotonic()
         try:
-            logits = self._decoder.step(work)
+            logits = self._decoder.step(work, counts)
         except Exception as error:  # whatever it is, the others must not wait for ever
             self._fail([*writing, *reading], error)
             return
-        advancing = [(s, row) for s, row in zip([*writing, *reading], logits, strict=True) if not s.unread]
         seconds = time.monotonic() - start
-        self._metrics.passed(seconds, len(advancing))
+        rows, made = torch.split(logits, counts), 0
+        for slot, found, guess in zip([*writing, *reading], rows, guesses, strict=True):
+            made += 0 if slot.unread else self._advance(slot, found, guess)
+        self._metrics.passed(seconds, made)
         if not reading:
+            if self._guessing is not None:
+                self._guessing.note(guesses, made, seconds)
             self._plain += 0.2 * (seconds - self._plain)
         elif writing and room == 0:  # twice as many, as long as passes stay short
             long = seconds > max(_STALL, _LONGER * self._plain)
             self._room = max(_LEAST, self._room // 2) if long else min(_ALONE, 2 * self._room)
-        for slot, row in advancing:
-            self._advance(slot, row)
 
-    def _advance(self, slot: _Slot, logits: Tensor) -> None:
+    def _guess(
+        self, work: list[tuple[int, list[int]]], writing: Sequence[_Slot], reading: Sequence[_Slot]
+    ) -> list[list[int]]:
+        """What is guessed of each text of a pass, and read with it; nothing in passes that read prompts."""
+        if self._guessing is None or reading:
+            return [[] for _ in work]
+        guesses = self._guessing.guess([slot.job for slot in writing if slot.job is not None])
+        for (_, ids), guess in zip(work, guesses, strict=True):
+            ids += guess
+        return guesses
+
+    def _advance(self, slot: _Slot, rows: Tensor, guesses: Sequence[int]) -> int:
+        """Choose tokens as long as they are those that were guessed; how many there are."""
         job = slot.job
         assert job is not None
         if job.gone:
-            return
-        if not job.made:
+            return 0
+        if not job.ids:
             job.clock["first"] = time.monotonic()
-        try:
-            slot.last = job.advance(logits)
-        except Exception as error:  # of one text: logits that are no numbers, a grammar that got too complex
-            self._fail([slot], error)
-            return
+        text, made = self._decoder.texts[slot.number], 0
+        known = len(text) - len(guesses)
+        for row, guess in zip(rows, [*guesses, None], strict=True):
+            try:
+                slot.last = job.advance(row)
+            except Exception as error:  # of one text: logits that are no numbers, a grammar that got too complex
+                self._fail([slot], error)
+                return made
+            made += 1
+            if slot.last is None or slot.last != guess:
+                break
+        del text[known + made - 1 :]  # what was guessed in vain
         if slot.last is None:
             self._end(slot)
+        return made
 
     def _fail(self, slots: Sequence[_Slot], error: Exception) -> None:
         _LOG.error("a text failed: %s", error, exc_info=None if isinstance(error, BitfoldError) else error)

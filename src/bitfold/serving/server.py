@@ -18,6 +18,7 @@ from bitfold.engine.opening import Opened, open_model
 from bitfold.errors import UsageError
 from bitfold.models.model_ref import Model, ModelRef, read_dtype
 from bitfold.serving.app import Service, make_app
+from bitfold.serving.guessing import Guessing
 from bitfold.serving.metrics import Metrics
 from bitfold.serving.module import ModuleDecoder
 from bitfold.serving.preparing import Preparer
@@ -43,6 +44,7 @@ class ServerOptions:
         key: that clients must send; None: none.
         origins: of web pages that may ask.
         cache: how keys and values are kept, see `Decoder`.
+        guesses: of a text alone, see `Guessing`.
         dtype: of the activations.
         revision: of the Hub repository.
 
@@ -59,6 +61,7 @@ class ServerOptions:
     key: str | None = None
     origins: tuple[str, ...] = ()
     cache: str = "auto"
+    guesses: int | None = None
     dtype: str = "auto"
     revision: str | None = None
 
@@ -149,7 +152,7 @@ def open_service(model: Model, options: ServerOptions, address: Sequence[Any]) -
         name,
         tokenizer,
         Preparer(tokenizer, loaded.generation_config, context, decoder.vocabulary),
-        Scheduler(decoder, metrics, options.queue),
+        Scheduler(decoder, metrics, options.queue, Guessing(options.guesses)),
         metrics,
         context,
         options.key,
