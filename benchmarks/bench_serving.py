@@ -4,8 +4,8 @@
 
 Starts the server, lets so many clients ask for streams one after the other (chats of random lengths, half of which go
 on with a conversation), and prints for each number of clients: requests, tokens per second of all together, time to
-the first token and between tokens (median and 95th percentile), resident memory at the start and at the end. Needs
-httpx.
+the first token and between tokens (median and 95th percentile), resident memory at the start and at the end; with
+--memory FILE, seconds, megabytes, and requests begun, answered and lost, every ten seconds. Needs httpx.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,14 +33,15 @@ class Load:
     """What clients saw."""
 
     requests: int = 0
+    answered: int = 0
     failed: int = 0
     tokens: int = 0
     first: list[float] = field(default_factory=list)
     between: list[float] = field(default_factory=list)
 
 
-async def talk(client: httpx.AsyncClient, model: str, until: float, load: Load, seed: int):
-    """One client: conversations, one message after the other."""
+async def talk(client: httpx.AsyncClient, model: str, until: float, load: Load, seed: int, pause: float):
+    """One client: conversations, one message after the other, with pauses of so many seconds on average."""
     draw, messages = random.Random(seed), []
     while time.monotonic() < until:
         if len(messages) > 4 or draw.random() < 0.5:
@@ -52,6 +54,7 @@ async def talk(client: httpx.AsyncClient, model: str, until: float, load: Load, 
             "max_tokens": draw.randrange(16, 129),
             "seed": seed,
         }
+        await asyncio.sleep(draw.uniform(0, 2 * pause))
         start, last, text = time.monotonic(), None, ""
         load.requests += 1
         try:
@@ -62,6 +65,7 @@ async def talk(client: httpx.AsyncClient, model: str, until: float, load: Load, 
                 answer.raise_for_status()
                 async for line in answer.aiter_lines():
                     if line == "data: [DONE]":
+                        load.answered += 1
                         break
                     if not line or not (choice := json.loads(line[6:])["choices"][0])["delta"].get("content"):
                         continue
@@ -77,12 +81,20 @@ async def talk(client: httpx.AsyncClient, model: str, until: float, load: Load, 
         messages.append({"role": "assistant", "content": text})
 
 
-async def run(url: str, clients: int, seconds: float) -> Load:
-    """So many clients, so long."""
+async def run(url: str, clients: int, seconds: float, pause: float, watch: Callable[[Load], None]) -> Load:
+    """So many clients, so long; `watch` sees what they have every ten seconds."""
     load, until = Load(), time.monotonic() + seconds
+
+    async def watching() -> None:
+        while time.monotonic() < until:
+            watch(load)
+            await asyncio.sleep(10)
+
     async with httpx.AsyncClient(base_url=url, timeout=300) as client:
         (model,) = (await client.get("models")).json()["data"]
-        await asyncio.gather(*(talk(client, model["id"], until, load, seed) for seed in range(clients)))
+        talks = (talk(client, model["id"], until, load, seed, pause) for seed in range(clients))
+        await asyncio.gather(watching(), *talks)
+    watch(load)
     return load
 
 
@@ -106,6 +118,8 @@ def main():
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds between the requests of a client")
+    parser.add_argument("--memory", type=Path, help="a file for what is seen every ten seconds")
     args = parser.parse_args()
     command = [sys.executable, "-m", "bitfold", "serve", args.model, "--port", "0"]
     command += ["--sequences", str(args.sequences), "--context", str(args.context)]
@@ -122,7 +136,14 @@ def main():
         )
         for clients in args.clients:
             before, start = resident(server.pid), time.monotonic()
-            load = asyncio.run(run(found[0], clients, 60 * args.minutes / len(args.clients)))
+
+            def watch(load: Load, start: float = start) -> None:
+                if args.memory is not None:
+                    seen = f"{time.monotonic() - start:.0f} {resident(server.pid):.1f}"
+                    with args.memory.open("a") as file:
+                        print(seen, load.requests, load.answered, load.failed, load.tokens, file=file)
+
+            load = asyncio.run(run(found[0], clients, 60 * args.minutes / len(args.clients), args.pause, watch))
             speed = load.tokens / (time.monotonic() - start)
             figures = f"{quantiles(load.first):>22}  {quantiles(load.between):>19}"
             memory = f"{before:.0f} / {resident(server.pid):.0f} MB"
