@@ -65,4 +65,5 @@ NB_MODULE(_native, m) {
   bind_ggml(m);
   bind_lattice(m);
   bind_engine(m);
+  bind_text(m);
 }

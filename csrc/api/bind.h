@@ -13,3 +13,4 @@ void bind_lattice(nanobind::module_& m);
 void bind_rounding(nanobind::module_& m);
 void bind_rotation(nanobind::module_& m);
 void bind_engine(nanobind::module_& m);
+void bind_text(nanobind::module_& m);

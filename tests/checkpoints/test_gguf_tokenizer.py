@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import warnings
 from importlib.resources import files
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 
 from bitfold.checkpoints.gguf.pre_tokenizers import PRE_TOKENIZERS, USUAL, byte_letters, nearest
 from bitfold.checkpoints.gguf.source import GgufSource
-from bitfold.checkpoints.gguf.tokenizer import generation_config, tokenizer_of
+from bitfold.checkpoints.gguf.tokenizer import generation_config, score_merges, tokenizer_of
 from bitfold.errors import CheckpointError, UsageError
+from bitfold.system import native
 from gguf_files import LLAMA, llama_tensors, write_gguf
 from gguf_vocabularies import GOLDEN, TEXTS, bpe, sentencepiece_metadata
 
@@ -220,3 +222,19 @@ def test_the_nearest_pre_tokenizer_is_found_out_from_a_vocabulary(pre: str):
     prose = (files("bitfold.text") / "data" / "wikitext2-valid.txt").read_text(encoding="utf-8")[:300_000]
     maker.train_from_iterator([prose, *code], trainer)
     assert nearest(list(maker.get_vocab())) == pre
+
+
+@pytest.mark.skipif(native.core() is None, reason="both ways are compared")
+def test_the_native_core_cuts_pieces_as_python_does(monkeypatch: pytest.MonkeyPatch):
+    """Letters of one to four bytes, pieces with equal scores and with none that can be compared."""
+    draw = random.Random(0)
+    letters = "ab▁é你🙂"
+    pieces = sorted({"".join(draw.choices(letters, k=draw.randrange(1, 7))) for _ in range(3000)} | {*letters, ""})
+    scores = [float(draw.randrange(-40, 3)) for _ in pieces]
+    types = [draw.choice((1, 1, 1, 3, 6)) for _ in pieces]
+    found = score_merges(pieces, types, scores)
+    assert len(found) > 100
+    monkeypatch.setattr(native, "core", lambda: None)
+    assert score_merges(pieces, types, scores) == found
+    monkeypatch.undo()
+    assert len(score_merges(pieces, types, [float("nan")] * len(pieces))) == len(found)

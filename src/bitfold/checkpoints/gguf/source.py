@@ -28,6 +28,7 @@ from bitfold.checkpoints.schema import Content, Entry
 from bitfold.errors import CheckpointError
 from bitfold.formats.families.ggml import GGML
 from bitfold.qtensor import QTensor
+from bitfold.system.collector import uncollected
 from bitfold.system.tensorinfo import TensorInfo, require_rows
 from bitfold.text.tokenizer import read_tokenizer
 
@@ -61,14 +62,15 @@ class GgufSource:
         weights_alone: bool = False,
     ) -> None:
         self.path = Path(path)
-        self._file = GgufParts(path)
-        try:
-            self._read_facts(dither_seed)
-            read = None if weights_alone else tokenizer_of(self._file.metadata, str(self.path), pre_tokenizer)
-            self._tokenizer = read
-        except BaseException:
-            self._file.close()
-            raise
+        with uncollected():
+            self._file = GgufParts(path)
+            try:
+                self._read_facts(dither_seed)
+                read = None if weights_alone else tokenizer_of(self._file.metadata, str(self.path), pre_tokenizer)
+                self._tokenizer = read
+            except BaseException:
+                self._file.close()
+                raise
 
     def _read_facts(self, dither_seed: int | None) -> None:
         tensors = self._file.tensors
@@ -233,7 +235,8 @@ class GgufSource:
             hint = "use a file with the vocabulary in it, or the original folder"
             raise CheckpointError("the file carries no tokenizer", where=str(self.path), hint=hint)
         if plain:
-            return self._tokenizer.plain(self.tokenizer)
+            with uncollected():
+                return self._tokenizer.plain(self.tokenizer)
         with tempfile.TemporaryDirectory(prefix="bitfold-tokenizer-") as folder:
             self._tokenizer.write(Path(folder))
             write_json(Path(folder) / "config.json", self.config)  # transformers looks there for the kind of model

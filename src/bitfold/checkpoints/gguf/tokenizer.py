@@ -16,8 +16,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bitfold.checkpoints.gguf.pre_tokenizers import BYTE_LEVEL, PRE_TOKENIZERS, Pre, guessed
 from bitfold.errors import CheckpointError, UsageError
+from bitfold.system import native
 from bitfold.text.plain_tokenizer import PlainTokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of tokens
@@ -76,9 +79,8 @@ class GgufTokenizer:
         model, added = document.pop("model"), document.pop("added_tokens")
         backend = Tokenizer.from_str(json.dumps({**document, "added_tokens": [], "model": _EMPTY}))
         model.pop("type")
-        merges = [(left, right) for left, right in model.pop("merges")]
-        vocabulary = model.pop("vocab")
-        backend.model = BPE(vocabulary, merges, **{key: value for key, value in model.items() if value is not None})
+        parts = (model.pop("vocab"), model.pop("merges"))
+        backend.model = BPE(*parts, **{key: value for key, value in model.items() if value is not None})
         for special in (True, False):
             tokens = [
                 AddedToken(t["content"], normalized=False, special=special) for t in added if t["special"] == special
@@ -359,16 +361,28 @@ def _sentencepiece_bpe(vocabulary: _Vocabulary) -> dict[str, Any]:
     )
 
 
-def score_merges(tokens: list[str], types: list[int], scores: list[float]) -> list[list[str]]:
+def score_merges(tokens: list[str], types: list[int], scores: list[float]) -> list[tuple[str, str]]:
     """Merges equivalent to SentencePiece's scores: it always joins the neighbours whose union scores highest, so every
     way of cutting a piece into two pieces is a merge with the rank of the piece's score."""
-    ids = {t: i for i, (t, kind) in enumerate(zip(tokens, types, strict=True)) if kind == NORMAL}
+    chosen = [i for i, kind in enumerate(types) if kind == NORMAL]
+    pieces = [tokens[i] for i in chosen]
+    core = native.core()
+    if core is None:
+        return _score_merges(pieces, [scores[i] for i in chosen])
+    values = np.array([scores[i] for i in chosen], dtype=np.float32)
+    cuts = core.cuts_by_score(pieces, values.ctypes.data)
+    halves = [pieces[i] for i in cuts]
+    return list(zip(halves[::2], halves[1::2], strict=True))
+
+
+def _score_merges(pieces: list[str], scores: list[float]) -> list[tuple[str, str]]:
+    ids = {piece: i for i, piece in enumerate(pieces)}
     ranked = []
-    for piece, index in ids.items():
+    for piece, score in zip(pieces, scores, strict=True):
         for cut in range(1, len(piece)):
             if (left := ids.get(piece[:cut])) is not None and (right := ids.get(piece[cut:])) is not None:
-                ranked.append((-scores[index], left, right))
-    return [[tokens[left], tokens[right]] for _, left, right in sorted(ranked)]
+                ranked.append((-score, left, right))
+    return [(pieces[left], pieces[right]) for _, left, right in sorted(ranked)]
 
 
 def _chat_template(metadata: Mapping[str, Any]) -> dict[str, Any]:
