@@ -27,7 +27,7 @@ FLOORS = (
     ("models", "records"),
     ("engine", "evaluation", "planning", "workspace"),
     ("calibration", "reporting", "serving"),
-    ("forecast",),
+    ("forecast", "training"),
     ("run",),
     ("integrations",),
     ("cli",),

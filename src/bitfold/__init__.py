@@ -24,6 +24,8 @@ _PUBLIC = {
     "save": "bitfold.models.save",
     "evaluate": "bitfold.evaluation",
     "Calibration": "bitfold.calibration.session",
+    "Distillation": "bitfold.training.options",
+    "distill": "bitfold.training.distill",
     "Recipe": "bitfold.recipes.recipe",
     "Rule": "bitfold.recipes.recipe",
     "nn": "bitfold.nn",
@@ -43,14 +45,18 @@ if TYPE_CHECKING:
     from bitfold.qtensor import QTensor
     from bitfold.recipes.recipe import Recipe, Rule
     from bitfold.run.driver import quantize
+    from bitfold.training.distill import distill
+    from bitfold.training.options import Distillation
 
 __all__ = [
     "FORMATS",
     "Calibration",
+    "Distillation",
     "QTensor",
     "Recipe",
     "Rule",
     "__version__",
+    "distill",
     "errors",
     "evaluate",
     "load",

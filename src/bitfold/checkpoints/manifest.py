@@ -65,6 +65,13 @@ def write_manifest(folder: Path, source: Mapping[str, Any]) -> None:
         raise written_error(error, folder / FILE, "cannot be written") from error
 
 
+def carry_manifest(source: Path, folder: Path) -> None:
+    """Hash every file of a folder that was made out of another one of ours, and take over what that one says of the
+    tensors that it was made of."""
+    old = read_json_object(source / FILE) if (source / FILE).is_file() else {}
+    write_manifest(folder, old.get("source") or {})
+
+
 def _files(folder: Path) -> dict[str, Path]:
     """Every file by its path within the folder, but for hidden ones and those that are meant to be edited."""
     found: dict[str, Path] = {}

@@ -14,7 +14,8 @@ from __future__ import annotations
 import shutil
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -29,6 +30,7 @@ STEP = RANGE / 65534
 OCTAVE = 2.77  # nats after which the step doubles
 VERSION = 2  # of the file
 _BELOW = 65535
+_SIGNED = 32768  # taken off codes, which then fit int16
 _HEAD = struct.Struct("<II")  # rows, compressed bytes
 TOGETHER = 32  # rows compressed by one thread, and compared at once: a few megabytes
 _EXPECTED = 1.3  # bytes an entry, for the question whether the disk has room
@@ -61,6 +63,42 @@ def unpack_rows(codes: torch.Tensor) -> torch.Tensor:
     if below is not None:
         logits.masked_fill_(below, -torch.inf)
     return torch.log_softmax(logits, -1)
+
+
+@dataclass(frozen=True)
+class TopRows:
+    """Of each distribution the likeliest words, and with them the probability of all others together.
+
+    Args:
+        words: int32 (rows, k), likeliest first.
+        codes: int16 (rows, k), those of `pack_rows` less 32768: how far each lies below the first.
+        top: float32 (rows,), log-probability of the first.
+    """
+
+    words: torch.Tensor
+    codes: torch.Tensor
+    top: torch.Tensor
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, k: int) -> TopRows:
+        """Of float32 logits (rows, vocabulary)."""
+        values, words = logits.topk(min(k, logits.shape[-1]))
+        total = (logits - values[:, :1]).exp_().sum(-1)
+        return cls(words.to(torch.int32), (pack_rows(values) - _SIGNED).to(torch.int16), -total.log())
+
+    @classmethod
+    def together(cls, parts: Sequence[TopRows]) -> TopRows:
+        """Rows after rows."""
+        return cls(*(torch.cat([getattr(p, name) for p in parts]) for name in ("words", "codes", "top")))
+
+    def part(self, start: int, stop: int) -> TopRows:
+        """Some of the rows."""
+        return TopRows(self.words[start:stop], self.codes[start:stop], self.top[start:stop])
+
+    @property
+    def log_probabilities(self) -> torch.Tensor:
+        """float32 (rows, k) of the words."""
+        return self.top[:, None] - (self.codes.float() + _SIGNED) * STEP
 
 
 def _compress(logits: torch.Tensor) -> bytes:

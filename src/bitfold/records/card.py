@@ -10,6 +10,7 @@ from typing import Any
 from bitfold.errors import CheckpointError
 from bitfold.records.run_report import QuantizeReport
 
+_NOT_YET = "Not evaluated yet: `bitfold eval FOLDER --reference ORIGINAL`."
 _BEGIN, _END = "<!-- bitfold evaluation -->", "<!-- end of bitfold evaluation -->"
 
 
@@ -37,7 +38,7 @@ def write_card(folder: Path, report: QuantizeReport) -> None:
         "## Measured loss",
         "",
         _BEGIN,
-        "Not evaluated yet: `bitfold eval FOLDER --reference ORIGINAL`.",
+        _NOT_YET,
         _END,
         "",
     ]
@@ -74,6 +75,17 @@ def require_card(folder: Path) -> None:
     """CheckpointError where there is no folder whose card could take numbers: asked before they are measured."""
     if not folder.is_dir():
         raise CheckpointError("is no model folder with a card on this machine", where=str(folder))
+
+
+def carry_card(source: Path, folder: Path, line: str) -> None:
+    """The card of a folder that was made out of another one of ours: with a line more, and nothing measured yet."""
+    old = source / "README.md"
+    text = old.read_text(encoding="utf-8") if old.is_file() else f"# {folder.name}\n\n{_BEGIN}\n{_END}\n"
+    lines = text.splitlines()
+    title = next((i for i, one in enumerate(lines) if one.startswith("# ")), -1)
+    before, _, rest = "\n".join([*lines[: title + 2], line, *lines[title + 2 :]]).partition(_BEGIN)
+    after = rest.partition(_END)[2]
+    (folder / "README.md").write_text(f"{before}{_BEGIN}\n{_NOT_YET}\n{_END}{after}\n", encoding="utf-8")
 
 
 def add_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from bitfold.system.outputs import try_folder
 from bitfold.version import __version__
 
 FILE = "bitfold_report.json"
+_MEASURED = ("evaluations", "layers", "samples", "outliers")
 _SAME = ("reference", "metric", "text", "start_token", "context", "tokens", "dtype")  # one evaluation is kept for each
 
 
@@ -73,6 +74,15 @@ def write_record(folder: Path, report: QuantizeReport, facts: Mapping[str, Any])
         facts = {**facts, "calibration": {**calibration, "text": Path(calibration["text"]).name}}
     run = {**report.to_dict(), "source": Path(report.source).name, "output": None, **facts}
     _write(folder, {"quantize": run, "environment": environment()})
+
+
+def carry_record(source: Path, folder: Path, parts: Mapping[str, Any]) -> None:
+    """Begin the record of a folder that was made out of another one of ours: how that was made, and what came after.
+
+    What was measured of the other is left behind.
+    """
+    known = {key: value for key, value in read_record(source).items() if key not in _MEASURED}
+    _write(folder, {**known, **parts, "environment": environment()})
 
 
 def check_record(folder: str | Path) -> None:

@@ -1,0 +1,222 @@
+"""Distillation: row scales, norms and biases of a quantized folder, trained on the divergence from its original.
+
+Codes stay as they are, so the result is the same format and loads wherever the folder did. First the teacher reads the
+text and leaves its predictions on disk; then it is gone, and the student reads the same windows. Everything is noted in
+a journal: a run that was killed goes on with the same command, to the same bytes.
+
+Row scales and norms after rounding: Malinovskii et al. 2024 (PV-tuning, arXiv 2405.14852) and the end-to-end step of
+QuIP# (arXiv 2402.04396); here with the KL divergence to the original as loss.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitfold.checkpoints.bitfold_folder import QuantizedSource
+from bitfold.checkpoints.staging import open_output
+from bitfold.errors import UsageError
+from bitfold.models.load import load_folder
+from bitfold.models.model_ref import ModelRef
+from bitfold.models.opening import open_skeleton
+from bitfold.models.vocabulary import embedding_rows, refuse_unknown_tokens
+from bitfold.records.run_report import peak_memory
+from bitfold.system import memory, progress
+from bitfold.text.tokens import calibration_tokens
+from bitfold.text.windows import text_digest
+from bitfold.training.course import Course, Learned
+from bitfold.training.options import Distillation
+from bitfold.training.result import write_result
+from bitfold.training.student import Student, blocks_of, fast_dtype, fitting
+from bitfold.training.teacher import Lessons
+from bitfold.workspace.folder import Workspace, software
+
+_HELD_OUT = 8  # windows at most, a tenth of all at most
+_TEACHER = 0.2  # of the time at most
+_BATCHES = 4  # of windows to learn from that there are at least, however little time there is
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What came of it.
+
+    Args:
+        source, output, teacher: names of folders.
+        kl_before, kl_after: mean KL(teacher || student) over the windows held out, nats a token, over the words that
+            were kept; `kl_after` is that of what was written.
+        steps, planned, best: steps that were done, that were planned, and after how many the best was found.
+        windows, held_out, tokens: windows learned from, windows held out, tokens of each.
+        scales, plain: trained factors of rows, and numbers of norms and biases.
+        dtype: computed in.
+        seconds: wall-clock time of this process.
+        peak_memory: bytes; None where the system does not tell.
+    """
+
+    source: str
+    output: str
+    teacher: str
+    kl_before: float
+    kl_after: float
+    steps: int
+    planned: int
+    best: int
+    windows: int
+    held_out: int
+    tokens: int
+    scales: int
+    plain: int
+    dtype: str
+    seconds: float
+    peak_memory: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, keys as the attributes."""
+        return asdict(self)
+
+
+def distill(
+    folder: str | Path,
+    teacher: str | Path,
+    out: str | Path,
+    how: Distillation | None = None,
+    *,
+    max_memory: int | None = None,
+    restart: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Distilled:
+    """Train the scales of a quantized folder on its original's predictions, and write the folder anew.
+
+    Args:
+        folder: that bitfold quantized, or a Hub repository with one; it is not changed.
+        teacher: the original, or any model with the same vocabulary: a folder, a GGUF file, a Hub repository.
+        out: the folder to make; must not exist, or be empty.
+        how: see `Distillation`.
+        max_memory: ceiling on the resident memory of the process, bytes: kept by running blocks twice and by decoding
+            weights again and again, or refused; None = four fifths of what is free.
+        restart: forget what an earlier run that was cut short has finished.
+        revision, token: of the Hub repository.
+
+    Raises:
+        BitfoldError: what is wrong, where, and what to do; finished work stays, and the same call goes on with it.
+    """
+    from bitfold.checkpoints.hub.fetch import resolve
+
+    started, how = time.monotonic(), how or Distillation()
+    local = resolve(str(folder), revision=revision, token=token)
+    source, original = QuantizedSource(local), ModelRef.of(teacher)
+    original.require_causal("a causal language model can be distilled")
+    place = open_output(out, local)
+    task = _Task(source, original, how, max_memory)
+    work = Workspace(place, task.identity(), restart=restart)
+    if work.published:
+        work.journal.discard()
+        raise UsageError("is finished already", where=str(place))
+    with _kept_after_failure(work):
+        learned, facts = task.learn(work, started)
+        found = Distilled(
+            **{"source": local.name, "output": str(place), "teacher": Path(original.name).name, **facts},
+            seconds=time.monotonic() - started,
+            peak_memory=peak_memory(),
+        )
+        write_result(source, work.result, learned, found.to_dict())
+        work.publish()
+    return found
+
+
+@contextmanager
+def _kept_after_failure(work: Workspace) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        if work.leave():
+            what = f"what is finished is kept in {work.folder}"
+            warnings.warn(f"{what}: the same command goes on with it, --restart begins anew", stacklevel=4)
+        raise
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A student's source, its teacher, and how it is taught."""
+
+    source: QuantizedSource
+    teacher: ModelRef
+    how: Distillation
+    max_memory: int | None
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the bytes of the result."""
+        return {
+            "source": {"name": self.source.path.name, "files": self.source.fingerprint()},
+            "teacher": self.teacher.fingerprint(),
+            "distillation": {**asdict(self.how), "text": text_digest(self.how.text)},
+            "dtype": str(fast_dtype()),
+            "version": software(),
+        }
+
+    def learn(self, work: Workspace, started: float) -> tuple[Learned, dict[str, Any]]:
+        """The trained numbers, and facts about how they came about."""
+        skeleton: Any = open_skeleton(self.source)
+        ids, held_out = self._windows(skeleton)
+        lessons, dtype = Lessons(work, ids, self.how.likeliest), fast_dtype()
+        ceiling = memory.Ceiling(self.max_memory)
+        windows = lessons.write(
+            self.teacher, dtype, self._enough(held_out, len(ids), started), embedding_rows(skeleton)
+        )
+        ceiling.check()
+        model, blocks = load_folder(self.source.path, dtype=dtype), blocks_of(skeleton)
+        limit = memory.default_ceiling() if self.max_memory is None else self.max_memory
+        fit = fitting(model, blocks, ids.shape[1], limit)
+        student = Student(model, blocks, fit)
+        seconds = None if self.how.steps is not None else 60 * self.how.minutes
+        course = Course(student, lessons, self.how, (held_out, windows), work)
+        learned = course.run(lambda: None if seconds is None else seconds - (time.monotonic() - started), ceiling.check)
+        scales, plain = (sum(w.numel() for w in part.values()) for part in (learned.factors, learned.plain))
+        facts: dict[str, Any] = {
+            "kl_before": learned.before,
+            "kl_after": learned.kl,
+            "steps": learned.steps,
+            "best": learned.best,
+        }
+        facts |= {"planned": learned.planned, "windows": windows - held_out, "held_out": held_out}
+        facts |= {"tokens": ids.shape[1], "scales": scales, "plain": plain, "dtype": str(dtype).removeprefix("torch.")}
+        return learned, facts
+
+    def _windows(self, skeleton: Any) -> tuple[torch.Tensor, int]:
+        """Token ids, windows held out first, which are the last ones of the text; and how many these are."""
+        from bitfold.models.limits import positions
+
+        limit = positions(skeleton.config) if skeleton is not None else None
+        seqlen = min(self.how.seqlen, limit or self.how.seqlen)
+        sizes = {"nsamples": self.how.windows, "seqlen": seqlen}
+        ids = calibration_tokens(self.source.path, self.how.text, **sizes, start_token=self.how.start_token)
+        if len(ids) < 2:
+            what = f"the text has {len(ids)} windows of {seqlen} tokens; one is learned from, and one is held out"
+            raise UsageError(what, where="--text", hint="give more text, or shorter windows (--seqlen)")
+        if skeleton is not None:
+            refuse_unknown_tokens(skeleton, ids)
+        held_out = max(1, min(_HELD_OUT, len(ids) // 10))
+        return torch.cat([ids[-held_out:], ids[:-held_out]]), held_out
+
+    def _enough(self, held_out: int, windows: int, started: float) -> Callable[[int], bool]:
+        """Whether the teacher has read enough: what the steps take, or what the time allows."""
+        least = held_out + _BATCHES * self.how.batch
+        if self.how.steps is not None:
+            needed = held_out + min(windows - held_out, self.how.steps * self.how.batch)
+            return lambda done: done >= needed
+        patience = _TEACHER * 60 * self.how.minutes
+        return lambda done: done >= least and time.monotonic() - started > patience
+
+
+def say_what_came_of_it(found: Distilled) -> str:
+    """In a line."""
+    change = f"held-out KL {found.kl_before:.4f} -> {found.kl_after:.4f}"
+    when = f"after {found.best} of {found.planned} steps, in {progress.duration(found.seconds)}"
+    return f"{found.output}: {change} {when}"

@@ -1,0 +1,33 @@
+"""How far a student's predictions are from its teacher's, and the gradient of that by the student's logits."""
+
+from __future__ import annotations
+
+import torch
+
+from bitfold.evaluation.predictions import TopRows
+
+_LEAST = 1e-12  # of a probability
+
+
+def divergence_and_gradient(logits: torch.Tensor, teacher: TopRows) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(teacher || student) of each row, nats, and its gradient by the logits.
+
+    Of the teacher the likeliest words are known, and the probability of all others together: those count as one word,
+    so that the divergence is at most what it would be over the whole vocabulary.
+
+    Args:
+        logits: float32 (rows, vocabulary) of the student; becomes the gradient, in place.
+        teacher: as many rows.
+    """
+    words, known = teacher.words.long(), teacher.log_probabilities
+    chosen = logits.gather(1, words)
+    top = logits.amax(1, keepdim=True)
+    q = logits.sub_(top).exp_()
+    total = q.sum(1, keepdim=True)
+    log_q = chosen - top - total.log()
+    p = known.exp()
+    rest = (1 - p.sum(1, keepdim=True)).clamp_min(0)
+    left = (1 - log_q.exp().sum(1, keepdim=True)).clamp_min(_LEAST)
+    kl = (p * (known - log_q)).sum(1) + torch.xlogy(rest, rest / left)[:, 0]
+    q.mul_((1 - rest / left) / total)
+    return kl, q.scatter_(1, words, log_q.exp() - p)

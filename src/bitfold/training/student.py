@@ -1,0 +1,199 @@
+"""A quantized model that learns: which of its numbers do, one window forward and back, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitfold.calibration.rehearsal import text_inputs
+from bitfold.calibration.shape import walk_shape
+from bitfold.calibration.tail import FEW, Tail, recomputed, tokens_at_once
+from bitfold.errors import ModelError, ResourceError
+from bitfold.evaluation.predictions import TopRows
+from bitfold.system import memory
+from bitfold.system.units import size_text
+from bitfold.training.layers import frozen_layers, install
+from bitfold.training.losses import divergence_and_gradient
+from bitfold.training.masters import Group
+
+_SLACK = 200_000_000  # bytes: allocator, libraries that load when they first work
+_TEMPORARIES = 6  # of a piece of logits in float32
+
+
+def fast_dtype() -> torch.dtype:
+    """What products are computed in: bfloat16 where the CPU multiplies it (AMX, AVX-512 BF16), else float32."""
+    cpu: Any = torch.cpu
+    fast = any(getattr(cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a step is made to fit into memory.
+
+    Args:
+        keep: weights are decoded once.
+        recompute: blocks run once more in the backward pass, instead of keeping what is inside them.
+        nbytes: that it will take in all.
+    """
+
+    keep: bool
+    recompute: bool
+    nbytes: int
+
+
+class Student:
+    """A model and what of it is trained.
+
+    Args:
+        model: of `bitfold.load`, with its other weights in the dtype to compute in; its quantized layers are replaced.
+        blocks: paths of its blocks, in order; empty = unknown.
+        fit: of `fitting`.
+
+    Raises:
+        ModelError: nothing in it can be trained.
+    """
+
+    def __init__(self, model: nn.Module, blocks: list[str], fit: Fit) -> None:
+        self.model: Any = model.requires_grad_(False)
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        self._blocks = blocks if fit.recompute else []
+        self.layers = install(model, dtype, keep=fit.keep)
+        self.plain = {name: p for name, p in model.named_parameters() if p.dim() == 1 and p.is_floating_point()}
+        if not self.layers and not self.plain:
+            raise ModelError("has no row scales, norms or biases to train", where=type(model).__name__)
+        ids = torch.arange(1, 1 + FEW)[None] % self.words
+        self._tail = Tail.of(model, ids)
+
+    @property
+    def words(self) -> int:
+        """Of the vocabulary."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    def groups(self, rate: float, plain_rate: float) -> list[Group]:
+        """What is trained, row factors at one rate, norms and biases at the other."""
+        factors = {name: layer.factor for name, layer in self.layers.items() if layer.factor is not None}
+        return [Group(factors, rate), Group(self.plain, plain_rate)]
+
+    def learn(self, ids: torch.Tensor, teacher: TopRows, share: float) -> float:
+        """One window there and back; its mean KL(teacher || student), nats a token.
+
+        Args:
+            ids: int64 (tokens,).
+            teacher: a row for each token but the last.
+            share: gradients grow by so many times those of the mean divergence.
+        """
+        with torch.enable_grad(), recomputed(self.model, self._blocks) if self._blocks else nullcontext():
+            hidden = self._hidden(ids)
+            total, gradient = self._pieces(hidden, ids[:-1], teacher, share)
+            hidden.backward(gradient)
+        return total
+
+    @torch.no_grad()
+    def divergence(self, ids: torch.Tensor, teacher: TopRows) -> float:
+        """Mean KL(teacher || student) of a window, nats a token; see `learn`."""
+        return self._pieces(self._hidden(ids), ids[:-1], teacher, None)[0]
+
+    def _hidden(self, ids: torch.Tensor) -> Any:
+        """The last hidden states (1, tokens - 1, width); logits where they are not made of these token by token."""
+        if self._tail is not None:
+            return self._tail.hidden(ids[None])[:, :-1]
+        return self.model(**text_inputs(self.model, ids[None])).logits[:, :-1]
+
+    def _pieces(
+        self, hidden: torch.Tensor, ids: torch.Tensor, teacher: TopRows, share: float | None
+    ) -> tuple[float, torch.Tensor | None]:
+        """Mean divergence of a window, and its gradient by the last hidden states, a few tokens at a time."""
+        total, parts, size, at = 0.0, list[torch.Tensor](), tokens_at_once(self.words), 0
+        for piece, tokens in zip(torch.split(hidden.detach(), size, 1), torch.split(ids, size), strict=True):
+            part = piece.clone().requires_grad_(share is not None)
+            logits: Any = part if self._tail is None else self._tail.logits(part, tokens[None])
+            rows = teacher.part(at, at + len(tokens))
+            kl, gradient = divergence_and_gradient(logits.detach()[0].float(), rows)
+            total += float(kl.sum(dtype=torch.float64))
+            at += len(tokens)
+            if share is not None:
+                scaled = gradient.mul_(share / len(ids)).to(logits.dtype)[None]
+                if self._tail is None:
+                    parts.append(scaled)
+                else:
+                    logits.backward(scaled)
+                    assert part.grad is not None
+                    parts.append(part.grad)
+        if self._tail is not None:
+            self._tail.forget()
+        return total / len(ids), torch.cat(parts, 1) if parts else None
+
+
+def blocks_of(skeleton: nn.Module | None) -> list[str]:
+    """Paths of the blocks of a model, by its skeleton on the meta device."""
+    return [] if skeleton is None else [block.path for block in walk_shape(skeleton).blocks]
+
+
+def fitting(model: nn.Module, blocks: list[str], tokens: int, limit: int | None) -> Fit:
+    """How steps on windows of so many tokens fit under a ceiling: as fast as can be.
+
+    Args:
+        model: of `bitfold.load`, not changed.
+        blocks: paths of its blocks.
+        tokens: of a window.
+        limit: bytes of resident memory; None = no limit is known.
+
+    Raises:
+        ResourceError: they do not, whatever is done.
+    """
+    size = max((p.element_size() for p in model.parameters() if p.is_floating_point()), default=4)
+    decoded = [size * layer.in_features * layer.out_features for layer in frozen_layers(model).values()]
+    inside = tokens * _saved_bytes(model)
+    words = int(getattr(model, "get_input_embeddings")().weight.shape[0])  # noqa: B009
+    here = (memory.resident() or 0) + 4 * _TEMPORARIES * words * tokens_at_once(words) + _SLACK
+    ways = [Fit(True, False, here + sum(decoded) + inside)]
+    if blocks:
+        edges = tokens * size * int(model.config.hidden_size) * len(blocks)  # type: ignore[union-attr,arg-type]
+        ways.append(Fit(True, True, here + sum(decoded) + edges + 2 * inside // len(blocks)))
+        ways.append(Fit(False, True, here + 4 * max(decoded, default=0) + edges + 2 * inside // len(blocks)))
+    for way in ways:
+        if limit is None or way.nbytes <= limit:
+            return way
+    hint = "shorter windows (--seqlen), or a higher ceiling"
+    what = f"a step needs {size_text(ways[-1].nbytes)} of memory, {size_text(limit or 0)} are allowed"
+    raise ResourceError(what, where="--max-memory", hint=hint)
+
+
+def _saved_bytes(model: nn.Module) -> int:
+    """Bytes a token that a forward pass keeps for the backward pass."""
+    seen: dict[int, int] = {}
+    weights = {p.data_ptr() for p in model.parameters()} | {b.data_ptr() for b in model.buffers()}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in weights:
+            seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+            alive.append(tensor)
+        return tensor
+
+    alive: list[torch.Tensor] = []
+    ids = torch.arange(1, 1 + FEW)[None]
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), _open(model):
+        text: Any = model
+        text.base_model(**text_inputs(model, ids))
+    return sum(seen.values()) // FEW
+
+
+@contextmanager
+def _open(model: nn.Module) -> Iterator[None]:
+    """With gradients that begin where token ids have become numbers."""
+
+    def begin(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.detach().requires_grad_(True).clone()
+
+    getter: Any = model
+    handle = getter.get_input_embeddings().register_forward_hook(begin)
+    try:
+        yield
+    finally:
+        handle.remove()
