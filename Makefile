@@ -15,7 +15,7 @@ CSRC   := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
 
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format bench bench-decode bench-methods bench-peers demo docs fuzz sanitize neon clean
+.PHONY: help setup test test-interop lint format bench bench-decode bench-methods bench-peers demo docs fuzz sanitize neon clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -38,6 +38,10 @@ $(VENV)/.native.stamp: $(VENV)/.torch.stamp pyproject.toml CMakeLists.txt $(CSRC
 # One process for each core, one thread in each: on small tensors OpenMP teams only wait for each other.
 test: setup ## all the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto $(ARGS)
+
+# Each engine lives in an environment of its own: BITFOLD_INTEROP_VLLM=/path/to/python, and so on (docs/interop.md).
+test-interop: setup ## other engines on what bitfold writes; those without an environment are skipped, and named
+	OMP_NUM_THREADS=1 $(PY) -m pytest -rs tests/interop $(ARGS)
 
 lint: setup ## ruff, mypy --strict, clang-format
 	$(BIN)/ruff check .

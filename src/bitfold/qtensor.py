@@ -113,3 +113,58 @@ def split_rows(q: QTensor, shapes: Sequence[tuple[int, int]]) -> list[QTensor]:
     layouts = [q.format.layout(shape) for shape in shapes]
     fields = {name: torch.split(f, [p[name].shape[0] for p in layouts]) for name, f in q.fields.items()}
     return [QTensor(q.format, shape, {name: f[i] for name, f in fields.items()}) for i, shape in enumerate(shapes)]
+
+
+def cut_rows(q: QTensor, first: int, stop: int) -> QTensor:
+    """Rows first to stop - 1 of an (n, k) weight, sharing memory.
+
+    Raises:
+        FormatError: a tile or a scale belongs to these and to other rows.
+    """
+    n, k = q.shape
+    sizes = [(size, k) for size in (first, stop - first, n - stop)]
+    shapes = [shape for shape in sizes if shape[0]]
+    if len(shapes) == 1:
+        return q
+    if not rows_stack(q.format, shapes):
+        what = (
+            f"rows {first} to {stop - 1} of {n} cannot be taken alone: {q.format.name} has tiles or scales across them"
+        )
+        raise FormatError(what)
+    return split_rows(q, shapes)[1 if first else 0]
+
+
+def cut_columns(q: QTensor, first: int, stop: int) -> QTensor:
+    """Columns first to stop - 1 of an (n, k) weight of codes with scales of rows or groups.
+
+    Raises:
+        FormatError: the format has none of these, or the columns begin or end inside a group or a byte.
+    """
+    n, k = q.shape
+    if (first, stop) == (0, k):
+        return q
+    grid, scale = q.format.grid, q.format.scale
+    wrong = f"columns {first} to {stop - 1} of {k} cannot be taken alone: {q.format.name}"
+    if grid is None or scale is None or scale.of is not None or scale.block[0] != 1:
+        raise FormatError(f"{wrong} is no format of codes with scales of rows")
+    group = scale.block[1] or k
+    cuts = [at for at in (first, stop) if at != k]
+    if any((at % 5 if grid.trits else at * grid.code_bits % 8) for at in cuts):
+        raise FormatError(f"{wrong} has codes across bytes there")
+    if scale.block[1] and any(at % group for at in cuts):
+        raise FormatError(f"{wrong} has groups of {group}")
+    parts = slice(first // group, -(-stop // group)) if scale.block[1] else slice(None)
+    fields = dict(q.fields)
+    fields["codes"] = q.fields["codes"][:, grid.packed_bytes(first) : grid.packed_bytes(stop)].contiguous()
+    fields["scale"] = q.fields["scale"][:, parts].contiguous()
+    if "zero_point" in fields:
+        fields["zero_point"] = _zeros(q, parts)
+    return QTensor(q.format, (n, stop - first), fields)
+
+
+def _zeros(q: QTensor, parts: slice) -> torch.Tensor:
+    """The zero points of these groups."""
+    zero, scale, grid = q.fields["zero_point"], q.format.scale, q.format.grid
+    if scale is None or grid is None or scale.offset != grid:  # numbers, not packed
+        return zero[:, parts].contiguous()
+    return grid.pack(grid.unpack(zero, q.fields["scale"].shape[1])[:, parts].contiguous())

@@ -64,8 +64,8 @@ class SafetensorsFolder:
         """See `Target`."""
         if not self._any_packed:
             return {"transformers": "yes", "vLLM": "yes"}
-        other = "no: it has no loader for bitfold's format; --export compressed-tensors is one that it has"
-        return {"transformers": "yes, where bitfold is installed", "vLLM": other}
+        here = "yes, where bitfold is installed"
+        return {"transformers": here, "vLLM": f"{here}: on a CPU packed, elsewhere decoded as it is loaded"}
 
     def size(self, contents: Mapping[str, Content]) -> int:
         """See `Target`."""

@@ -5,7 +5,7 @@ Streams tensor by tensor. What will be rounded is known, and said, before anythi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,7 +46,12 @@ class Repacked:
     losses: Mapping[str, float] = field(default_factory=dict)
 
 
-def repack(src: str | Path, out: str | Path, to: str, pre_tokenizer: str | None = None) -> Repacked:
+Judge = Callable[[Path, Mapping[str, float]], None]
+
+
+def repack(
+    src: str | Path, out: str | Path, to: str, pre_tokenizer: str | None = None, judge: Judge | None = None
+) -> Repacked:
     """Write a checkpoint in another container.
 
     Args:
@@ -56,6 +61,7 @@ def repack(src: str | Path, out: str | Path, to: str, pre_tokenizer: str | None 
             rounded without data where they are others; "bitfold": a bitfold folder with every tensor in the type that
             it has; "compressed-tensors", "gptq", "awq", "auto-round": codes as they are, for other engines.
         pre_tokenizer: for GGUF files, see `open_source`.
+        judge: told where the result lies and what its tensors lost before it gets its name; what it raises undoes it.
 
     Raises:
         UsageError: an unknown kind.
@@ -79,6 +85,8 @@ def repack(src: str | Path, out: str | Path, to: str, pre_tokenizer: str | None 
         with written_aside(place, single) as folder:
             made = _Repacking(source, stored, contents)
             nbytes = made.write(f"{target}:{mixture}" if mixture else target, folder)
+            if judge is not None:
+                judge(folder if single is None else folder / single, made.losses)
     finally:
         source.close()
     return Repacked(place, nbytes, len(contents) - len(made.losses), made.losses)

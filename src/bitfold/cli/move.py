@@ -12,38 +12,53 @@ from bitfold.cli.app import Json, PreTokenizer, Revision, app, print_json
 from bitfold.errors import UsageError
 from bitfold.system.units import parse_size
 
+Source = Annotated[
+    str, typer.Argument(help="A GGUF file, a quantized or plain folder, or a Hub repository.", show_default=False)
+]
+Output = Annotated[Path | None, typer.Argument(help="File or folder to write; or say it as -o.", show_default=False)]
+OutputDir = Annotated[
+    Path | None,
+    typer.Option("--output-dir", "-o", help="File or folder to write; it must not exist yet.", show_default=False),
+]
+To = Annotated[
+    str,
+    typer.Option(
+        help="What to write: safetensors (floating point), bitfold or gguf (types as they are), gguf:TYPE,"
+        " compressed-tensors, gptq, awq or auto-round (codes as they are)."
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Of safetensors: bfloat16 (default), float16, float32, or auto: as they are read.", show_default=False
+    ),
+]
+DitherSeed = Annotated[
+    int | None,
+    typer.Option(help="GGUF only: add noise within the quantization steps, so that weights leave the old lattice."),
+]
+Measure = Annotated[
+    bool, typer.Option("--measure", help="Say the error of each tensor and the KL before the output gets its name.")
+]
+Text = Annotated[str | None, typer.Option(help="Of --measure: a text as for `bitfold eval`.", show_default=False)]
+MaxKl = Annotated[
+    float | None, typer.Option(help="Fail, and leave nothing, when the KL is above this.", show_default=False)
+]
+MaxShardSize = Annotated[str, typer.Option(help="Size at which a new file is begun.")]
+
 
 @app.command()
 def convert(
-    source: Annotated[
-        str,
-        typer.Argument(help="A GGUF file, a quantized or plain folder, or a Hub repository.", show_default=False),
-    ],
-    output: Annotated[
-        Path | None, typer.Argument(help="File or folder to write; or say it as -o.", show_default=False)
-    ] = None,
-    output_dir: Annotated[
-        Path | None,
-        typer.Option("--output-dir", "-o", help="File or folder to write; it must not exist yet.", show_default=False),
-    ] = None,
-    to: Annotated[
-        str,
-        typer.Option(
-            help="What to write: safetensors (floating point), bitfold or gguf (types as they are), gguf:TYPE,"
-            " compressed-tensors, gptq, awq or auto-round (codes as they are)."
-        ),
-    ] = "safetensors",
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="Of safetensors: bfloat16 (default), float16, float32, or auto: as they are read.", show_default=False
-        ),
-    ] = None,
-    dither_seed: Annotated[
-        int | None,
-        typer.Option(help="GGUF only: add noise within the quantization steps, so that weights leave the old lattice."),
-    ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Size at which a new file is begun.")] = "4GB",
+    source: Source,
+    output: Output = None,
+    output_dir: OutputDir = None,
+    to: To = "safetensors",
+    dtype: Dtype = None,
+    dither_seed: DitherSeed = None,
+    measure: Measure = False,
+    text: Text = None,
+    max_kl: MaxKl = None,
+    max_shard_size: MaxShardSize = "4GB",
     pre_tokenizer: PreTokenizer = None,
     revision: Revision = None,
     json: Json = False,
@@ -55,12 +70,15 @@ def convert(
     assert out is not None
     if to != FLOATS and (dtype, dither_seed) != (None, None):
         raise UsageError("only plain folders have a dtype and can be dithered", where="--to", hint="--to gguf:F16")
+    if (measure or max_kl is not None or text is not None) and to == FLOATS:
+        raise UsageError("of plain folders nothing is measured here", where="--measure", hint="bitfold eval OUTPUT")
     shard_bytes = parse_size(max_shard_size, where="--max-shard-size")
     from bitfold.checkpoints.hub.fetch import resolve
 
     local = resolve(source, revision=revision)
     if to != FLOATS:
-        found = _repacked(local, out, to, pre_tokenizer)
+        measured = _Asked(text, max_kl) if measure or max_kl is not None or text is not None else None
+        found = _repacked(local, out, to, pre_tokenizer, measured)
     else:
         found = _plain(local, out, dtype or "bfloat16", dither_seed, shard_bytes, pre_tokenizer)
     if json:
@@ -93,15 +111,28 @@ def _plain(
     return _Made(facts, f"{len(result.tensors)} tensors, {size_text(result.nbytes)}")
 
 
-def _repacked(source: Path, out: Path, to: str, pre_tokenizer: str | None) -> _Made:
+@dataclass(frozen=True)
+class _Asked:
+    """What is to be measured with, and the limit."""
+
+    text: str | None
+    max_kl: float | None
+
+
+def _repacked(source: Path, out: Path, to: str, pre_tokenizer: str | None, asked: _Asked | None) -> _Made:
     from bitfold.checkpoints.repack import repack as run
+    from bitfold.evaluation.conversions import Measured
     from bitfold.system.units import size_text
 
-    made = run(source, out, to, pre_tokenizer)
+    judge = None if asked is None else Measured(source, asked.text, max_kl=asked.max_kl)
+    made = run(source, out, to, pre_tokenizer, judge)
+    measured = None if judge is None or judge.found is None else judge.found
     worst = max(made.losses, key=lambda name: made.losses[name], default=None)
     count = made.exact + len(made.losses)
     losses = [{"tensor": name, "error": loss} for name, loss in made.losses.items()]
     facts = {"tensors": count, "bytes": made.nbytes, "exact": worst is None, "losses": losses}
+    if asked is not None:
+        facts |= {"kl_mean": measured and measured.kl_mean, "top1": measured and measured.top1}
     text = f"{count} tensors, {size_text(made.nbytes)}, exact: the same numbers, bit for bit"
     if worst is not None:
         mean = sum(made.losses.values()) / len(made.losses)
@@ -109,6 +140,8 @@ def _repacked(source: Path, out: Path, to: str, pre_tokenizer: str | None) -> _M
             f"{count} tensors, {size_text(made.nbytes)}; {made.exact} exact, {len(made.losses)} rounded anew: relative"
             f" error {mean:.2e} of the squared weights on average, {made.losses[worst]:.2e} at most ({worst})"
         )
+    if measured is not None:
+        text += f"; KL {measured.kl_mean:.6f} nats a token"
     return _Made(facts, text)
 
 
