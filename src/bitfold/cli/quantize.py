@@ -98,6 +98,10 @@ MaxShardSizeOption = Annotated[str, typer.Option(help="Size at which a new file 
 UploadRepoOption = Annotated[
     str | None, typer.Option(help="Publish the folder as this Hub repository when it is complete.")
 ]
+LowDiskOption = Annotated[
+    bool,
+    typer.Option("--low-disk", help="Fetch and send file by file, keeping neither: repository to --upload-repo."),
+]
 
 
 @app.command()
@@ -135,6 +139,7 @@ def quantize(
     max_shard_size: MaxShardSizeOption = "4GB",
     revision: Revision = None,
     upload_repo: UploadRepoOption = None,
+    low_disk: LowDiskOption = False,
     json: Json = False,
 ) -> None:
     """Quantize a model into a new folder, one tensor in memory at a time."""
@@ -152,7 +157,7 @@ def quantize(
     text = settings(method, text_of, nsamples, seqlen, drift, fisher, columns, refit, start_token)
     ceiling = None if max_memory is None else parse_size(max_memory, where="--max-memory")
     how = (seed, shard_bytes, ceiling, dry_run, restart, strict, events, revision)
-    options = RunOptions(*how, upload_repo=upload_repo, pre_tokenizer=pre_tokenizer)
+    options = RunOptions(*how, upload_repo=upload_repo, pre_tokenizer=pre_tokenizer, low_disk=low_disk)
     report = run(Request(model, output_dir or Path("unused"), wanted, text, export), options)
     if json:
         print_json(report.to_dict())

@@ -75,6 +75,7 @@ class RunOptions:
         revision, token: of the Hub repository.
         pre_tokenizer: of a GGUF file, by which rule its tokenizer cuts text, whatever the file says.
         upload_repo: push the finished folder there.
+        low_disk: fetch and send file by file, keeping neither; from a repository to `upload_repo`.
         on_tensor: called with the report of each tensor as it is written.
     """
 
@@ -90,3 +91,4 @@ class RunOptions:
     upload_repo: str | None = None
     on_tensor: OnTensor | None = None
     pre_tokenizer: str | None = None
+    low_disk: bool = False

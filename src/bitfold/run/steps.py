@@ -33,6 +33,15 @@ from bitfold.records.record import write_record
 from bitfold.records.run_report import QuantizeReport, TensorReport, peak_memory
 from bitfold.run.engine_export import held_by_engine
 from bitfold.run.export import check_export, export_rules, single_file
+from bitfold.run.low_disk import (
+    WHY,
+    by_file,
+    check_low_disk,
+    on_demand,
+    on_demand_of,
+    require_data_free,
+    with_little_disk,
+)
 from bitfold.run.options import Request, RunOptions
 from bitfold.run.writing import Job, PlannedRun, Writing, Written
 from bitfold.system import progress
@@ -64,6 +73,8 @@ def check(request: Request, options: RunOptions) -> None:
     """Raise what can be known before anything is opened: options, places to write to, the login."""
     from bitfold.checkpoints.hub.upload import check_login
 
+    if options.low_disk:
+        check_low_disk(request, options)
     if request.export is not None:
         check_export(request, upload=options.upload_repo is not None)
     else:
@@ -88,6 +99,10 @@ def open_model(request: Request, options: RunOptions) -> Iterator[Opened]:
     """
     from bitfold.checkpoints.hub.fetch import resolve
 
+    if options.low_disk:
+        with on_demand(request, options) as fetched:
+            yield Opened(fetched, _skeleton(fetched))
+        return
     local = resolve(request.source, revision=options.revision, token=options.token)
     source = open_source(local, pre_tokenizer=options.pre_tokenizer)
     try:
@@ -118,6 +133,7 @@ def plan(opened: Opened, request: Request, options: RunOptions, obstacle: str | 
         obstacle: what was found to stand in the way of calibration, where the method is left open.
     """
     wanted, why, source = request.wanted, "", opened.source
+    obstacle = WHY if options.low_disk else obstacle
     more: tuple[str, ...] = ()
     if request.export is not None:
         rules, why, more = export_rules(request, source, partial(why_not_calibrated, source, opened.model))
@@ -142,6 +158,9 @@ def plan(opened: Opened, request: Request, options: RunOptions, obstacle: str | 
         decided, said = held_by_engine(decided, target)
         more = (*more, *said)
     decided = decided.kept_as(target.plain)
+    if options.low_disk:
+        require_data_free(decided)
+        decided = by_file(decided, on_demand_of(source))
     return PlannedRun(source, opened.model, decided, job, account_for(source, decided), why, substitutes=more)
 
 
@@ -157,6 +176,8 @@ def forecast(run: PlannedRun, options: RunOptions) -> Forecast:
     run = replace(run, job=replace(run.job, calibration=use.calibration), hessian_bytes=use.hessian_bytes)
     asked = Asked(options.seed, options.max_shard_bytes, options.dry_run, options.max_memory, run.job.kind)
     found = replace(preflight(run.source, run.model, run.plan, use, asked), substitutes=list(run.substitutes))
+    if options.low_disk:
+        found = with_little_disk(found, on_demand_of(run.source), options.max_shard_bytes)
     if not options.dry_run:
         refuse_impossible(found, run.job.out, options.max_memory, has=size_of(partial_of(run.job.out)))
         for line in (found.summary(), *found.cautions()):
@@ -227,7 +248,7 @@ def record(report: QuantizeReport, job: Job, options: RunOptions, started: float
         options: how.
         started: when, by `time.perf_counter()`.
     """
-    from bitfold.checkpoints.hub.upload import upload
+    from bitfold.checkpoints.hub.upload import open_repo, upload
 
     report = replace(report, seconds=time.perf_counter() - started, peak_memory=peak_memory())
     if options.dry_run or not job.out.is_dir():
@@ -235,6 +256,8 @@ def record(report: QuantizeReport, job: Job, options: RunOptions, started: float
     write_record(job.out, report, {"seed": job.seed, "calibration": job.calibration and asdict(job.calibration)})
     if options.upload_repo is None:
         return report
+    if options.low_disk:
+        return replace(report, url=open_repo(options.upload_repo, options.token))
     return replace(report, url=upload(job.out, options.upload_repo, token=options.token))
 
 

@@ -38,6 +38,7 @@ from bitfold.qtensor import QTensor
 from bitfold.recipes.recipe import Recipe
 from bitfold.records.card import write_card
 from bitfold.records.run_report import QuantizeReport, TensorReport, relative_error
+from bitfold.run.low_disk import Sender
 from bitfold.run.options import RunOptions
 from bitfold.system import progress
 from bitfold.system.memory import Ceiling
@@ -115,6 +116,9 @@ class Writing:
         self.run, self.work, self._events, self._options, self._times = run, work, events, options, times
         self._target = open_target(run.job.kind, work.result, run.job.max_shard_bytes, run.source)
         self._target.layout(run.plan.contents())
+        self._sender: Sender | None = None
+        if options.low_disk and options.upload_repo is not None:
+            self._sender = Sender(options.upload_repo, options.token, self._target, work.result, work.journal)
         self.done = WrittenTensors()
         self._ceiling = Ceiling(options.max_memory)
         self.acts: ActivationCost | None = None
@@ -143,12 +147,17 @@ class Writing:
         """Take over what an earlier run wrote, as far as the hashes agree."""
         records = {record["tensor"]: record for record in self.work.journal.of_kind("tensor")}
         for name, record in records.items():
-            if all(self._target.digest(stored) == sha for stored, sha in record["hashes"].items()):
+            if all(self._stands(stored, sha) for stored, sha in record["hashes"].items()):
                 self.done.hashes |= record["hashes"]
                 self.done.reports[name] = TensorReport.from_dict(record["report"])
+        if self._sender is not None:
+            self._sender.wrote(list(self.done.hashes))  # of a file that was full and not sent
         if records:
             self._events.write("resume", tensors=len(self.done.reports), of=len(self.run.plan.decisions))
             progress.say(f"going on: {len(self.done.reports)} of {len(self.run.plan.decisions)} tensors are done")
+
+    def _stands(self, stored: str, sha: str) -> bool:
+        return (self._sender is not None and self._sender.holds(stored)) or self._target.digest(stored) == sha
 
     def _remaining(self) -> Iterator[TensorReport]:
         if self.run.job.calibration is not None:
@@ -276,6 +285,8 @@ class Writing:
         self.done.reports[decision.tensor] = report
         self.done.hashes |= hashes
         self._events.write("tensor", **report.to_dict())
+        if self._sender is not None:
+            self._sender.wrote(hashes)
         return report
 
     def folder(self, report: QuantizeReport) -> None:
@@ -290,10 +301,12 @@ class Writing:
         except OSError as error:
             raise written_error(error, self.work.result, "cannot be completed") from error
         check_written(run.plan, report.tensors, self._target)
-        if self._target.single is None:
+        if self._target.single is None and self._sender is None:
             write_manifest(self.work.result, run.account.totals())
         if self._options.strict and report.flagged:
             refuse_flagged(report)
+        if self._sender is not None:
+            self._sender.finish()
         self.work.publish()
 
     def _complete(self, report: QuantizeReport) -> None:

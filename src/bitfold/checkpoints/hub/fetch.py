@@ -205,6 +205,38 @@ class _Fetch:
         return folder / self.name.file
 
 
+def fetch_small(repo_id: str, place: Path, revision: str | None, token: str | None) -> tuple[str, list[str]]:
+    """Everything of a repository but its weights, into a folder.
+
+    Returns:
+        The commit, and the names of the files of weights that belong to it.
+    """
+    from huggingface_hub import snapshot_download
+
+    patience = Patience(repo_id, has_token=has_token(token))
+    info = patiently(lambda: open_client(token).model_info(repo_id, revision=revision, timeout=30), patience)
+    files = [sibling.rfilename for sibling in info.siblings or []]
+    require_safetensors(files, repo_id)
+    beside = [name for name in _side_files(files, []) if not is_weights(PurePosixPath(name).name)]
+    small = ["config.json", *([INDEX] if INDEX in files else []), *beside]
+
+    def fetch() -> str:
+        return str(
+            snapshot_download(
+                repo_id,
+                revision=info.sha,
+                token=token,
+                local_dir=place,
+                endpoint=endpoint(),
+                allow_patterns=[glob.escape(name) for name in small],
+                library_name="bitfold",
+            )
+        )
+
+    patiently(fetch, patience)
+    return str(info.sha), [name for name in _weights(place, files) if name.endswith(".safetensors")]
+
+
 def _require_gguf(files: list[str], wanted: str, where: str) -> None:
     if wanted in files:
         return

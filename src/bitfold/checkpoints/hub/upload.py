@@ -74,6 +74,44 @@ def upload(
     return str(url) if revision is None else f"{url}/tree/{revision}"
 
 
+def open_repo(repo_id: str, token: str | None) -> str:
+    """Make a repository if need be; its address. See `upload` for the errors."""
+    api, patience = open_client(token), Patience(repo_id, has_token=has_token(token), writing=True)
+    return str(patiently(lambda: api.create_repo(repo_id, exist_ok=True), patience))
+
+
+def send_file(file: Path, repo_id: str, token: str | None) -> None:
+    """One file of weights. See `upload` for the errors."""
+    api, patience = open_client(token), Patience(repo_id, has_token=has_token(token), writing=True)
+    message = f"Upload {file.name} with bitfold"
+    patiently(
+        lambda: api.upload_file(path_or_fileobj=file, path_in_repo=file.name, repo_id=repo_id, commit_message=message),
+        patience,
+    )
+
+
+def send_rest(folder: Path, repo_id: str, token: str | None, weights: list[str]) -> str:
+    """What makes files of weights that were sent one by one a checkpoint; others of an earlier upload are deleted.
+
+    Returns:
+        The address of the repository.
+    """
+    api, patience = open_client(token), Patience(repo_id, has_token=has_token(token), writing=True)
+    there = patiently(lambda: api.list_repo_files(repo_id), patience)
+    stale = [name for name in there if name.endswith(".safetensors") and "/" not in name and name not in weights]
+    patiently(
+        lambda: api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message="Upload quantized model with bitfold",
+            ignore_patterns=[*NOT_UPLOADED, "*.safetensors"],
+            delete_patterns=[*stale, *([INDEX] if not (folder / INDEX).is_file() else [])] or None,
+        ),
+        patience,
+    )
+    return open_repo(repo_id, token)
+
+
 def _send(api: HfApi, folder: Path, repo_id: str, revision: str | None, message: str | None) -> None:
     api.upload_folder(
         repo_id=repo_id,
