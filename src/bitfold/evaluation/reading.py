@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from bitfold.errors import ModelError, UsageError
+from bitfold.evaluation.by_engine import by_engine
 from bitfold.text.start import text_ends
 from bitfold.text.windows import Windows
 
@@ -111,7 +112,8 @@ class CausalPassages:
     @torch.no_grad()
     def read(self, model: nn.Module, batch: int) -> Iterator[Piece]:
         """See `Passages`."""
-        windows, reader, size = self.windows, _HeadInPieces(model), piece_rows(model)
+        windows, size = self.windows, piece_rows(model)
+        reader = by_engine(model, windows.context, size) or _HeadInPieces(model)
         for first in range(0, len(windows), batch):
             ids = windows.ids[first : first + batch]
             with reader.run(ids) as rows:
