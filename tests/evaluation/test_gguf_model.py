@@ -54,12 +54,13 @@ def folder(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_is_judged_as_the_folder_is(file: Path, folder: Path):
+    """The file is read by the engine, with keys and values in half precision: 2^-12 of each."""
     one, other = (bitfold.evaluate(model, text=tiny_lm.TEXT, **SIZES) for model in (file, folder))
-    assert one.perplexity == pytest.approx(other.perplexity, rel=1e-6)
+    assert one.perplexity == pytest.approx(other.perplexity, rel=2**-12)
     assert one.start_token == other.start_token == "<end>"
     assert one.size == file.stat().st_size
     against = bitfold.evaluate(folder, file, text=tiny_lm.TEXT, **SIZES)
-    assert against.kl_mean == pytest.approx(0, abs=1e-6)
+    assert against.kl_mean == pytest.approx(0, abs=1e-5)
 
 
 def test_it_writes_as_the_folder_does(file: Path, folder: Path):
@@ -99,7 +100,7 @@ def test_it_is_compared_and_reported_beside_folders(file: Path, folder: Path, tm
     bitfold.quantize(folder, tmp_path / "q4", bits=4, method="rtn")
     runs = compare([own, tmp_path / "q4"], folder, tiny_lm.TEXT, **SIZES, save=True).runs
     assert {run.name for run in runs} == {"own.gguf", "q4"}
-    assert read_record(own)["evaluations"][0]["kl_mean"] == pytest.approx(0, abs=1e-6)
+    assert read_record(own)["evaluations"][0]["kl_mean"] == pytest.approx(0, abs=1e-5)
     arguments = ["report", str(own), "-o", str(tmp_path / "report.html"), "--reference", str(folder), "--context", "64"]
     result = CliRunner().invoke(app, [*arguments, "--max-tokens", "256"])
     assert result.exit_code == 0, result.output
