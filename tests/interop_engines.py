@@ -18,7 +18,7 @@ import bitfold
 SOURCES = Path(bitfold.__file__).parents[1]
 # A few words of vocabulary, and widths that all engines' kernels take: multiples of 32.
 SIZES: dict[str, Any] = {
-    "vocab_size": 256, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": 288, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.08, "tie_word_embeddings": False,
 }  # fmt: skip
 IDS = [int(i) for i in torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(1))]

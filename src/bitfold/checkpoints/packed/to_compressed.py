@@ -146,7 +146,8 @@ class CompressedFolder(PackedFolder):
         every = set(self.kinds().values())
         cpu = all(what.act != "float" or (what.kind, what.bits) == (INT, 4) for what in every)
         vllm = "yes" if cpu else "yes, on a GPU: on a CPU it has integers of 4 bits, and W8A8"
-        return {"vLLM": vllm, "transformers": "yes, where compressed-tensors is installed"}
+        zeros = "; version 0.20 of it fails on zero points" if any(what.zeros for what in every) else ""
+        return {"vLLM": vllm, "transformers": f"yes, where compressed-tensors is installed{zeros}"}
 
 
 def _format_of(what: Held) -> str:

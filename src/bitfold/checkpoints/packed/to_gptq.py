@@ -53,7 +53,7 @@ class GptqFolder(PackedFolder):
         known = what.bits in (4, 8) and not what.zeros
         vllm = "yes" if what.bits == 4 else "yes, on a GPU: on a CPU it has 4 bits"
         no = "no: of GPTQ it has symmetric integers of 4 and 8 bits"
-        return {"vLLM": vllm if known else no, "transformers": "yes, where gptqmodel is installed"}
+        return {"vLLM": vllm if known else no, "transformers": "yes, where gptqmodel and optimum are installed"}
 
     def layout_of(self, entry: Entry, what: Held) -> dict[str, TensorInfo]:
         """See `PackedFolder`."""
@@ -110,7 +110,7 @@ class AwqFolder(GptqFolder):
 
     def engines(self) -> dict[str, str]:
         """See `PackedFolder`."""
-        return {"vLLM": "yes", "transformers": "yes, where gptqmodel is installed"}
+        return {"vLLM": "yes", "transformers": "yes, where gptqmodel and optimum are installed"}
 
     def layout_of(self, entry: Entry, what: Held) -> dict[str, TensorInfo]:
         """See `PackedFolder`."""
