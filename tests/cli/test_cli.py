@@ -81,7 +81,7 @@ def test_the_module_runs_too() -> None:
 @pytest.mark.parametrize("flag", ["--group-size", "--group_size"])
 def test_hyphens_and_underscores(flag: str, bitfold: Bitfold, model: Path) -> None:
     result = bitfold("quantize", model, "--bits", 4, flag, 16, "--dry_run", "--json").json
-    assert {t["format"] for t in result["tensors"]} == {None, "int4-asym-g16"}
+    assert {t["format"] for t in result["tensors"]} == {None, "int8", "int4-asym-g16"}
 
 
 @pytest.mark.parametrize(

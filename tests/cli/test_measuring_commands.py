@@ -62,7 +62,7 @@ def test_layers(bitfold: Bitfold, model: Path, text: Path, tmp_path: Path) -> No
     args = ("layers", tmp_path / "q", "--reference", model, "--text", text, "--context", 32, "--max-tokens", 64)
     result = bitfold(*args, "--swaps", 2, "--swap-tokens", 32, "--save", "--json").json
     keys_are_documented("layers", result)
-    assert len(result["layers"]) == 14
+    assert len(result["layers"]) == 16  # embedding and head as well
     assert sum(e["swap_kl"] is not None for e in result["layers"]) == 2
     assert read_record(tmp_path / "q")["layers"]["layers"] == result["layers"]
     assert re.search(r"^model\.layers\.0\.mlp\.up_proj\.weight +int3-asym-g16 +4\.\d", bitfold(*args).out, re.M)

@@ -26,7 +26,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def quantized(original: Path) -> Path:
-    quantize(original, original.parent / "q", bits=3, group_size=16, transform="hadamard")
+    quantize(original, original.parent / "q", bits=3, group_size=16, transform="hadamard", keep_embeddings=True)
     return original.parent / "q"
 
 

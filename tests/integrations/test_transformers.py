@@ -69,7 +69,7 @@ def test_quantizing_while_loading_is_what_quantize_does(plain: Path, tmp_path: P
     model = Auto.from_pretrained(plain, quantization_config=config_of(**said))
     if way == "bits alone":  # the choice without calibration text
         said = {"format": "trellis-4", "transform": "hadamard", "method": "rtn"}
-    bitfold.quantize(plain, tmp_path / "q", **said)
+    bitfold.quantize(plain, tmp_path / "q", **said, keep_embeddings=True)
     expected = bitfold.load(tmp_path / "q")
     same_tensors(model, expected)
     assert any(isinstance(m, QLinear) for m in model.modules())
@@ -84,7 +84,7 @@ def test_calibrated_while_loading(plain: Path, tmp_path: Path, method: str) -> N
     text.write_text(tiny_lm.TEXT)
     said: dict[str, Any] = {"bits": 8, "method": method, "calibration": str(text)}
     model = Auto.from_pretrained(plain, quantization_config=config_of(**said))
-    bitfold.quantize(plain, tmp_path / "q", **said)
+    bitfold.quantize(plain, tmp_path / "q", **said, keep_embeddings=True)
     same_tensors(model, bitfold.load(tmp_path / "q"))
 
 
@@ -134,7 +134,7 @@ def test_families(tmp_path: Path, family: str, everything: bool) -> None:
     rules = bitfold.Recipe((bitfold.Rule("*", "int8"),)) if everything else None
     said: dict[str, Any] = {"recipe": rules} if everything else {"bits": 8}
     model = Auto.from_pretrained(tmp_path / "m", quantization_config=config_of(**said))
-    bitfold.quantize(tmp_path / "m", tmp_path / "q", **said)
+    bitfold.quantize(tmp_path / "m", tmp_path / "q", **said, keep_embeddings=True)
     same_tensors(model, bitfold.load(tmp_path / "q"))
     model.save_pretrained(tmp_path / "s")
     again = Auto.from_pretrained(tmp_path / "s")

@@ -147,8 +147,8 @@ def test_auto(tmp_path: Path) -> None:
         report = bitfold.quantize(folder, tmp_path / "out", bits=bits, calibration=calibration, dry_run=True)
         assert report.method.startswith(f"{method}: ")
         assert why in report.method
-        assert report.recipe[-1]["method"] == rounded
-        assert report.recipe[-1]["format"] == ("int8" if bits == 8 else f"trellis-{bits}")
+        assert report.recipe[0]["method"] == rounded
+        assert report.recipe[0]["format"] == ("int8" if bits == 8 else f"trellis-{bits}")
     with pytest.raises(UsageError, match="choose one of bits"):
         bitfold.quantize(whole, tmp_path / "out", method="auto", dry_run=True)
 

@@ -38,7 +38,8 @@ def test_method_from_name_to_logits(
     text.write_text(tiny_lm.TEXT, encoding="utf-8")
     calibrated = name in ("quip", "quip-sharp", "aqlm")
     calibration = Calibration(str(text), nsamples=4, seqlen=64) if calibrated else None
-    report = bitfold.quantize(source, tmp_path / "out", method=name, bits=bits, calibration=calibration)
+    text_options = {"calibration": calibration, "keep_embeddings": True}
+    report = bitfold.quantize(source, tmp_path / "out", method=name, bits=bits, **text_options)
     assert {t.format for t in report.tensors} == {None, format}
     model = bitfold.load(tmp_path / "out")
     weights = {name: m for name, m in model.named_modules() if isinstance(m, QWeight)}

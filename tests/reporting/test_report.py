@@ -34,7 +34,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("report")
     tiny_lm.folder(home / "original", tiny_lm.model())
     for bits in (8, 4, 2):
-        report = quantize(home / "original", home / f"q{bits}", bits=bits, group_size=16)
+        report = quantize(home / "original", home / f"q{bits}", bits=bits, group_size=16, keep_embeddings=True)
         write_record(home / f"q{bits}", report, {"seed": 0})
     text = home / "text.txt"
     text.write_text(tiny_lm.TEXT * 4, encoding="utf-8")
@@ -119,7 +119,7 @@ def test_numbers_that_cannot_be_compared(home: Path, runs: list[Path], tmp_path:
 
 
 def test_a_folder_that_knows_nothing_has_a_report(home: Path, tmp_path: Path) -> None:
-    quantize(home / "original", tmp_path / "bare", bits=4, method="rtn")
+    quantize(home / "original", tmp_path / "bare", bits=4, method="rtn", keep_embeddings=True)
     (tmp_path / "bare" / "bitfold_report.json").unlink(missing_ok=True)
     data = gather([tmp_path / "bare"])
     assert data.comparison is None

@@ -14,6 +14,7 @@ import torch
 from bitfold.checkpoints.base import Source
 from bitfold.checkpoints.gguf.described import describe_model
 from bitfold.checkpoints.gguf.mixtures import Facts, Typed, base_type, typed
+from bitfold.checkpoints.packed.written import is_embedding
 from bitfold.checkpoints.schema import Content, Entry, describe
 from bitfold.checkpoints.staging import open_output, written_aside
 from bitfold.checkpoints.targets import ENGINES, FOLDER, GGUF, open_target
@@ -26,6 +27,7 @@ from bitfold.system.units import size_text
 
 BITFOLD = "bitfold"
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+_NAMED = {"float32": torch.float32, "float16": torch.float16}
 _HEAD = "lm_head.weight"
 
 
@@ -81,6 +83,7 @@ def repack(
     try:
         stored = {name: source.content(name) for name in source.names() if not _repeats(source, name)}
         contents = types_of(source, stored, mixture) if mixture else stored
+        contents = _for_engines(source, contents) if kind in ENGINES else contents
         single = "model.gguf" if kind == GGUF else None
         with written_aside(place, single) as folder:
             made = _Repacking(source, stored, contents)
@@ -90,6 +93,20 @@ def repack(
     finally:
         source.close()
     return Repacked(place, nbytes, len(contents) - len(made.losses), made.losses)
+
+
+def _for_engines(source: Source, stored: Mapping[str, Content]) -> dict[str, Content]:
+    """With plain embeddings, and a plain output head where its format is not that of the other layers: engines know
+    linear layers of one kind of integers."""
+    formats = [content.format for content in stored.values() if isinstance(content, Entry)]
+    usual = max(formats, key=formats.count, default=None)
+    named = source.config.get("dtype") or source.config.get("torch_dtype")
+    dtype = _NAMED.get(str(named), torch.bfloat16)
+    found = dict(stored)
+    for name, content in stored.items():
+        if isinstance(content, Entry) and (is_embedding(name) or (name == _HEAD and content.format != usual)):
+            found[name] = TensorInfo(dtype, content.model_shape)
+    return found
 
 
 def _repeats(source: Source, name: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -73,7 +73,16 @@ PruneOption = Annotated[
 IgnoreOption = Annotated[
     list[str] | None, typer.Option(help="Tensors to keep as they are: a name, a glob or re:PATTERN. Repeatable.")
 ]
+KeepEmbeddingsOption = Annotated[
+    bool, typer.Option("--keep-embeddings", help="Leave embeddings and output head in 16 bits; else --bits makes it 8.")
+]
 RecipeOption = Annotated[Path | None, typer.Option(help="A TOML file of rules, tensor by tensor.")]
+DistillOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Then train scales and norms on the original's predictions, so many minutes.", show_default=False
+    ),
+]
 ExportOption = Annotated[
     str | None,
     typer.Option(
@@ -128,7 +137,9 @@ def quantize(
     prune: PruneOption = None,
     ignore: IgnoreOption = None,
     recipe: RecipeOption = None,
+    keep_embeddings: KeepEmbeddingsOption = False,
     export: ExportOption = None,
+    distill: DistillOption = None,
     max_memory: MaxMemoryOption = None,
     restart: RestartOption = False,
     strict: StrictOption = False,
@@ -148,20 +159,41 @@ def quantize(
     shard_bytes = parse_size(max_shard_size, where="--max-shard-size")
     from bitfold.calibration.options import settings
     from bitfold.recipes.options import MethodOptions
-    from bitfold.run.driver import run
     from bitfold.run.options import Request, RunOptions
     from bitfold.text.documents import with_column
 
-    wanted = MethodOptions(bits, format, group_size, fit, method, transform, act, prune, tuple(ignore or ()), recipe)
+    said = (bits, format, group_size, fit, method, transform, act, prune, tuple(ignore or ()), recipe)
+    wanted = MethodOptions(*said, keep_embeddings)
     text_of = with_column(calibration, text_column)
     text = settings(method, text_of, nsamples, seqlen, drift, fisher, columns, refit, start_token)
     ceiling = None if max_memory is None else parse_size(max_memory, where="--max-memory")
     how = (seed, shard_bytes, ceiling, dry_run, restart, strict, events, revision)
     options = RunOptions(*how, upload_repo=upload_repo, pre_tokenizer=pre_tokenizer, low_disk=low_disk)
-    report = run(Request(model, output_dir or Path("unused"), wanted, text, export), options)
-    if json:
-        print_json(report.to_dict())
-        return
-    from bitfold.cli.tables import show_quantized
+    request = Request(model, output_dir or Path("unused"), wanted, text, export)
+    _go(request, options, distill, tensors=tensors, json=json)
 
-    show_quantized(report, tensors=tensors)
+
+def _go(request: Any, options: Any, minutes: float | None, *, tensors: bool, json: bool) -> None:
+    """Quantize, and distill where minutes are given; print what came of it."""
+    from bitfold.cli.tables import show_quantized
+    from bitfold.run.driver import run
+
+    if minutes is None:
+        report = run(request, options)
+        if json:
+            print_json(report.to_dict())
+        else:
+            show_quantized(report, tensors=tensors)
+        return
+    from bitfold.run.learning import quantize_and_distill
+    from bitfold.training.distill import say_what_came_of_it
+
+    first, found = quantize_and_distill(request, options, minutes)
+    if json:
+        parts = {"distill": None if found is None else found.to_dict()}
+        print_json({**({} if first is None else first.to_dict()), **parts})
+        return
+    if first is not None:
+        show_quantized(first, tensors=tensors)
+    if found is not None:
+        print(say_what_came_of_it(found))

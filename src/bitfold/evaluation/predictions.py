@@ -91,9 +91,9 @@ class TopRows:
         """Rows after rows."""
         return cls(*(torch.cat([getattr(p, name) for p in parts]) for name in ("words", "codes", "top")))
 
-    def part(self, start: int, stop: int) -> TopRows:
+    def part(self, some: slice) -> TopRows:
         """Some of the rows."""
-        return TopRows(self.words[start:stop], self.codes[start:stop], self.top[start:stop])
+        return TopRows(self.words[some], self.codes[some], self.top[some])
 
     @property
     def log_probabilities(self) -> torch.Tensor:

@@ -87,7 +87,7 @@ class Calibrated:
         self._place = tempfile.TemporaryDirectory(prefix="bitfold-")
         folder = Path(self._place.name) / "quantized"
         local = Path(source) if Path(source).is_dir() else resolve(source, revision=revision)
-        quantize(local, folder, **options)
+        quantize(local, folder, **{**options, "keep_embeddings": True})  # tied to a head that transformers has made
         said = quantization_config(folder)
         if said is None:
             raise CheckpointError("was not written as it should be", where=str(folder))

@@ -15,16 +15,17 @@ _KNOWN: dict[tuple[str, str], float | None] = {}
 _PIECE = 1 << 20  # weights looked at by one job
 
 
-def weight_flags(w: torch.Tensor) -> list[str]:
+def weight_flags(w: torch.Tensor, *, table: bool = False) -> list[str]:
     """What is odd about the numbers of a weight (..., n, k), inputs last: rows and columns of zeros only.
 
-    A row of zeros is an output that never speaks, a column of zeros an input that nobody hears.
+    A row of zeros is an output that never speaks, a column of zeros an input that nobody hears. In a table with a row
+    for each word rows of zeros are ordinary: padding.
     """
     zeros = Zeros()
     for matrix in w.reshape(-1, *w.shape[-2:]):
         zeros.add(matrix)
         zeros.close()
-    return zeros.flags()
+    return zeros.flags(table=table)
 
 
 class Zeros:
@@ -48,10 +49,10 @@ class Zeros:
             self._columns += int((~self._heard).sum())
         self._heard = None
 
-    def flags(self) -> list[str]:
-        """In words."""
+    def flags(self, *, table: bool = False) -> list[str]:
+        """In words; rows of zeros are ordinary in a table with a row for each word."""
         self.close()
-        found = [f"{self._rows} rows of zeros"] if self._rows else []
+        found = [f"{self._rows} rows of zeros"] if self._rows and not table else []
         return found + ([f"{self._columns} columns of zeros"] if self._columns else [])
 
 

@@ -18,6 +18,7 @@ from bitfold.models.stacks import Stack, find_stacks
 from bitfold.system.tensorinfo import TensorInfo
 
 LINEAR, EMBEDDING, EXPERTS = "linear", "embedding", "experts"
+OUTPUT_HEAD = "output head"  # why a linear layer is kept
 _ROUTER = re.compile(r"(^|\.)((\w+_)?router|gate|shared_expert_gate|wg|gate_network)(\.\w+)?$")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|proj_out|decoder\.output|cls\.predictions\.decoder)$")
 _EMBEDDING_NAME = re.compile(
@@ -51,6 +52,11 @@ class Site:
     transposed: bool = False
     aliases: tuple[str, ...] = ()
     experts: int | None = None
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it has a row for each word, or position: an embedding, or an output head."""
+        return self.kind == EMBEDDING or self.keep == OUTPUT_HEAD
 
     @property
     def module(self) -> str:
@@ -121,7 +127,7 @@ def _sites_of(path: str, module: nn.Module, heads: set[int], stacks: Mapping[str
     prefix = f"{path}." if path else ""
     weight, path = module._parameters.get("weight"), _WRAPPER.sub("", path)
     if isinstance(module, nn.Linear) and weight is not None:
-        keep = "output head" if id(module) in heads or _HEAD.search(path) else _router(path)
+        keep = OUTPUT_HEAD if id(module) in heads or _HEAD.search(path) else _router(path)
         return [Site(prefix + "weight", LINEAR, tuple(weight.shape), keep)]
     if isinstance(module, nn.Embedding) and weight is not None:
         return [Site(prefix + "weight", EMBEDDING, tuple(weight.shape), "embedding")]
@@ -175,5 +181,5 @@ def guess_sites(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) ->
 def _guess(name: str, module: str, shape: tuple[int, ...], conv1d: bool) -> Site:
     if _EMBEDDING_NAME.search(module):
         return Site(name, EMBEDDING, shape, "embedding")
-    keep = "output head" if _HEAD.search(module) else _router(module)
+    keep = OUTPUT_HEAD if _HEAD.search(module) else _router(module)
     return Site(name, LINEAR, shape, keep, transposed=conv1d and bool(_CONV1D_NAME.search(module)))

@@ -80,7 +80,7 @@ def quantize_pieces(source: Source, item: Item, decision: Quantized, seed: int) 
     fields = {name: torch.cat([q.fields[name] for q in found]) for name in found[0].fields}
     whole = QTensor(found[0].format, site.qshape, fields)
     assert not whole.format.plain or "values" in fields
-    return whole, loss / norm if norm > 0 else 0.0, zeros.flags()
+    return whole, loss / norm if norm > 0 else 0.0, zeros.flags(table=site.is_table)
 
 
 def _matrices(w: torch.Tensor, q: QTensor) -> tuple[list[torch.Tensor], list[QTensor]]:

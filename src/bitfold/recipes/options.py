@@ -33,6 +33,8 @@ class MethodOptions:
         prune: "wanda:0.5", "sparsegpt:2:4" and the like; default: the method's, mostly "none".
         ignore: patterns of tensors to keep.
         recipe: a Recipe or a TOML file instead of all but `ignore`.
+        keep_embeddings: leave embeddings and output heads as they are; else bits (but no format and no recipe) put them
+            into 8 bits, see planning/tables.py.
     """
 
     bits: int | None = None
@@ -45,6 +47,7 @@ class MethodOptions:
     prune: str | None = None
     ignore: tuple[str, ...] = ()
     recipe: Recipe | str | Path | None = None
+    keep_embeddings: bool = False
 
     @property
     def leaves_the_choice(self) -> bool:
@@ -54,13 +57,19 @@ class MethodOptions:
         return self.method == AUTO or alone
 
     @property
+    def packs_tables(self) -> bool:
+        """Whether embeddings and output heads are quantized with the rest."""
+        return self.bits is not None and not self.keep_embeddings
+
+    @property
     def shortens_groups(self) -> bool:
         """Whether rows shorter than a group get one scale a row: nobody asked for just these groups."""
         return self.bits is not None and self.group_size is None
 
     def given(self) -> dict[str, int | str | Recipe | Path]:
-        """What is said, by the flags of the command line, without `ignore`."""
-        said = {f"--{f.name.replace('_', '-')}": getattr(self, f.name) for f in fields(self) if f.name != "ignore"}
+        """What is said, by the flags of the command line, without `ignore` and `keep_embeddings`."""
+        named = [f.name for f in fields(self) if f.name not in ("ignore", "keep_embeddings")]
+        said = {f"--{name.replace('_', '-')}": getattr(self, name) for name in named}
         return {flag: value for flag, value in said.items() if value is not None}
 
     def with_choice(self, choice: Mapping[str, str | None]) -> MethodOptions:

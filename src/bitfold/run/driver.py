@@ -49,6 +49,7 @@ def quantize(
     prune: str | None = None,
     ignore: Iterable[str] = (),
     recipe: Recipe | str | Path | None = None,
+    keep_embeddings: bool = False,
     calibration: Calibration | str | None = None,
     export: str | None = None,
     dry_run: bool = False,
@@ -66,12 +67,11 @@ def quantize(
     """Quantize a checkpoint into a new folder, streaming tensor by tensor.
 
     Args:
-        src: a local Hugging Face folder, a GGUF file, or a Hub id.
-        out: the folder to make; must not exist, or be empty.
-        bits, format, group_size, fit, method, transform, act, prune, ignore, recipe: see `MethodOptions`; bits alone
-            (but for act and ignore), or the method "auto", leave the choice of the method to bitfold.
-        calibration: text for methods that need it (see `Calibration`, or just its `text`); default: the text that comes
-            with bitfold.
+        src, out: a local Hugging Face folder, a GGUF file, or a Hub id; the folder to make, which must not exist.
+        bits, format, group_size, fit, method, transform, act, prune, ignore, recipe, keep_embeddings: see
+            `MethodOptions`; bits alone (but for act and ignore), or the method "auto", leave the choice of the method
+            to bitfold.
+        calibration: text for methods that need it (see `Calibration`, or just its `text`); default: bitfold's own.
         export: "compressed-tensors", "gptq", "awq", "auto-round": make a folder for engines that read these; or
             "gguf:Q4_K_M" and the like: make a GGUF file of that mixture, `out`, which is not to be said again by bits,
             format or recipe.
@@ -88,7 +88,7 @@ def quantize(
             beside `out`, and the same call goes on with it.
     """
     wanted = MethodOptions(
-        bits, format, group_size, fit, method, transform, act, prune, ignore=tuple(ignore), recipe=recipe
+        *(bits, format, group_size, fit, method, transform, act, prune, tuple(ignore), recipe), keep_embeddings
     )
     log = None if events is None else Path(events)
     options = RunOptions(

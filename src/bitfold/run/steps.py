@@ -28,6 +28,7 @@ from bitfold.models.opening import open_skeleton
 from bitfold.planning.accounting import account_for
 from bitfold.planning.auto import choose
 from bitfold.planning.plan import make_plan
+from bitfold.planning.tables import with_tables
 from bitfold.recipes.options import choose_recipe
 from bitfold.records.record import write_record
 from bitfold.records.run_report import QuantizeReport, TensorReport, peak_memory
@@ -151,9 +152,11 @@ def plan(opened: Opened, request: Request, options: RunOptions, obstacle: str | 
         if calibration is not None:  # a choice has read it
             source.tokenizer()
             runnable(opened.model, source)
+    decided = make_plan(source, opened.model, rules, shorten_groups=wanted.shortens_groups)
+    if wanted.packs_tables and request.export is None:
+        rules, decided, more = with_tables(source, opened.model, rules, decided, options.seed)
     job = Job(request.source, request.out, rules, options.seed, calibration, options.max_shard_bytes, request.kind)
     target = open_target(job.kind, request.out, options.max_shard_bytes, source)
-    decided = make_plan(source, opened.model, rules, shorten_groups=wanted.shortens_groups)
     if request.export in ENGINES:
         decided, said = held_by_engine(decided, target)
         more = (*more, *said)

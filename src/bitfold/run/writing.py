@@ -249,7 +249,8 @@ class Writing:
         scheme, site, seed = decision.scheme, decision.site, self.run.job.seed
         q = quantize_site_tensor(w, site, scheme, seed)
         original = in_basis(w, site, transform_of(scheme, site, seed))
-        return self._finish_quantized(decision, q, relative_error(original, q), weight_flags(original))
+        odd = weight_flags(original, table=site.is_table)
+        return self._finish_quantized(decision, q, relative_error(original, q), odd)
 
     def _finish_quantized(self, decision: Quantized, q: QTensor, error: float, odd: list[str]) -> TensorReport:
         entry = decision.entry(self.run.job.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from bitfold.training.teacher import Lessons
 from bitfold.workspace.folder import Workspace
 
 _WARM = 5  # steps over which rates rise, and by which the pace is known
-_LOOKS = 20  # at the windows held out, in all
+_LOOKS = 20  # at the windows held out, in all, if that takes no more
+_LOOKING = 0.1  # of the time; a look at a window takes a third of what learning from it does
 _PATIENCE = 5  # of them without a better one
 _FILE = "step-{}.safetensors"
 
@@ -114,7 +116,7 @@ class Course:
 
     def _rest(self, plan: dict[str, Any], state: _State, check: Callable[[], None]) -> Learned:
         steps = int(plan["steps"])
-        every = max(1, steps // _LOOKS)
+        every = max(steps // _LOOKS, math.ceil(self._held_out / (3 * _LOOKING * self._how.batch)))
         with progress.bar("distill", steps) as bar:
             bar.skip(state.step)
             while state.step < steps and state.looks < _PATIENCE:

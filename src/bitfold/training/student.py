@@ -12,7 +12,7 @@ from torch import nn
 
 from bitfold.calibration.rehearsal import text_inputs
 from bitfold.calibration.shape import walk_shape
-from bitfold.calibration.tail import FEW, Tail, recomputed, tokens_at_once
+from bitfold.calibration.tail import FEW, recomputed
 from bitfold.errors import ModelError, ResourceError
 from bitfold.evaluation.predictions import TopRows
 from bitfold.system import memory
@@ -20,6 +20,7 @@ from bitfold.system.units import size_text
 from bitfold.training.layers import frozen_layers, install
 from bitfold.training.losses import divergence_and_gradient
 from bitfold.training.masters import Group
+from bitfold.training.reading import Reading, tokens_together
 
 _SLACK = 200_000_000  # bytes: allocator, libraries that load when they first work
 _TEMPORARIES = 6  # of a piece of logits in float32
@@ -67,13 +68,7 @@ class Student:
         self.plain = {name: p for name, p in model.named_parameters() if p.dim() == 1 and p.is_floating_point()}
         if not self.layers and not self.plain:
             raise ModelError("has no row scales, norms or biases to train", where=type(model).__name__)
-        ids = torch.arange(1, 1 + FEW)[None] % self.words
-        self._tail = Tail.of(model, ids)
-
-    @property
-    def words(self) -> int:
-        """Of the vocabulary."""
-        return int(self.model.get_input_embeddings().weight.shape[0])
+        self._reading = Reading(model)
 
     def groups(self, rate: float, plain_rate: float) -> list[Group]:
         """What is trained, row factors at one rate, norms and biases at the other."""
@@ -89,45 +84,33 @@ class Student:
             share: gradients grow by so many times those of the mean divergence.
         """
         with torch.enable_grad(), recomputed(self.model, self._blocks) if self._blocks else nullcontext():
-            hidden = self._hidden(ids)
-            total, gradient = self._pieces(hidden, ids[:-1], teacher, share)
-            hidden.backward(gradient)
+            states = self._reading.states(ids)
+            total, gradient = self._pieces(states, ids, teacher, share)
+            states.backward(gradient)
         return total
 
     @torch.no_grad()
     def divergence(self, ids: torch.Tensor, teacher: TopRows) -> float:
         """Mean KL(teacher || student) of a window, nats a token; see `learn`."""
-        return self._pieces(self._hidden(ids), ids[:-1], teacher, None)[0]
-
-    def _hidden(self, ids: torch.Tensor) -> Any:
-        """The last hidden states (1, tokens - 1, width); logits where they are not made of these token by token."""
-        if self._tail is not None:
-            return self._tail.hidden(ids[None])[:, :-1]
-        return self.model(**text_inputs(self.model, ids[None])).logits[:, :-1]
+        return self._pieces(self._reading.states(ids), ids, teacher, None)[0]
 
     def _pieces(
-        self, hidden: torch.Tensor, ids: torch.Tensor, teacher: TopRows, share: float | None
+        self, states: torch.Tensor, ids: torch.Tensor, teacher: TopRows, share: float | None
     ) -> tuple[float, torch.Tensor | None]:
-        """Mean divergence of a window, and its gradient by the last hidden states, a few tokens at a time."""
-        total, parts, size, at = 0.0, list[torch.Tensor](), tokens_at_once(self.words), 0
-        for piece, tokens in zip(torch.split(hidden.detach(), size, 1), torch.split(ids, size), strict=True):
-            part = piece.clone().requires_grad_(share is not None)
-            logits: Any = part if self._tail is None else self._tail.logits(part, tokens[None])
-            rows = teacher.part(at, at + len(tokens))
-            kl, gradient = divergence_and_gradient(logits.detach()[0].float(), rows)
+        """Mean divergence of a window, and its gradient by the states, a few tokens at a time."""
+        total, count = 0.0, len(ids) - 1
+        gradients = None if share is None else torch.empty_like(states)
+        for some in self._reading.pieces(ids):
+            part = states.detach()[:, some].clone().requires_grad_(share is not None)
+            logits = self._reading.logits(part, ids[some])
+            kl, gradient = divergence_and_gradient(logits.detach().to(torch.float32, copy=True), teacher.part(some))
             total += float(kl.sum(dtype=torch.float64))
-            at += len(tokens)
-            if share is not None:
-                scaled = gradient.mul_(share / len(ids)).to(logits.dtype)[None]
-                if self._tail is None:
-                    parts.append(scaled)
-                else:
-                    logits.backward(scaled)
-                    assert part.grad is not None
-                    parts.append(part.grad)
-        if self._tail is not None:
-            self._tail.forget()
-        return total / len(ids), torch.cat(parts, 1) if parts else None
+            if gradients is not None and share is not None:
+                logits.backward(gradient.mul_(share / count).to(logits.dtype))
+                assert part.grad is not None
+                gradients[:, some] = part.grad
+        self._reading.forget()
+        return total / count, gradients
 
 
 def blocks_of(skeleton: nn.Module | None) -> list[str]:
@@ -151,7 +134,7 @@ def fitting(model: nn.Module, blocks: list[str], tokens: int, limit: int | None)
     decoded = [size * layer.in_features * layer.out_features for layer in frozen_layers(model).values()]
     inside = tokens * _saved_bytes(model)
     words = int(getattr(model, "get_input_embeddings")().weight.shape[0])  # noqa: B009
-    here = (memory.resident() or 0) + 4 * _TEMPORARIES * words * tokens_at_once(words) + _SLACK
+    here = (memory.resident() or 0) + 4 * _TEMPORARIES * words * tokens_together(words) + _SLACK
     ways = [Fit(True, False, here + sum(decoded) + inside)]
     if blocks:
         edges = tokens * size * int(model.config.hidden_size) * len(blocks)  # type: ignore[union-attr,arg-type]

@@ -14,11 +14,10 @@ from bitfold.checkpoints.safetensors import digest_of
 from bitfold.checkpoints.shards import sync_file
 from bitfold.errors import ModelError, UsageError
 from bitfold.evaluation.predictions import TopRows
-from bitfold.evaluation.reading import CausalPassages
 from bitfold.models.model_ref import ModelRef
 from bitfold.models.vocabulary import refuse_unknown_tokens
 from bitfold.system import memory, progress
-from bitfold.text.windows import Windows
+from bitfold.training.reading import Reading
 from bitfold.workspace.folder import Workspace
 
 _FILE = "teacher-{}.safetensors"
@@ -70,25 +69,29 @@ class Lessons:
             return done
         model: Any = teacher.load("AutoModelForCausalLM", dtype)
         refuse_unknown_tokens(model, self.ids)
+        reading = Reading(model)
         with progress.bar("teacher", len(self.ids)) as bar:
             bar.skip(done)
             while done < len(self.ids) and not enough(done):
-                self._write(model, done, teacher.name, words)
+                self._write(reading, done, teacher.name, words)
                 done += 1
                 bar.advance(1)
-        del model
+        del model, reading
         gc.collect()
         memory.trim()  # before the student comes
         return done
 
-    def _write(self, model: torch.nn.Module, number: int, name: str, words: int | None) -> None:
-        passages = CausalPassages(Windows(self.ids[number : number + 1], self.ids.shape[1]))
-        pieces = []
-        for piece in passages.read(model, 1):
-            if words not in (None, piece.logits.shape[-1]):
-                what = f"predicts {piece.logits.shape[-1]} tokens, the model that learns {words}"
+    @torch.no_grad()
+    def _write(self, reading: Reading, number: int, name: str, words: int | None) -> None:
+        ids, pieces = self.ids[number], []
+        states = reading.states(ids)
+        for some in reading.pieces(ids):
+            logits = reading.logits(states[:, some], ids[some]).float()
+            if words not in (None, logits.shape[-1]):
+                what = f"predicts {logits.shape[-1]} tokens, the model that learns {words}"
                 raise UsageError(what, where=name, hint="is it the right teacher?")
-            pieces.append(TopRows.of(piece.logits, self._likeliest))
+            pieces.append(TopRows.of(logits, self._likeliest))
+        reading.forget()
         rows = TopRows.together(pieces)
         if not bool(torch.isfinite(rows.top).all()):
             raise ModelError(f"NaN or infinity in the predictions of window {number + 1}", where=name)

@@ -87,7 +87,8 @@ def _scaled(name: str, form: AnyFormat, entry: Entry) -> Held:
 
 def is_embedding(name: str) -> bool:
     """Whether a tensor is called like one."""
-    return "embed" in name.removesuffix(".weight").rpartition(".")[2]
+    last = name.removesuffix(".weight").rpartition(".")[2]
+    return "embed" in last or last in ("wte", "wpe")
 
 
 def words(packed: Tensor) -> Tensor:
