@@ -184,6 +184,24 @@ def test_a_process_where_only_transformers_is_imported(plain: Path, tmp_path: Pa
     assert done.stdout.split()[-1] == "QLinear"
 
 
+class OfAnotherLibrary(torch.nn.Module):
+    """Such as diffusers have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(64, 64)
+
+    def save_pretrained(self, folder: str) -> None:
+        raise AssertionError("never called once weights are packed")
+
+
+def test_other_libraries_do_not_save_what_they_do_not_know() -> None:
+    model = OfAnotherLibrary()
+    bitfold.quantize_(model, "int8")
+    with pytest.raises(UsageError, match="packed weights"):
+        model.save_pretrained("x")
+
+
 PUSH = """
 import bitfold
 from bitfold.integrations.transformers import BitfoldConfig

@@ -45,11 +45,23 @@ def swap(
 
 
 def _give_saving(model: nn.Module, path: str) -> None:
-    """Let transformers' own `save_pretrained` write what the packed fields mean, where there is a transformers."""
-    if "transformers.modeling_utils" in sys.modules:
+    """Let transformers' own `save_pretrained` write what the packed fields mean; that of other libraries is refused.
+
+    It would write packed fields without a word of what they mean. PEFT's writes adapters alone.
+    """
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is not None:
         from bitfold.models.hf_saving import give_saving
 
         give_saving(model, path)
+    theirs = callable(getattr(type(model), "save_pretrained", None))
+    adapters = any(kind.__module__.startswith("peft.") for kind in type(model).__mro__)
+    if theirs and not adapters and (modeling is None or not isinstance(model, modeling.PreTrainedModel)):
+        model.save_pretrained = _no_plain_saving  # type: ignore[assignment]
+
+
+def _no_plain_saving(*_: object, **__: object) -> None:
+    raise UsageError("this save_pretrained does not know packed weights", hint="bitfold.save(model, folder)")
 
 
 def _float_dtype(owner: nn.Module, parameter: str) -> torch.dtype:
