@@ -121,9 +121,7 @@ def test_two_ranks(tmp_path: Path) -> None:
 def test_openai_endpoint(tmp_path: Path) -> None:
     """`vllm serve FOLDER`, asked once."""
     python = python_of("vllm")
-    bitfold.quantize(
-        model(tmp_path / "m", vocab_size=257), tmp_path / "q", export="compressed-tensors", bits=4, method="rtn"
-    )
+    bitfold.quantize(model(tmp_path / "m"), tmp_path / "q", export="compressed-tensors", bits=4, method="rtn")
     tiny_lm.tokenizer().save_pretrained(tmp_path / "q")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
