@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save, save_file
 
+from bitfold.checkpoints.gguf.imatrix import Imatrix, Importance, write_imatrix
 from bitfold.checkpoints.manifest import FILE as MANIFEST
 from bitfold.checkpoints.manifest import write_manifest
 from bitfold.checkpoints.schema import QUANT_METHOD, VERSION
@@ -82,6 +83,17 @@ def gguf_file() -> bytes:
         return write_gguf(Path(folder) / "m.gguf", "llama", llama_tensors(), metadata, types).read_bytes()
 
 
+@cache
+def importance_matrices() -> list[bytes]:
+    """Both forms."""
+    entries = {"blk.0.ffn_up.weight": Importance(torch.ones(8), torch.ones(8)), "a": Importance(torch.ones(2, 4))}
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("m.gguf", "m.dat")]
+        for file in files:
+            write_imatrix(file, Imatrix(entries, 1024, 512, ("text",)))
+        return [file.read_bytes() for file in files]
+
+
 def seeds(name: str) -> list[bytes]:
     """Starting inputs of a target."""
     if name == "header":
@@ -96,6 +108,8 @@ def seeds(name: str) -> list[bytes]:
             return [quantized_folder(Path(folder))]
     if name == "gguf":
         return [gguf_file()]
+    if name == "imatrix":
+        return importance_matrices()
     if name == "manifest":
         with tempfile.TemporaryDirectory() as folder:
             quantized_folder(Path(folder))

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bitfold.checkpoints.bitfold_folder import QuantizedSource, quantization_config
+from bitfold.checkpoints.gguf.imatrix import read_imatrix
 from bitfold.checkpoints.gguf.source import GgufSource
 from bitfold.checkpoints.headers import read_header
 from bitfold.checkpoints.manifest import FILE as MANIFEST
@@ -73,6 +74,13 @@ def gguf(data: bytes, folder: Path) -> None:
         source.close()
 
 
+def imatrix(data: bytes, folder: Path) -> None:
+    """An importance matrix, in either form."""
+    file = folder / "importance.gguf"
+    file.write_bytes(data)
+    read_imatrix(file)
+
+
 def recipe(data: bytes, folder: Path) -> None:
     """A recipe in TOML."""
     file = folder / "recipe.toml"
@@ -99,6 +107,7 @@ TARGETS: dict[str, Target] = {
     "index": index,
     "config": config,
     "gguf": gguf,
+    "imatrix": imatrix,
     "recipe": recipe,
     "manifest": manifest,
     "text": text,

@@ -9,6 +9,7 @@ import torch
 
 from bitfold.checkpoints import open_source
 from bitfold.checkpoints.gguf.file import GgufFile
+from bitfold.checkpoints.gguf.imatrix import Imatrix, Importance, read_imatrix, write_imatrix
 from cli_runs import Bitfold, keys_are_documented
 
 CALIBRATED = ("--nsamples", "2", "--seqlen", "32", "--no-fisher")
@@ -73,6 +74,10 @@ def test_the_plan_is_told_before(bitfold: Bitfold, model: Path, tmp_path: Path) 
         ("--export", "gguf:Q4_0", "--format", "nf4"),
         ("--export", "gguf:Q4_0", "--method", "trellis"),
         ("--export", "gguf:Q4_0", "--upload-repo", "me/model"),
+        ("--export", "gguf:auto"),
+        ("--export", "gguf:Q4_0", "--target-size", "1MB"),
+        ("--export", "gguf:Q4_0", "--imatrix", "m.gguf"),
+        ("--bits", "4", "--imatrix", "m.gguf"),
     ],
 )
 def test_options_that_contradict_each_other(bitfold: Bitfold, model: Path, tmp_path: Path, wrong: tuple[str]) -> None:
@@ -87,3 +92,49 @@ def test_a_file_is_not_written_over(bitfold: Bitfold, model: Path, tmp_path: Pat
     assert "exists already" in bitfold("quantize", model, "--export", "gguf:Q8_0", "-o", out).err
     assert "is a folder" in bitfold("quantize", model, "--export", "gguf:Q8_0", "-o", tmp_path).err
     assert out.read_bytes() == b"mine"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_types_are_chosen_for_a_size(bitfold: Bitfold, model: Path, tmp_path: Path) -> None:
+    matrix = tmp_path / "m.gguf"
+    said = bitfold("imatrix", model, "-o", matrix, "--nsamples", "4", "--seqlen", "32", "--json").json
+    keys_are_documented("imatrix", said)
+    assert said["with_costs"] == said["entries"]
+    sizes, losses = [], []
+    for size in ("80kB", "100kB"):
+        out = tmp_path / f"{size}.gguf"
+        given = ("--export", "gguf:auto", "--target-size", size, "--method", "rtn", "--json")
+        more = ("--imatrix", matrix) if size == "80kB" else CALIBRATED[:4]
+        report = bitfold("quantize", model, "-o", out, *given, *more).json
+        assert report["preflight"]["output_bytes"] == out.stat().st_size
+        sizes.append(out.stat().st_size)
+        losses.append(sum(t["error"] or 0 for t in report["tensors"]))
+    assert sizes[0] <= 80_000 < sizes[1] <= 100_000
+    assert losses[1] < losses[0]
+    too_small = bitfold(
+        "quantize", model, "-o", tmp_path / "n.gguf", *given[:3], "2kB", *given[4:], "--imatrix", matrix
+    )
+    assert too_small.code == 2
+    assert "smallest" in too_small.err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_inputs_that_matter_lose_less(bitfold: Bitfold, model: Path, tmp_path: Path) -> None:
+    matrix = tmp_path / "m.dat"
+    bitfold("imatrix", model, "-o", matrix, "--nsamples", "4", "--seqlen", "32", "--no-gradients")
+    weights, original = read_imatrix(matrix).entries["blk.0.ffn_down.weight"].squares, open_source(model)
+    w = original.read("model.layers.0.mlp.down_proj.weight").float()
+    costs = []
+    for name, more in (("plain", ()), ("weighed", ("--imatrix", matrix))):
+        bitfold("convert", model, tmp_path / f"{name}.gguf", "--to", "gguf:Q4_0", *more)
+        source = open_source(tmp_path / f"{name}.gguf")
+        costs.append(float(((source.read("model.layers.0.mlp.down_proj.weight") - w).square() @ weights).sum()))
+        source.close()
+    assert costs[1] < costs[0]
+    exact = bitfold("convert", tmp_path / "plain.gguf", tmp_path / "n.gguf", "--to", "gguf", "--imatrix", matrix)
+    assert exact.code == 2
+    other = tmp_path / "other.gguf"
+    write_imatrix(other, Imatrix({"blk.0.ffn_down.weight": Importance(torch.ones(32))}, 8))
+    wrong = bitfold("convert", model, tmp_path / "n.gguf", "--to", "gguf:Q4_0", "--imatrix", other)
+    assert wrong.code == 3
+    assert "another model" in wrong.err

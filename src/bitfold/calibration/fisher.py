@@ -87,7 +87,7 @@ def token_weights(
                 heard |= squares.keys()
             else:
                 now.clear()
-                _backward(model, tail, sample[None], generator)
+                there_and_back(model, tail, sample[None], generator)
                 heard |= now
                 if marks is not None:
                     marks.keep_window(number, {name: found[name][at] for name in sorted(now)}, generator.get_state())
@@ -127,8 +127,8 @@ def _listening(model: Any, names: Iterable[str], note: Callable[[str, torch.Tens
             handle.remove()
 
 
-def _backward(model: Any, tail: Tail | None, ids: torch.Tensor, generator: torch.Generator) -> None:
-    """One window (1, tokens) there and back."""
+def there_and_back(model: Any, tail: Tail | None, ids: torch.Tensor, generator: torch.Generator) -> None:
+    """One window (1, tokens) through the model, and the gradient of its surprise at labels of its own back."""
     words = int(model.get_input_embeddings().weight.shape[0])
     if tail is None:
         if 4 * ids.numel() * words > _WHOLE:

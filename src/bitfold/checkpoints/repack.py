@@ -13,12 +13,13 @@ import torch
 
 from bitfold.checkpoints.base import Source
 from bitfold.checkpoints.gguf.described import describe_model
+from bitfold.checkpoints.gguf.imatrix import Importance, read_imatrix
 from bitfold.checkpoints.gguf.mixtures import Facts, Typed, base_type, typed
 from bitfold.checkpoints.packed.written import is_embedding
 from bitfold.checkpoints.schema import Content, Entry, describe
 from bitfold.checkpoints.staging import open_output, written_aside
 from bitfold.checkpoints.targets import ENGINES, FOLDER, GGUF, open_target
-from bitfold.errors import UsageError
+from bitfold.errors import CheckpointError, UsageError
 from bitfold.formats import get_format
 from bitfold.qtensor import QTensor
 from bitfold.system import progress
@@ -52,7 +53,12 @@ Judge = Callable[[Path, Mapping[str, float]], None]
 
 
 def repack(
-    src: str | Path, out: str | Path, to: str, pre_tokenizer: str | None = None, judge: Judge | None = None
+    src: str | Path,
+    out: str | Path,
+    to: str,
+    pre_tokenizer: str | None = None,
+    judge: Judge | None = None,
+    imatrix: str | Path | None = None,
 ) -> Repacked:
     """Write a checkpoint in another container.
 
@@ -64,9 +70,11 @@ def repack(
             it has; "compressed-tensors", "gptq", "awq", "auto-round": codes as they are, for other engines.
         pre_tokenizer: for GGUF files, see `open_source`.
         judge: told where the result lies and what its tensors lost before it gets its name; what it raises undoes it.
+        imatrix: a file that says how much the inputs of each tensor matter, see `read_imatrix`; what is rounded anew is
+            rounded accordingly.
 
     Raises:
-        UsageError: an unknown kind.
+        UsageError: an unknown kind, or an importance matrix where nothing is rounded.
         CheckpointError: an output that exists, a source that cannot be read, or that the container cannot hold.
     """
     from bitfold.checkpoints import open_source
@@ -77,6 +85,9 @@ def repack(
         raise UsageError(f"unknown kind of checkpoint {to!r}", hint=hint)
     if mixture:
         base_type(mixture)
+    elif imatrix is not None:
+        raise UsageError("nothing is rounded anew, so nothing is weighed", where="--imatrix", hint="--to gguf:Q4_K_M")
+    importance = {} if imatrix is None else read_imatrix(imatrix).entries
     target = FOLDER if kind == BITFOLD else kind
     place = open_output(out, Path(src), single=kind == GGUF)
     source = open_source(Path(src), pre_tokenizer=pre_tokenizer)
@@ -86,7 +97,7 @@ def repack(
         contents = _for_engines(source, contents) if kind in ENGINES else contents
         single = "model.gguf" if kind == GGUF else None
         with written_aside(place, single) as folder:
-            made = _Repacking(source, stored, contents)
+            made = _Repacking(source, stored, contents, importance)
             nbytes = made.write(f"{target}:{mixture}" if mixture else target, folder)
             if judge is not None:
                 judge(folder if single is None else folder / single, made.losses)
@@ -123,15 +134,23 @@ def types_of(source: Source, stored: Mapping[str, Content], mixture: str) -> dic
     shapes = {
         name: content.model_shape if isinstance(content, Entry) else content.shape for name, content in stored.items()
     }
-    found: dict[str, Content] = {}
-    for name, choice in mixture_of(source, shapes, mixture).items():
-        before = stored[name]
-        if choice.type in _DTYPES:
-            found[name] = TensorInfo(_DTYPES[choice.type], shapes[name])
-            continue
-        entry = Entry(get_format(choice.type), shapes[name])
-        found[name] = before if isinstance(before, Entry) and before.to_dict() == entry.to_dict() else entry
-    return found
+    found = contents_of(mixture_of(source, shapes, mixture), shapes)
+    same = {name for name, now in found.items() if isinstance(now, Entry) and _equal(stored[name], now)}
+    return {name: stored[name] if name in same else now for name, now in found.items()}
+
+
+def _equal(before: Content, now: Entry) -> bool:
+    return isinstance(before, Entry) and before.to_dict() == now.to_dict()
+
+
+def contents_of(types: Mapping[str, Typed], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Content]:
+    """Tensors of these types."""
+    return {
+        name: TensorInfo(_DTYPES[choice.type], shapes[name])
+        if choice.type in _DTYPES
+        else Entry(get_format(choice.type), shapes[name])
+        for name, choice in types.items()
+    }
 
 
 def mixture_of(source: Source, shapes: Mapping[str, tuple[int, ...]], mixture: str) -> dict[str, Typed]:
@@ -147,6 +166,32 @@ def mixture_of(source: Source, shapes: Mapping[str, tuple[int, ...]], mixture: s
     experts = int(model.metadata.get(f"{model.name}.expert_count", 0))
     facts = Facts(int(model.metadata[f"{model.name}.block_count"]), heads // kv_heads, experts, _HEAD not in shapes)
     return {name: typed(mixture, model.gguf_name(name) or name, shape, facts) for name, shape in shapes.items()}
+
+
+def importance_by_tensor(
+    source: Source, importance: Mapping[str, Importance], contents: Mapping[str, Content]
+) -> dict[str, torch.Tensor]:
+    """By what the errors of each tensor are weighed, column by column, by the names of the model.
+
+    Raises:
+        CheckpointError: an entry of another width than its tensor: the matrix is of another model.
+    """
+    if not importance:
+        return {}
+    model, found = describe_model(source.config, "", str(source.path)), {}
+    for name, content in contents.items():
+        shape = content.shape
+        entry = importance.get(model.gguf_name(name) or name)
+        if entry is None or len(shape) < 2:
+            continue
+        weights = entry.weights
+        if weights.shape[-1] != shape[-1] or (weights.dim() == 2 and len(weights) != shape[0]):
+            what = f"the importance matrix has {tuple(weights.shape)} inputs of a weight {tuple(shape)}"
+            raise CheckpointError(what, where=name, hint="it is of another model")
+        found[name] = weights if weights.dim() == 1 else weights[:, None]
+    if not found:
+        raise CheckpointError("the importance matrix knows no tensor of this model", where=str(source.path))
+    return found
 
 
 def fallbacks(types: Mapping[str, Typed], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -170,10 +215,18 @@ class _Repacking:
         source: open.
         stored: how every tensor is stored in it.
         contents: how every tensor is to be stored.
+        importance: of inputs, by the names of GGUF.
     """
 
-    def __init__(self, source: Source, stored: Mapping[str, Content], contents: Mapping[str, Content]) -> None:
+    def __init__(
+        self,
+        source: Source,
+        stored: Mapping[str, Content],
+        contents: Mapping[str, Content],
+        importance: Mapping[str, Importance],
+    ) -> None:
         self._source, self._stored, self._contents = source, stored, contents
+        self._importance = importance_by_tensor(source, importance, contents)
         self.losses: dict[str, float] = {}
 
     def write(self, kind: str, folder: Path) -> int:
@@ -215,7 +268,7 @@ class _Repacking:
         w = self._source.read(name).float()
         encode = content.format.weighted
         assert encode is not None  # what is rounded anew is a type of ggml
-        q = QTensor(content.format, content.shape, encode(w.view(content.shape), None))
+        q = QTensor(content.format, content.shape, encode(w.view(content.shape), self._importance.get(name)))
         self._lost(name, w, q.dequantize().view(w.shape))
         return q.fields
 

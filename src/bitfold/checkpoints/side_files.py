@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
+from bitfold.checkpoints.base import Source
 from bitfold.errors import CheckpointError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
@@ -99,6 +100,16 @@ def copy_side_files(source: Path, out_dir: Path) -> list[str]:
     except OSError as error:
         raise CheckpointError(f"cannot be copied: {error}", where=error.filename or str(source)) from error
     return copied
+
+
+def tokenizer_folder(source: Source, scratch: Path) -> Path:
+    """Where the tokenizer of a checkpoint is: its folder; what a file carries inside is written into `scratch`."""
+    if source.path.is_dir():
+        return source.path
+    scratch.mkdir(exist_ok=True)
+    source.copy_side_files(scratch)
+    (scratch / "config.json").write_text(json.dumps(source.config), encoding="utf-8")
+    return scratch
 
 
 def _files(folder: Path) -> Iterator[str]:

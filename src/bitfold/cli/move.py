@@ -44,6 +44,10 @@ Text = Annotated[str | None, typer.Option(help="Of --measure: a text as for `bit
 MaxKl = Annotated[
     float | None, typer.Option(help="Fail, and leave nothing, when the KL is above this.", show_default=False)
 ]
+ImatrixFile = Annotated[
+    Path | None,
+    typer.Option(help="gguf:TYPE only: an importance matrix, of `bitfold imatrix` or llama.cpp.", show_default=False),
+]
 MaxShardSize = Annotated[str, typer.Option(help="Size at which a new file is begun.")]
 
 
@@ -58,6 +62,7 @@ def convert(
     measure: Measure = False,
     text: Text = None,
     max_kl: MaxKl = None,
+    imatrix: ImatrixFile = None,
     max_shard_size: MaxShardSize = "4GB",
     pre_tokenizer: PreTokenizer = None,
     revision: Revision = None,
@@ -72,13 +77,15 @@ def convert(
         raise UsageError("only plain folders have a dtype and can be dithered", where="--to", hint="--to gguf:F16")
     if (measure or max_kl is not None or text is not None) and to == FLOATS:
         raise UsageError("of plain folders nothing is measured here", where="--measure", hint="bitfold eval OUTPUT")
+    if to == FLOATS and imatrix is not None:
+        raise UsageError("floats are not rounded, so nothing is weighed", where="--imatrix", hint="--to gguf:Q4_K_M")
     shard_bytes = parse_size(max_shard_size, where="--max-shard-size")
     from bitfold.checkpoints.hub.fetch import resolve
 
     local = resolve(source, revision=revision)
     if to != FLOATS:
         measured = _Asked(text, max_kl) if measure or max_kl is not None or text is not None else None
-        found = _repacked(local, out, to, pre_tokenizer, measured)
+        found = _repacked(local, out, to, pre_tokenizer, measured, imatrix)
     else:
         found = _plain(local, out, dtype or "bfloat16", dither_seed, shard_bytes, pre_tokenizer)
     if json:
@@ -119,13 +126,15 @@ class _Asked:
     max_kl: float | None
 
 
-def _repacked(source: Path, out: Path, to: str, pre_tokenizer: str | None, asked: _Asked | None) -> _Made:
+def _repacked(
+    source: Path, out: Path, to: str, pre_tokenizer: str | None, asked: _Asked | None, imatrix: Path | None
+) -> _Made:
     from bitfold.checkpoints.repack import repack as run
     from bitfold.evaluation.conversions import Measured
     from bitfold.system.units import size_text
 
     judge = None if asked is None else Measured(source, asked.text, max_kl=asked.max_kl)
-    made = run(source, out, to, pre_tokenizer, judge)
+    made = run(source, out, to, pre_tokenizer, judge, imatrix)
     measured = None if judge is None or judge.found is None else judge.found
     worst = max(made.losses, key=lambda name: made.losses[name], default=None)
     count = made.exact + len(made.losses)

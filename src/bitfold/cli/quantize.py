@@ -90,6 +90,16 @@ ExportOption = Annotated[
         show_default=False,
     ),
 ]
+TargetSizeOption = Annotated[
+    str | None,
+    typer.Option(help="With --export gguf:auto: size of the file; types are chosen for it.", show_default=False),
+]
+ImatrixOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="With --export gguf:auto: what errors cost, by `bitfold imatrix` (default: measured).", show_default=False
+    ),
+]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")]
 RestartOption = Annotated[
     bool, typer.Option("--restart", help="Begin anew, whatever an interrupted run has finished already.")
@@ -140,6 +150,8 @@ def quantize(
     keep_embeddings: KeepEmbeddingsOption = False,
     export: ExportOption = None,
     distill: DistillOption = None,
+    target_size: TargetSizeOption = None,
+    imatrix: ImatrixOption = None,
     max_memory: MaxMemoryOption = None,
     restart: RestartOption = False,
     strict: StrictOption = False,
@@ -156,7 +168,6 @@ def quantize(
     """Quantize a model into a new folder, one tensor in memory at a time."""
     if output_dir is None and not dry_run:
         raise UsageError("say where to write", where="--output-dir", hint="or try --dry-run first")
-    shard_bytes = parse_size(max_shard_size, where="--max-shard-size")
     from bitfold.calibration.options import settings
     from bitfold.recipes.options import MethodOptions
     from bitfold.run.options import Request, RunOptions
@@ -164,13 +175,13 @@ def quantize(
 
     said = (bits, format, group_size, fit, method, transform, act, prune, tuple(ignore or ()), recipe)
     wanted = MethodOptions(*said, keep_embeddings)
-    text_of = with_column(calibration, text_column)
-    text = settings(method, text_of, nsamples, seqlen, drift, fisher, columns, refit, start_token)
-    ceiling = None if max_memory is None else parse_size(max_memory, where="--max-memory")
-    how = (seed, shard_bytes, ceiling, dry_run, restart, strict, events, revision)
+    sizes = (nsamples, seqlen, drift, fisher, columns, refit, start_token)
+    text = settings(method, with_column(calibration, text_column), *sizes)
+    shard_bytes = parse_size(max_shard_size, where="--max-shard-size")
+    how = (seed, shard_bytes, _bytes(max_memory, "--max-memory"), dry_run, restart, strict, events, revision)
     options = RunOptions(*how, upload_repo=upload_repo, pre_tokenizer=pre_tokenizer, low_disk=low_disk)
-    request = Request(model, output_dir or Path("unused"), wanted, text, export)
-    _go(request, options, distill, tensors=tensors, json=json)
+    what = (wanted, text, export, _bytes(target_size, "--target-size"), imatrix)
+    _go(Request(model, output_dir or Path("unused"), *what), options, distill, tensors=tensors, json=json)
 
 
 def _go(request: Any, options: Any, minutes: float | None, *, tensors: bool, json: bool) -> None:
@@ -197,3 +208,7 @@ def _go(request: Any, options: Any, minutes: float | None, *, tensors: bool, jso
         show_quantized(first, tensors=tensors)
     if found is not None:
         print(say_what_came_of_it(found))
+
+
+def _bytes(text: str | None, where: str) -> int | None:
+    return None if text is None else parse_size(text, where=where)

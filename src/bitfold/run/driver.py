@@ -52,6 +52,8 @@ def quantize(
     keep_embeddings: bool = False,
     calibration: Calibration | str | None = None,
     export: str | None = None,
+    target_bytes: int | None = None,
+    imatrix: str | Path | None = None,
     dry_run: bool = False,
     max_memory: int | None = None,
     restart: bool = False,
@@ -94,4 +96,5 @@ def quantize(
     options = RunOptions(
         seed, max_shard_bytes, max_memory, dry_run, restart, strict, log, revision, token, upload_repo, on_tensor
     )
-    return run(Request(str(src), Path(out), wanted, calibration, export), options)
+    costs = None if imatrix is None else Path(imatrix)
+    return run(Request(str(src), Path(out), wanted, calibration, export, target_bytes, costs), options)

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 
+from torch import nn
+
+from bitfold.calibration.options import Calibration
 from bitfold.checkpoints import Source
-from bitfold.checkpoints.gguf.mixtures import PLAIN_TYPES, base_type
+from bitfold.checkpoints.gguf.imatrix import read_imatrix
+from bitfold.checkpoints.gguf.mixtures import PLAIN_TYPES, Typed, base_type
 from bitfold.checkpoints.repack import fallbacks, mixture_of
 from bitfold.checkpoints.targets import ENGINES, GGUF
 from bitfold.errors import UsageError
 from bitfold.recipes.recipe import Recipe, Rule
 from bitfold.run.engine_export import check_engine_options, engine_rules
+from bitfold.run.importance import few, measured
+from bitfold.run.mixture import own_mixture
 from bitfold.run.options import Request
+from bitfold.system import progress
+from bitfold.system.units import size_text
+from bitfold.text.tokens import BUNDLED
 
+OWN = "auto"  # no mixture of llama.cpp's: types chosen for a size
 _METHODS = ("rtn", "ldlq", "gptq")
 _PLAIN = {"f16": "fp16", "bf16": "bf16", "f32": "fp32"}
 _FINE = ("q6_k", "q8_0", *PLAIN_TYPES)  # types that lose next to nothing however they are rounded
@@ -32,7 +43,14 @@ def check_export(request: Request, *, upload: bool) -> None:
     if kind != GGUF or not mixture:
         hint = f"gguf:TYPE, as in gguf:Q4_K_M, or {', '.join(ENGINES)}"
         raise UsageError(f"cannot export {request.export!r}", where="--export", hint=hint)
-    base_type(mixture)
+    if (mixture == OWN) != (request.target_bytes is not None):
+        hint = "--export gguf:auto --target-size 100MB"
+        raise UsageError("a size and gguf:auto go together", where="--target-size", hint=hint)
+    if mixture != OWN:
+        base_type(mixture)
+        if request.imatrix is not None:
+            what, hint = "error feedback measures its own inputs", "--export gguf:auto chooses types by it"
+            raise UsageError(what, where="--imatrix", hint=hint)
     wanted = request.wanted
     if said := [flag for flag in wanted.given() if flag != "--method"]:
         raise UsageError(f"{request.export} already says what {', '.join(said)} would say", hint="drop one of them")
@@ -50,13 +68,15 @@ def single_file(request: Request) -> bool:
 
 
 def export_rules(
-    request: Request, source: Source, why_not: Callable[[], str | None]
+    request: Request, source: Source, model: nn.Module | None, seed: int, why_not: Callable[[], str | None]
 ) -> tuple[Recipe, str, tuple[str, ...]]:
     """The rules of a mixture, tensor by tensor; the method and why; what gets another type than the mixture wants.
 
     Args:
         request: with what is to be exported.
         source: open.
+        model: its skeleton.
+        seed: of what is drawn to measure what errors cost.
         why_not: asked where it matters: what stands in the way of calibration, in words; None if nothing does.
     """
     if not single_file(request):
@@ -65,8 +85,15 @@ def export_rules(
     tied = bool(source.config.get("tie_word_embeddings"))
     names = [name for name in source.names() if not (tied and name == _ENDS[1])]
     shapes = {name: source.info(name).shape for name in names}
-    types = mixture_of(source, shapes, mixture)
-    method, why = _method(request.wanted.method, base_type(mixture), why_not)
+    if mixture == OWN:
+        types, cost = _own(request, source, model, shapes, seed)
+        method, why = _method(request.wanted.method, "", why_not)
+        why = f"{why or method}; types chosen for {size_text(request.target_bytes or 0)}: {_counted(types)}; reckoned"
+        why = f"{why} loss of rounding to nearest: {cost:.3g} nats a token"
+        progress.say(why)
+    else:
+        types = mixture_of(source, shapes, mixture)
+        method, why = _method(request.wanted.method, base_type(mixture), why_not)
     rules = []
     for name, choice in types.items():
         if len(shapes[name]) < 2:
@@ -76,6 +103,24 @@ def export_rules(
         else:
             rules.append(Rule(name, choice.type, method, transform="none"))
     return Recipe(tuple(rules)).ignoring(request.wanted.ignore), why, tuple(fallbacks(types, shapes))
+
+
+def _own(
+    request: Request, source: Source, model: nn.Module | None, shapes: Mapping[str, tuple[int, ...]], seed: int
+) -> tuple[dict[str, Typed], float]:
+    """bitfold's own mixture of a size, and its reckoned loss."""
+    assert request.target_bytes is not None
+    if request.imatrix is not None:
+        return own_mixture(source, shapes, read_imatrix(request.imatrix), request.target_bytes)
+    given = request.calibration
+    text = few(given if isinstance(given, Calibration) else Calibration(given or BUNDLED))
+    found = measured(source, model, text, seed, gradients=True)
+    return own_mixture(source, shapes, found, request.target_bytes)
+
+
+def _counted(types: Mapping[str, Typed]) -> str:
+    counts = Counter(choice.type for choice in types.values() if choice.type != "f32")
+    return ", ".join(f"{count} {name.upper()}" for name, count in sorted(counts.items()))
 
 
 def _method(said: str | None, base: str, why_not: Callable[[], str | None]) -> tuple[str, str]:

@@ -37,6 +37,8 @@ class Request:
     wanted: MethodOptions
     calibration: Calibration | str | None = None
     export: str | None = None
+    target_bytes: int | None = None
+    imatrix: Path | None = None
 
     @property
     def kind(self) -> str:

@@ -21,7 +21,7 @@ from bitfold.checkpoints import Source, open_source
 from bitfold.checkpoints.schema import QUANT_METHOD
 from bitfold.checkpoints.staging import open_output, partial_of
 from bitfold.checkpoints.targets import ENGINES, open_target
-from bitfold.errors import CheckpointError
+from bitfold.errors import CheckpointError, UsageError
 from bitfold.forecast.ceiling import MemoryChooser
 from bitfold.forecast.preflight import Asked, Preflight, preflight, refuse_impossible
 from bitfold.models.opening import open_skeleton
@@ -78,6 +78,9 @@ def check(request: Request, options: RunOptions) -> None:
         check_low_disk(request, options)
     if request.export is not None:
         check_export(request, upload=options.upload_repo is not None)
+    elif request.target_bytes is not None or request.imatrix is not None:
+        what = "a size and an importance matrix choose the types of a GGUF file"
+        raise UsageError(what, where="--target-size", hint="--export gguf:auto")
     else:
         rules = choose_recipe(request.wanted)
         if not request.wanted.leaves_the_choice:
@@ -136,13 +139,13 @@ def plan(opened: Opened, request: Request, options: RunOptions, obstacle: str | 
     wanted, why, source = request.wanted, "", opened.source
     obstacle = WHY if options.low_disk else obstacle
     more: tuple[str, ...] = ()
+    why_not = partial(why_not_calibrated, source, opened.model)
     if request.export is not None:
-        rules, why, more = export_rules(request, source, partial(why_not_calibrated, source, opened.model))
+        rules, why, more = export_rules(request, source, opened.model, options.seed, why_not)
         calibration = request.calibration_of(rules)
     elif wanted.leaves_the_choice:
         given = request.calibration
         text = given if isinstance(given, Calibration) else Calibration(given or BUNDLED)
-        why_not = partial(why_not_calibrated, source, opened.model)
         choice = choose(wanted.bits, lambda: obstacle or why_not(), tokens=text.nsamples * (text.seqlen or LONGEST))
         rules, why = choose_recipe(wanted.with_choice(choice.options)), f"{choice.method}: {choice.why}"
         calibration = text if any(rule.needs_text for rule in rules.rules) else None

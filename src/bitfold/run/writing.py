@@ -22,9 +22,9 @@ from bitfold.calibration.session import Outcome, Session, solve_blocks
 from bitfold.calibration.shared_input import Folded, Solved
 from bitfold.checkpoints import Source
 from bitfold.checkpoints.manifest import write_manifest
-from bitfold.checkpoints.safetensors import write_json
 from bitfold.checkpoints.schema import describe
 from bitfold.checkpoints.shards import written_error
+from bitfold.checkpoints.side_files import tokenizer_folder
 from bitfold.checkpoints.targets import FOLDER, open_target
 from bitfold.errors import AccountingError
 from bitfold.methods.anomalies import error_flags, kept_flags, weight_flags
@@ -176,12 +176,8 @@ class Writing:
                 yield from self._write_item(item)
 
     def _calibrated(self, calibration: Calibration) -> Iterator[Outcome]:
-        run, tokenizer = self.run, self.run.source.path
-        if not tokenizer.is_dir():  # a GGUF file carries its tokenizer inside
-            tokenizer = self.work.state / "tokenizer"
-            tokenizer.mkdir(exist_ok=True)
-            run.source.copy_side_files(tokenizer)
-            write_json(tokenizer / "config.json", run.source.config)
+        run = self.run
+        tokenizer = tokenizer_folder(run.source, self.work.state / "tokenizer")
         marks = Bookmarks(self.work, self.done.reports, self._target.sync, self._events)
         session = Session(run.source, run.model, run.plan, calibration, run.job.seed, self._options.max_memory)
         yield from solve_blocks(session, tokenizer, marks, run.hessian_bytes)

@@ -111,7 +111,8 @@ class Ggml:
         return self._encode(w, None, lambda rows, _: write(rows))
 
     def weighted(self, w: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
-        """See `AnyFormat`; as `encode` where the type knows no search, or where there is nothing to be gained by it.
+        """See `AnyFormat`; of experts (e, n, k) importance is (k,) or (e, 1, k). Types without a search, and those that
+        gain nothing by it, are written as by `encode`.
 
         Raises:
             FormatError, WeightError: as `encode`.
@@ -119,6 +120,9 @@ class Ggml:
         structure = STRUCTURES.get(self.name)
         if structure is None or self.levels == 256:
             return self.encode(w)
+        if importance is not None and importance.dim() > 1:  # each expert has inputs of its own
+            found = [self.weighted(one, row.flatten()) for one, row in zip(w, importance, strict=True)]
+            return {"blocks": torch.stack([fields["blocks"] for fields in found])}
         return self._encode(w, importance, structure.write)
 
     def _encode(

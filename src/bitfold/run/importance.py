@@ -1,0 +1,119 @@
+"""Importance matrices: measured on text, kept in a file, used by whatever rounds for GGUF."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from bitfold.calibration.importance import by_blocks, by_gradients
+from bitfold.calibration.options import Calibration
+from bitfold.calibration.session import runnable
+from bitfold.calibration.shape import walk_shape, window
+from bitfold.calibration.tensors import Reader, original
+from bitfold.checkpoints import Source, open_source
+from bitfold.checkpoints.gguf.described import describe_model
+from bitfold.checkpoints.gguf.imatrix import Imatrix, Importance, write_imatrix
+from bitfold.checkpoints.side_files import tokenizer_folder
+from bitfold.checkpoints.staging import open_output
+from bitfold.errors import ModelError, ResourceError
+from bitfold.models.opening import open_skeleton
+from bitfold.models.vocabulary import refuse_unknown_tokens
+from bitfold.planning.plan import make_plan
+from bitfold.recipes.recipe import Recipe
+from bitfold.system import memory
+from bitfold.system.units import size_text
+from bitfold.text.tokenizer import read_tokenizer
+from bitfold.text.tokens import SELF, calibration_tokens
+
+_GRADIENTS_UP_TO = 500_000_000  # parameters: gradients need the whole model, in float32
+_FEW_WINDOWS, _SHORT = 8, 512  # of text tell what errors of a tensor cost well enough to choose its type
+
+
+def make_imatrix(
+    src: str,
+    out: Path,
+    calibration: Calibration,
+    *,
+    seed: int = 0,
+    gradients: bool | None = None,
+    revision: str | None = None,
+    pre_tokenizer: str | None = None,
+) -> Imatrix:
+    """Measure a model and write the file.
+
+    Args:
+        src: a local Hugging Face folder, a GGUF file, or a Hub id.
+        out: the file: in the older form of llama.cpp if its name ends in .dat, else GGUF.
+        calibration: text, windows, tokens of a window (None = 512, or what the model has positions for).
+        seed: of labels.
+        gradients: also measure what errors cost; None = if the model is small enough.
+        revision, pre_tokenizer: see `RunOptions`.
+
+    Raises:
+        BitfoldError: the model cannot be run, or is none that GGUF knows, or the file cannot be written.
+    """
+    from bitfold.checkpoints.hub.fetch import resolve
+
+    open_output(out, single=True)
+    source = open_source(resolve(src, revision=revision), pre_tokenizer=pre_tokenizer)
+    try:
+        found = measured(source, open_skeleton(source), calibration, seed, gradients=gradients)
+    finally:
+        source.close()
+    write_imatrix(out, found)
+    return found
+
+
+def few(calibration: Calibration) -> Calibration:
+    """As much of the text as is needed to choose types."""
+    short = None if (calibration.seqlen or _SHORT) >= _SHORT else calibration.seqlen
+    return replace(calibration, nsamples=min(_FEW_WINDOWS, calibration.nsamples), seqlen=short)
+
+
+def measured(
+    source: Source, skeleton: nn.Module | None, calibration: Calibration, seed: int, *, gradients: bool | None
+) -> Imatrix:
+    """What the inputs of the weights of a model are like, by the names that these have in GGUF.
+
+    Raises:
+        ResourceError: gradients are asked for, and the model is too large for them.
+        BitfoldError: as `make_imatrix`.
+    """
+    gguf = describe_model(source.config, "", str(source.path))
+    model = runnable(skeleton, source)
+    if calibration.text == SELF:
+        raise ModelError("importance is measured on text", where="--calibration", hint="name a file of text")
+    shape, seqlen = walk_shape(model), window(calibration.seqlen, model)
+    seqlen = seqlen if calibration.seqlen is not None else min(seqlen, _SHORT)
+    with tempfile.TemporaryDirectory(prefix="bitfold-importance-") as scratch:
+        folder = tokenizer_folder(source, Path(scratch))
+        sizes = {"nsamples": calibration.nsamples, "seqlen": seqlen}
+        ids = calibration_tokens(folder, calibration.text, **sizes, start_token=calibration.start_token)
+        refuse_unknown_tokens(model, ids, read_tokenizer(folder))
+    reader = Reader(source, model, make_plan(source, model, Recipe(()), shorten_groups=False))
+    if _affordable(model) if gradients is None else gradients:
+        _refuse_too_large(model, source)
+        found = by_gradients(original(source, reader), shape, ids, seed)
+    else:
+        found = by_blocks(model, reader, shape, ids)
+    named: dict[str, Importance] = {gguf.gguf_name(name) or name: entry for name, entry in found.items()}
+    return Imatrix(named, ids.numel(), seqlen, (calibration.text,))
+
+
+def _numel(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _affordable(model: nn.Module) -> bool:
+    return _numel(model) <= _GRADIENTS_UP_TO
+
+
+def _refuse_too_large(model: nn.Module, source: Source) -> None:
+    needed, limit = 4 * _numel(model), memory.default_ceiling()
+    if limit is not None and needed + (memory.resident() or 0) > limit:
+        what = f"gradients need the whole model in memory, {size_text(needed)}; {size_text(limit)} are there"
+        hint = "a mixture by name, such as gguf:Q4_K_M, needs none"
+        raise ResourceError(what, where=str(source.path), hint=hint)

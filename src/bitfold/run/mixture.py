@@ -1,0 +1,106 @@
+"""A mixture of bitfold's own: which ggml type each tensor gets, so that the whole file has a size and loses least.
+
+What an error costs is known for each tensor from an importance matrix with gradients. What error a type makes is tried
+on some of its rows. The sum of costs is least, exactly, within the size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from bitfold.checkpoints import Source
+from bitfold.checkpoints.gguf.container import ALIGNMENT
+from bitfold.checkpoints.gguf.described import describe_model
+from bitfold.checkpoints.gguf.imatrix import Imatrix, Importance
+from bitfold.checkpoints.gguf.mixtures import Typed, fitting, quantizable
+from bitfold.checkpoints.repack import contents_of
+from bitfold.checkpoints.targets import GGUF, open_target
+from bitfold.errors import CheckpointError
+from bitfold.formats import get_format
+from bitfold.planning.allocation import allocate
+from bitfold.system import progress
+
+# For rows that blocks of 256 divide, and for others. Left out is what another of no more bits does better.
+_LONG = ("q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0")
+_SHORT = ("iq4_nl", "q4_1", "q5_0", "q5_1", "q8_0")
+_ROWS = 16  # of a tensor on which types are tried
+_AT_ONCE = 1 << 24  # weights whose energy is summed at a time
+
+
+def own_mixture(
+    source: Source, shapes: Mapping[str, tuple[int, ...]], imatrix: Imatrix, budget: int
+) -> tuple[dict[str, Typed], float]:
+    """The type of every tensor, and what errors will cost by this reckoning, in nats a token.
+
+    Args:
+        source: open.
+        shapes: of its tensors.
+        imatrix: of this model, with costs.
+        budget: bytes of the whole file.
+
+    Raises:
+        CheckpointError: the importance matrix has no costs, or is of another model.
+        UsageError: no file of the model is so small.
+    """
+    model = describe_model(source.config, "", str(source.path))
+    known = {name: model.gguf_name(name) or name for name in shapes}
+    types = {name: Typed("f32") for name, shape in shapes.items() if not quantizable(known[name], shape)}
+    chosen = [name for name in shapes if name not in types]
+    choices = {name: _choices(shapes[name][-1]) for name in chosen}
+    costs = []
+    with progress.bar("try types", len(chosen)) as bar:
+        for name in chosen:
+            entry = imatrix.entries.get(known[name])
+            costs.append(_costs(source.read(name), _checked(entry, shapes[name], name), choices[name]))
+            bar.advance(1, name)
+    sizes = [[_nbytes(t, shapes[name]) for t in choices[name]] for name in chosen]
+    trial = types | {name: Typed(choices[name][0]) for name in chosen}
+    whole = open_target(f"{GGUF}:auto", Path("unused"), 0, source).size(contents_of(trial, shapes))
+    beside = whole - sum(few[0] for few in sizes)
+    picked = allocate(costs, sizes, budget - beside)
+    types |= {name: Typed(choices[name][i]) for name, i in zip(chosen, picked, strict=True)}
+    return {name: types[name] for name in shapes}, sum(few[i] for few, i in zip(costs, picked, strict=True))
+
+
+def _choices(columns: int) -> list[str]:
+    types = next((types for types in (_LONG, _SHORT) if fitting(types[0], columns).type == types[0]), ("f16",))
+    return list(types)
+
+
+def _checked(entry: Importance | None, shape: tuple[int, ...], name: str) -> Importance:
+    hint = "make one with `bitfold imatrix`, on this model, with gradients"
+    if entry is None or entry.costs is None:
+        raise CheckpointError("the importance matrix does not say what errors cost here", where=name, hint=hint)
+    if len(entry.costs) != shape[-1] or (entry.rows is not None and len(entry.rows) != shape[0]):
+        raise CheckpointError(f"the importance matrix is of a weight other than {shape}", where=name, hint=hint)
+    return entry
+
+
+def _nbytes(type: str, shape: tuple[int, ...]) -> int:
+    nbytes = 2 * shape[0] * shape[1] if type == "f16" else get_format(type).layout(shape)["blocks"].nbytes
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _costs(w: torch.Tensor, entry: Importance, types: list[str]) -> list[float]:
+    """Of each type: the cost of all that the weight is, times the share of it that the type gets wrong on some rows."""
+    assert entry.costs is not None
+    whole = 0.0
+    for at in range(0, len(w), step := max(1, _AT_ONCE // w.shape[1])):
+        energy = w[at : at + step].float().square() @ entry.costs
+        whole += float(energy.sum() if entry.rows is None else energy @ entry.rows[at : at + step])
+    some = w[:: max(1, len(w) // _ROWS)][:_ROWS].float()
+    part = float((some.square() @ entry.costs).sum())
+    found = []
+    for name in types:
+        if part == 0 or name == "f16":
+            found.append(0.0)
+            continue
+        format = get_format(name)
+        encode = format.weighted
+        assert encode is not None
+        wrong = format.decode(encode(some, entry.costs), tuple(some.shape)) - some
+        found.append(whole * float((wrong.square() @ entry.costs).sum()) / part)
+    return found
