@@ -74,16 +74,12 @@ def quantize(
             `MethodOptions`; bits alone (but for act and ignore), or the method "auto", leave the choice of the method
             to bitfold.
         calibration: text for methods that need it (see `Calibration`, or just its `text`); default: bitfold's own.
-        export: "compressed-tensors", "gptq", "awq", "auto-round": make a folder for engines that read these; or
-            "gguf:Q4_K_M" and the like: make a GGUF file of that mixture, `out`, which is not to be said again by bits,
-            format or recipe.
+        export, target_bytes, imatrix: what to make instead of a bitfold folder, see `Request`.
         dry_run: plan and report only; write nothing.
         max_memory: ceiling on the resident memory of the whole process, bytes: kept, if need be by solving wide layers
             in ranges of their inputs, or refused; None = no more than what is free, with a word of caution beyond four
             fifths of it.
-        restart: forget what an earlier run that was cut short has finished, instead of going on with it.
-        strict: raise when a tensor is flagged (NaN, rows or columns of zeros, an error far from its format's).
-        events, seed, revision, token, upload_repo, max_shard_bytes, on_tensor: see `RunOptions`.
+        restart, strict, events, seed, revision, token, upload_repo, max_shard_bytes, on_tensor: see `RunOptions`.
 
     Raises:
         BitfoldError: what is wrong, where, and what to do. Nothing that looks whole is left behind; finished work stays

@@ -29,7 +29,10 @@ class Request:
         calibration: text and options for methods that are calibrated, or just the text; None = where it is needed, the
             text that comes with bitfold and what the method is used to.
         export: what is made: None: a bitfold folder; "gptq" and others of ENGINES: a folder for other engines;
-            "gguf:Q4_K_M" and the like: a GGUF file of that mixture, `out`.
+            "gguf:Q4_K_M" and the like: a GGUF file of that mixture, `out`; "gguf:auto": one of `target_bytes`, types
+            chosen for it.
+        target_bytes: size of the whole file.
+        imatrix: what errors cost, from `bitfold imatrix`, to choose types by; None = it is measured.
     """
 
     source: str
