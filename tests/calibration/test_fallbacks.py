@@ -207,7 +207,7 @@ def test_windows_are_not_weighed_again(
 ) -> None:
     """Stopped while tokens are weighed, a run loses the window at hand and no byte."""
     bitfold.quantize(source, tmp_path / "whole", **OPTIONS, calibration=text(source))
-    backward, seen = fisher._backward, list[int]()
+    backward, seen = fisher.there_and_back, list[int]()
 
     def counted(*args: Any) -> None:
         seen.append(len(seen))
@@ -215,7 +215,7 @@ def test_windows_are_not_weighed_again(
             raise Stopped
         backward(*args)
 
-    monkeypatch.setattr(fisher, "_backward", counted)
+    monkeypatch.setattr(fisher, "there_and_back", counted)
     stopping = True
     with pytest.raises(Stopped), pytest.warns(UserWarning, match="goes on"):
         bitfold.quantize(source, tmp_path / "out", **OPTIONS, calibration=text(source))

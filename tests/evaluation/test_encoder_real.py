@@ -90,7 +90,7 @@ def test_eight_bits_keep_the_embeddings(
 ) -> None:
     bitfold.quantize(encoder, tmp_path / "out", fit="absmax", **options)
     model = bitfold.load(tmp_path / "out")
-    assert sum(isinstance(m, QWeight) for m in model.modules()) == 6 * 6 + 1  # six layers of six, and the pooler
+    assert sum(isinstance(m, QWeight) for m in model.modules()) == 6 * 6 + 2  # six layers of six, pooler, words
     cosines = (embed(model, tmp_path / "out", texts) * embed(original, encoder, texts)).sum(-1)
     assert least < cosines.min() < 0.999999
 
