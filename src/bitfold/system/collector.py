@@ -1,4 +1,4 @@
-"""Python's collector of cycles, held back while vocabularies are read."""
+"""Python's collector of cycles, held back while vocabularies are read and libraries imported."""
 
 from __future__ import annotations
 

@@ -221,7 +221,7 @@ class _Vocabulary:
         values, full = self.metadata.get(f"tokenizer.ggml.{key}", default), f"tokenizer.ggml.{key}"
         if values is None:
             raise CheckpointError(f"{full} is missing", where=self.where, hint=_REMAKE)
-        if not isinstance(values, list) or not all(isinstance(v, kind) for v in values):
+        if not isinstance(values, list) or not set(map(type, values)) <= {kind}:
             raise CheckpointError(f"{full} is no list of {kind.__name__}", where=self.where, hint=_REMAKE)
         if key != "tokens" and len(values) != len(self.tokens):
             what = f"{full} has {len(values)} entries for {len(self.tokens)} tokens"
@@ -257,15 +257,13 @@ class _Vocabulary:
         merges = self.metadata.get("tokenizer.ggml.merges")
         if not isinstance(merges, list):
             raise CheckpointError("tokenizer.ggml.merges is missing", where=self.where, hint=_REMAKE)
-        # A token may itself begin with a space; the separator is the first one after its first character.
-        odd = next((m for m in merges if not isinstance(m, str) or m.find(" ", 1) < 1), None)
-        if odd is not None:
-            raise CheckpointError(f"{odd!r} in tokenizer.ggml.merges is no merge", where=self.where, hint=_REMAKE)
         # llama.cpp falls back to bytes where a merge makes no token, which is as if there were no such merge; the
         # tokenizers library refuses them.
         ids, good = self.ids, []
         for merge in merges:
-            cut = merge.index(" ", 1)
+            # A token may itself begin with a space; the separator is the first one after its first character.
+            if type(merge) is not str or (cut := merge.find(" ", 1)) < 1:
+                raise CheckpointError(f"{merge!r} in tokenizer.ggml.merges is no merge", where=self.where, hint=_REMAKE)
             left, right = merge[:cut], merge[cut + 1 :]
             if left in ids and right in ids and left + right in ids:
                 good.append((left, right))
@@ -370,9 +368,8 @@ def score_merges(tokens: list[str], types: list[int], scores: list[float]) -> li
     if core is None:
         return _score_merges(pieces, [scores[i] for i in chosen])
     values = np.array([scores[i] for i in chosen], dtype=np.float32)
-    cuts = core.cuts_by_score(pieces, values.ctypes.data)
-    halves = [pieces[i] for i in cuts]
-    return list(zip(halves[::2], halves[1::2], strict=True))
+    found: list[tuple[str, str]] = core.merges_by_score(pieces, values.ctypes.data)
+    return found
 
 
 def _score_merges(pieces: list[str], scores: list[float]) -> list[tuple[str, str]]:
