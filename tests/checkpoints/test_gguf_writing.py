@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from bitfold.checkpoints import open_source
-from bitfold.checkpoints.gguf.container import Laid, shard
+from bitfold.checkpoints.gguf.container import Laid, plan_parts
 from bitfold.checkpoints.gguf.file import GgufFile
 from bitfold.checkpoints.gguf.source import GgufSource
 from bitfold.checkpoints.repack import repack
-from bitfold.checkpoints.shards import PlannedWriter, ShardPlan
+from bitfold.checkpoints.shards import PlannedWriter
 from bitfold.checkpoints.targets import open_target
 from bitfold.errors import CheckpointError, UsageError
 from bitfold.formats.families.ggml import GGML, writable
@@ -43,7 +43,7 @@ def test_a_container_is_read_as_it_was_written(tmp_path: Path) -> None:
     tensors = {"one": torch.arange(6.0).view(2, 3), "two": torch.arange(5.0).half(), "three": torch.ones(2, 2, 4)}
     kinds = {torch.float32: "f32", torch.float16: "f16"}
     laid = {n: Laid(kinds[w.dtype], tuple(w.shape), TensorInfo(w.dtype, tuple(w.shape))) for n, w in tensors.items()}
-    plan = ShardPlan((shard("m.gguf", METADATA, laid),))
+    plan = plan_parts("m.gguf", METADATA, laid)
     writer = PlannedWriter(tmp_path, plan)
     for name in reversed(tensors):
         writer.write(name, [tensors[name]])
@@ -59,12 +59,12 @@ def test_a_container_is_read_as_it_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wrong", [{"a": [1, "b"]}, {"a": None}, {"a": 2**64}], ids=str)
 def test_metadata_that_gguf_does_not_know(wrong: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match="metadata a"):
-        shard("m.gguf", wrong, {})
+        plan_parts("m.gguf", wrong, {})
 
 
 def test_names_that_ggml_cannot_hold() -> None:
     with pytest.raises(CheckpointError, match="no place in GGUF"):
-        shard("m.gguf", {}, {"n" * 64: Laid("f32", (1,), TensorInfo(torch.float32, (1,)))})
+        plan_parts("m.gguf", {}, {"n" * 64: Laid("f32", (1,), TensorInfo(torch.float32, (1,)))})
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -184,16 +184,16 @@ def test_models_that_gguf_has_no_words_for(change: dict[str, Any], tmp_path: Pat
     source = open_source(wide(tmp_path / "hf"))
     source.config = {k: v for k, v in source.config.items() if k != "rope_parameters"} | change
     with pytest.raises(CheckpointError, match=r"cannot be written as GGUF|no word for"):
-        open_target("gguf", tmp_path, 1, source)
+        open_target("gguf", tmp_path, None, source)
 
 
 def test_tensors_without_a_place(tmp_path: Path) -> None:
     source = open_source(wide(tmp_path / "hf"))
-    target = open_target("gguf", tmp_path, 1, source)
+    target = open_target("gguf", tmp_path, None, source)
     with pytest.raises(CheckpointError, match="no place for it"):
         target.layout(
             {"model.embed_tokens.weight": TensorInfo(torch.float32, (97, 256)), "more": source.info("lm_head.weight")}
         )
     with pytest.raises(UsageError, match="made of a checkpoint"):
-        open_target("gguf", tmp_path, 1)
+        open_target("gguf", tmp_path, None)
     assert set(GGML) >= set(writable())

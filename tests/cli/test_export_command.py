@@ -111,6 +111,12 @@ def test_types_are_chosen_for_a_size(bitfold: Bitfold, model: Path, tmp_path: Pa
         losses.append(sum(t["error"] or 0 for t in report["tensors"]))
     assert sizes[0] <= 80_000 < sizes[1] <= 100_000
     assert losses[1] < losses[0]
+    split = ("--max-shard-size", "20kB", "--imatrix", matrix)
+    report = bitfold("quantize", model, "-o", tmp_path / "s.gguf", *given, *split).json
+    parts = sorted(tmp_path.glob("s-*.gguf"))
+    assert report["output"] == str(parts[0])
+    assert len(parts) > 2
+    assert 95_000 < sum(path.stat().st_size for path in parts) <= 100_000
     too_small = bitfold(
         "quantize", model, "-o", tmp_path / "n.gguf", *given[:3], "2kB", *given[4:], "--imatrix", matrix
     )

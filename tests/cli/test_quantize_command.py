@@ -76,4 +76,4 @@ def test_quantize_options_reach_the_driver(bitfold: Bitfold, monkeypatch: pytest
     )  # fmt: skip
     text = Calibration("a.txt", 4, 64, 0.25, False, refit=False)
     assert seen[0] == Request("org/m", Path("o"), MethodOptions(3, method="ldlq", prune="wanda:0.5"), text)
-    assert seen[1] == RunOptions(dry_run=True, max_shard_bytes=4 * 10**9)
+    assert seen[1] == RunOptions(dry_run=True)

@@ -107,6 +107,12 @@ def test_every_type(name: str, wide: Path, tmp_path: Path) -> None:
     assert divergence(file, tokens(97, 24), tmp_path) < (FLOAT_NOISE if name in FLOATS else ROUNDED_INPUTS)
 
 
+def test_files_in_parts(wide: Path, tmp_path: Path) -> None:
+    file = repack(wide, tmp_path / "m.gguf", "gguf:Q4_K_M", max_shard_bytes=100_000).path
+    assert len(list(tmp_path.glob("m-*-of-*.gguf"))) > 3
+    assert divergence(file, tokens(97, 24), tmp_path) < ROUNDED_INPUTS
+
+
 @pytest.mark.parametrize("name", ["F16", "Q8_0", "Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "IQ4_XS"])
 @pytest.mark.parametrize("model", REAL or [None], ids=str)
 def test_real_models(model: Path | None, name: str, tmp_path: Path) -> None:

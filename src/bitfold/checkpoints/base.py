@@ -132,7 +132,7 @@ class Target(Protocol):
 
     Args:
         folder: an existing folder, unless only sizes are asked for.
-        max_shard_bytes: size at which a new file is begun, where the kind has several.
+        max_shard_bytes: size at which a new file is begun; None: as is usual of the kind.
         source: what it is made of, for kinds that hold config and tokenizer as well.
         variant: of the kind, where it has any.
     """
@@ -140,11 +140,14 @@ class Target(Protocol):
     but_for: str  # what of packed tensors it may not take bit by bit, in words, once `layout` was called; mostly empty
     rounded: dict[str, float]  # |w - w'|^2 / |w|^2 of packed tensors that it could not take as they were, once packed
 
-    def __init__(self, folder: Path, max_shard_bytes: int, source: Source | None = None, variant: str = "") -> None: ...
+    def __init__(
+        self, folder: Path, max_shard_bytes: int | None, source: Source | None = None, variant: str = ""
+    ) -> None: ...
 
     @property
     def single(self) -> str | None:
-        """Name of the one file that is all of it; None: it is a folder, side files and all."""
+        """Name of the one file that is all of it, its parts going by its stem if there are several; None: it is a
+        folder, side files and all."""
         ...
 
     @property

@@ -23,7 +23,7 @@ def convert(
     out_dir: str | Path,
     dtype: str = "bfloat16",
     dither_seed: int | None = None,
-    max_shard_bytes: int = 4 << 30,
+    max_shard_bytes: int | None = None,
     pre_tokenizer: str | None = None,
 ) -> Path:
     """Write `src` as an unquantized Hugging Face checkpoint: sharded safetensors, config, tokenizer, a short card.
@@ -33,7 +33,7 @@ def convert(
         out_dir: the new folder; must not exist or be empty.
         dtype: of all floating point tensors: "bfloat16", "float16", "float32", or "auto": as they are read.
         dither_seed: for GGUF files: noise within the quantization steps, see `GgufSource`; the card says so.
-        max_shard_bytes: size of a shard.
+        max_shard_bytes: size at which a new file is begun; None: SHARD_BYTES.
         pre_tokenizer: for GGUF files, see `open_source`.
 
     Returns: the folder.
@@ -68,7 +68,7 @@ def _open(src: Path, dither_seed: int | None, pre_tokenizer: str | None) -> Sour
     return GgufSource(src, dither_seed, pre_tokenizer)
 
 
-def _write(source: Source, folder: Path, dtype: torch.dtype | None, max_shard_bytes: int) -> None:
+def _write(source: Source, folder: Path, dtype: torch.dtype | None, max_shard_bytes: int | None) -> None:
     infos = {name: source.info(name) for name in source.names()}  # raises before anything is written
     target = open_target(FOLDER, folder, max_shard_bytes)
     target.layout({name: _cast_info(info, dtype) for name, info in infos.items()})

@@ -24,13 +24,15 @@ class SafetensorsFolder:
 
     Args:
         folder: an existing folder.
-        max_shard_bytes: size at which a new shard is begun.
+        max_shard_bytes: size at which a new shard is begun; None: SHARD_BYTES.
         source, variant: not used: config and tokenizer are files of their own, and there is one variant.
     """
 
     single: str | None = None
 
-    def __init__(self, folder: Path, max_shard_bytes: int, source: Source | None = None, variant: str = "") -> None:
+    def __init__(
+        self, folder: Path, max_shard_bytes: int | None, source: Source | None = None, variant: str = ""
+    ) -> None:
         self.folder, self.max_shard_bytes = folder, max_shard_bytes
         self._writer: PlannedWriter | None = None
         self._packed: dict[str, set[str]] = {}  # names of the fields of each packed tensor

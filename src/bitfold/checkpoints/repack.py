@@ -17,7 +17,7 @@ from bitfold.checkpoints.gguf.imatrix import Importance, read_imatrix
 from bitfold.checkpoints.gguf.mixtures import Facts, Typed, base_type, typed
 from bitfold.checkpoints.packed.written import is_embedding
 from bitfold.checkpoints.schema import Content, Entry, describe
-from bitfold.checkpoints.staging import open_output, written_aside
+from bitfold.checkpoints.staging import found_at, open_output, written_aside
 from bitfold.checkpoints.targets import ENGINES, FOLDER, GGUF, open_target
 from bitfold.errors import CheckpointError, UsageError
 from bitfold.formats import get_format
@@ -37,7 +37,7 @@ class Repacked:
     """What was written.
 
     Args:
-        path: the file or folder.
+        path: the file (of several the first) or folder.
         nbytes: of its files of weights.
         exact: tensors whose numbers are those of the source, bit for bit.
         losses: |w - w'|^2 / |w|^2 of the others.
@@ -59,6 +59,7 @@ def repack(
     pre_tokenizer: str | None = None,
     judge: Judge | None = None,
     imatrix: str | Path | None = None,
+    max_shard_bytes: int | None = None,
 ) -> Repacked:
     """Write a checkpoint in another container.
 
@@ -72,6 +73,7 @@ def repack(
         judge: told where the result lies and what its tensors lost before it gets its name; what it raises undoes it.
         imatrix: a file that says how much the inputs of each tensor matter, see `read_imatrix`; what is rounded anew is
             rounded accordingly.
+        max_shard_bytes: size at which a new file is begun; None: SHARD_BYTES in folders, and one GGUF file.
 
     Raises:
         UsageError: an unknown kind, or an importance matrix where nothing is rounded.
@@ -98,12 +100,12 @@ def repack(
         single = "model.gguf" if kind == GGUF else None
         with written_aside(place, single) as folder:
             made = _Repacking(source, stored, contents, importance)
-            nbytes = made.write(f"{target}:{mixture}" if mixture else target, folder)
+            nbytes, first = made.write(f"{target}:{mixture}" if mixture else target, folder, max_shard_bytes)
             if judge is not None:
-                judge(folder if single is None else folder / single, made.losses)
+                judge(folder if single is None else first, made.losses)
     finally:
         source.close()
-    return Repacked(place, nbytes, len(contents) - len(made.losses), made.losses)
+    return Repacked(found_at(place) or place, nbytes, len(contents) - len(made.losses), made.losses)
 
 
 def _for_engines(source: Source, stored: Mapping[str, Content]) -> dict[str, Content]:
@@ -229,9 +231,9 @@ class _Repacking:
         self._importance = importance_by_tensor(source, importance, contents)
         self.losses: dict[str, float] = {}
 
-    def write(self, kind: str, folder: Path) -> int:
-        """Write all tensors; returns the bytes of the files of weights."""
-        target = open_target(kind, folder, 4 << 30, self._source)
+    def write(self, kind: str, folder: Path, max_shard_bytes: int | None) -> tuple[int, Path]:
+        """Write all tensors; returns the bytes of the files of weights, and the first."""
+        target = open_target(kind, folder, max_shard_bytes, self._source)
         contents = {name: c if isinstance(c, Entry) else target.plain(c) for name, c in self._contents.items()}
         target.layout(contents)
         nbytes = target.size(contents)
@@ -253,7 +255,7 @@ class _Repacking:
             self._source.copy_side_files(folder)
         kept = {name: "as it was" for name in contents if name not in entries}
         target.finish(self._source.config, describe(entries, kept) if entries else None)
-        return nbytes
+        return nbytes, folder / target.files[0]
 
     def _same(self, name: str, content: Content) -> bool:
         """Whether a tensor keeps its numbers whatever they are."""

@@ -23,6 +23,7 @@ from bitfold.checkpoints.weight_files import INDEX, SINGLE
 from bitfold.errors import CheckpointError
 from bitfold.system.tensorinfo import TensorInfo
 
+SHARD_BYTES = 4 << 30  # a new file of a folder is begun there where nothing else is said
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _PIECE = 1 << 24  # bytes hashed at a time when a file is read back
 
@@ -77,19 +78,32 @@ class ShardPlan:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
 
-def plan_shards(infos: Mapping[str, TensorInfo], max_shard_bytes: int) -> ShardPlan:
-    """Divide tensors, in their order, into files of at most max_shard_bytes (a larger tensor has one for itself)."""
+def plan_shards(infos: Mapping[str, TensorInfo], max_shard_bytes: int | None) -> ShardPlan:
+    """Divide tensors among the files of a folder, see `divided`; None: SHARD_BYTES."""
+    groups = divided(infos, max_shard_bytes or SHARD_BYTES)
+    names = numbered(SINGLE, len(groups))
+    return ShardPlan(tuple(_shard(name, group) for name, group in zip(names, groups, strict=True)))
+
+
+def divided(infos: Mapping[str, TensorInfo], max_bytes: int) -> list[dict[str, TensorInfo]]:
+    """Tensors, in their order, in groups of at most so many bytes; a larger tensor has one for itself."""
     groups: list[dict[str, TensorInfo]] = [{}]
     size = 0
     for name, info in infos.items():
-        if groups[-1] and size + info.nbytes > max_shard_bytes:
+        if groups[-1] and size + info.nbytes > max_bytes:
             groups.append({})
             size = 0
         groups[-1][name] = info
         size += info.nbytes
-    count = len(groups)
-    names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    return ShardPlan(tuple(_shard(name, group) for name, group in zip(names, groups, strict=True)))
+    return groups
+
+
+def numbered(name: str, count: int) -> list[str]:
+    """Names of the files of a model: `name` where there is one, else model-00001-of-00003.gguf and so on."""
+    if count == 1:
+        return [name]
+    path = Path(name)
+    return [f"{path.stem}-{i:05d}-of-{count:05d}{path.suffix}" for i in range(1, count + 1)]
 
 
 def _shard(name: str, group: Mapping[str, TensorInfo]) -> Shard:

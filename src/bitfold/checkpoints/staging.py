@@ -3,13 +3,14 @@
 A folder that is not there yet is written beside its place (`.NAME.partial`) and renamed in one step. A folder that is
 there and empty is kept, with its owner, its rights and whoever is standing in it: it may be a mount point, or what a
 link means. It is written inside (`NAME/.partial`), and the files are moved up at the end, config.json last. An output
-that is one file is written in such a folder as well, and moved out of it.
+that is one file, or its parts, is written in such a folder as well, and moved out of it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ JOURNAL = "journal.jsonl"  # the name of the journal of an unfinished run, see w
 _INSIDE = ".partial"
 _NOTHING = {_INSIDE, "lost+found"}  # what an empty folder may hold: our own work, and what file systems are born with
 _LAST = "config.json"  # loaders look for it first
+_SUFFIX = ".gguf"  # of files that may come in parts
+_PART = r"-\d{5}-of-\d{5}" + re.escape(_SUFFIX)
 _LONGEST_NAME = 230  # bytes; with what is put around it, within the 255 of most file systems
 
 
@@ -42,7 +45,7 @@ def open_output(out: str | Path, source: Path | None = None, *, single: bool = F
     if single and path.is_dir():
         raise CheckpointError("is a folder", where=str(path), hint="name the file to write")
     if not (partial_of(path) / JOURNAL).exists():  # else a run goes on, which may have lacked no more than its end
-        refuse_existing(path)
+        refuse_existing(path, single=single)
     try_folder(path)
     within = None if source is None else real_path(source)
     if within is not None and within.is_dir() and within in path.parents:
@@ -50,8 +53,17 @@ def open_output(out: str | Path, source: Path | None = None, *, single: bool = F
     return path
 
 
-def refuse_existing(out: Path) -> None:
-    """CheckpointError when there is something else than an empty folder, or unfinished work."""
+def refuse_existing(out: Path, *, single: bool = False) -> None:
+    """CheckpointError when there is something else than an empty folder, or unfinished work.
+
+    Args:
+        out: the output.
+        single: it is one file, not a folder, and may become several.
+    """
+    if single and (parts := parts_of(out)):
+        # Parts of two models under one name could not be told from each other.
+        what, hint = "a part of a model of that name exists already", "choose another output, or remove its parts"
+        raise CheckpointError(what, where=str(parts[0]), hint=hint)
     try:
         there = os.path.lexists(out) and not (out.is_dir() and {p.name for p in out.iterdir()} <= _NOTHING)
     except OSError as error:
@@ -69,16 +81,39 @@ def partial_of(out: Path) -> Path:
     return out / _INSIDE if out.is_dir() and not beside.exists() else beside
 
 
-def publish(folder: Path, out: Path, single: str | None = None) -> None:
-    """Give what was written in `folder` (or its file `single`) its place; durable. May be called again after it was cut
-    short.
+def parts_of(out: Path) -> list[Path]:
+    """Files beside that go by the name of an output of one file as parts do: NAME-00001-of-00003.gguf of NAME.gguf."""
+    named = re.compile(re.escape(out.name.removesuffix(_SUFFIX)) + _PART)
+    return sorted(path for path in _beside(out) if named.fullmatch(path.name))
+
+
+def _beside(out: Path) -> list[Path]:
+    try:
+        return list(out.parent.iterdir())
+    except OSError:
+        return []  # not there yet
+
+
+def placed(name: str, out: Path, single: str) -> Path:
+    """Where a file goes that is written aside: the one that is all of the output, or one of its parts."""
+    if name == single:
+        return out
+    return out.with_name(out.name.removesuffix(_SUFFIX) + name.removeprefix(Path(single).stem))
+
+
+def publish(folder: Path, out: Path, single: str | None = None) -> Path:
+    """Give what was written in `folder` (or its file `single`, or the parts of that) its place; durable. May be called
+    again after it was cut short.
+
+    Returns: what loaders are to be given: the output, or the first of its parts.
 
     Raises:
         CheckpointError: the names cannot be given.
     """
     try:
         if single is not None:
-            (folder / single).rename(out)
+            for path in sorted(folder.iterdir(), reverse=True):  # the first part last: loaders look for it first
+                path.rename(placed(path.name, out, single))
             folder.rmdir()
         elif not out.is_dir():
             folder.rename(out)
@@ -90,6 +125,12 @@ def publish(folder: Path, out: Path, single: str | None = None) -> None:
         sync_folder(out.parent)
     except OSError as error:
         raise written_error(error, out, "cannot be given its name") from error
+    return found_at(out) or out
+
+
+def found_at(out: Path) -> Path | None:
+    """An output of one file, or the first of its parts; None where it is not there."""
+    return out if out.exists() else next(iter(parts_of(out)), None)
 
 
 @contextmanager

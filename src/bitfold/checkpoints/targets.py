@@ -26,13 +26,13 @@ ENGINES: dict[str, type[PackedFolder]] = {
 TARGETS: dict[str, type[Target]] = {FOLDER: SafetensorsFolder, GGUF: GgufModel, **ENGINES}
 
 
-def open_target(kind: str, folder: Path, max_shard_bytes: int, source: Source | None = None) -> Target:
+def open_target(kind: str, folder: Path, max_shard_bytes: int | None, source: Source | None = None) -> Target:
     """A checkpoint of that kind, to be written into a folder; nothing is written before `layout`.
 
     Args:
         kind: of TARGETS, its variant after a colon: gguf:Q4_K_M.
         folder: which need not be there yet where only sizes are asked for.
-        max_shard_bytes: size at which a new file is begun.
+        max_shard_bytes: size at which a new file is begun; None: as is usual of the kind.
         source: what it is made of, for kinds that hold config and tokenizer as well.
 
     Raises:

@@ -48,7 +48,12 @@ ImatrixFile = Annotated[
     Path | None,
     typer.Option(help="gguf:TYPE only: an importance matrix, of `bitfold imatrix` or llama.cpp.", show_default=False),
 ]
-MaxShardSize = Annotated[str, typer.Option(help="Size at which a new file is begun.")]
+MaxShardSize = Annotated[
+    str | None,
+    typer.Option(
+        help="Size at which a new file is begun (default: 4GiB in folders, one GGUF file).", show_default=False
+    ),
+]
 
 
 @app.command()
@@ -63,7 +68,7 @@ def convert(
     text: Text = None,
     max_kl: MaxKl = None,
     imatrix: ImatrixFile = None,
-    max_shard_size: MaxShardSize = "4GB",
+    max_shard_size: MaxShardSize = None,
     pre_tokenizer: PreTokenizer = None,
     revision: Revision = None,
     json: Json = False,
@@ -79,19 +84,19 @@ def convert(
         raise UsageError("of plain folders nothing is measured here", where="--measure", hint="bitfold eval OUTPUT")
     if to == FLOATS and imatrix is not None:
         raise UsageError("floats are not rounded, so nothing is weighed", where="--imatrix", hint="--to gguf:Q4_K_M")
-    shard_bytes = parse_size(max_shard_size, where="--max-shard-size")
+    shard_bytes = None if max_shard_size is None else parse_size(max_shard_size, where="--max-shard-size")
     from bitfold.checkpoints.hub.fetch import resolve
 
     local = resolve(source, revision=revision)
     if to != FLOATS:
         measured = _Asked(text, max_kl) if measure or max_kl is not None or text is not None else None
-        found = _repacked(local, out, to, pre_tokenizer, measured, imatrix)
+        found = _repacked(local, out, to, pre_tokenizer, measured, imatrix, shard_bytes)
     else:
         found = _plain(local, out, dtype or "bfloat16", dither_seed, shard_bytes, pre_tokenizer)
     if json:
-        print_json({"source": source, "output": str(out), **found.facts})
+        print_json({"source": source, "output": str(found.path), **found.facts})
         return
-    print(f"{out}: {found.text}")
+    print(f"{found.path}: {found.text}")
 
 
 FLOATS = "safetensors"
@@ -99,14 +104,15 @@ FLOATS = "safetensors"
 
 @dataclass(frozen=True)
 class _Made:
-    """What was written: for machines, and in a line."""
+    """What was written: where, for machines, and in a line."""
 
+    path: Path
     facts: dict[str, Any]
     text: str
 
 
 def _plain(
-    source: Path, out: Path, dtype: str, dither_seed: int | None, shard_bytes: int, pre_tokenizer: str | None
+    source: Path, out: Path, dtype: str, dither_seed: int | None, shard_bytes: int | None, pre_tokenizer: str | None
 ) -> _Made:
     from bitfold.checkpoints import convert as run
     from bitfold.checkpoints.inspection import inspect
@@ -115,7 +121,7 @@ def _plain(
     made = run(source, out, dtype, dither_seed, shard_bytes, pre_tokenizer)
     result = inspect(made)
     facts = {"tensors": len(result.tensors), "numel": result.numel, "bytes": result.nbytes}
-    return _Made(facts, f"{len(result.tensors)} tensors, {size_text(result.nbytes)}")
+    return _Made(made, facts, f"{len(result.tensors)} tensors, {size_text(result.nbytes)}")
 
 
 @dataclass(frozen=True)
@@ -127,14 +133,20 @@ class _Asked:
 
 
 def _repacked(
-    source: Path, out: Path, to: str, pre_tokenizer: str | None, asked: _Asked | None, imatrix: Path | None
+    source: Path,
+    out: Path,
+    to: str,
+    pre_tokenizer: str | None,
+    asked: _Asked | None,
+    imatrix: Path | None,
+    shard_bytes: int | None,
 ) -> _Made:
     from bitfold.checkpoints.repack import repack as run
     from bitfold.evaluation.conversions import Measured
     from bitfold.system.units import size_text
 
     judge = None if asked is None else Measured(source, asked.text, max_kl=asked.max_kl)
-    made = run(source, out, to, pre_tokenizer, judge, imatrix)
+    made = run(source, out, to, pre_tokenizer, judge, imatrix, shard_bytes)
     measured = None if judge is None or judge.found is None else judge.found
     worst = max(made.losses, key=lambda name: made.losses[name], default=None)
     count = made.exact + len(made.losses)
@@ -151,7 +163,7 @@ def _repacked(
         )
     if measured is not None:
         text += f"; KL {measured.kl_mean:.6f} nats a token"
-    return _Made(facts, text)
+    return _Made(made.path, facts, text)
 
 
 @app.command()

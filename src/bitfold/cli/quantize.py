@@ -113,7 +113,12 @@ MaxMemoryOption = Annotated[
 ]
 TensorsOption = Annotated[bool, typer.Option("--tensors", help="List every tensor.")]
 SeedOption = Annotated[int, typer.Option(help="Of random numbers; the same seed gives the same bytes.")]
-MaxShardSizeOption = Annotated[str, typer.Option(help="Size at which a new file is begun.")]
+MaxShardSizeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Size at which a new file is begun (default: 4GiB in folders, one GGUF file).", show_default=False
+    ),
+]
 UploadRepoOption = Annotated[
     str | None, typer.Option(help="Publish the folder as this Hub repository when it is complete.")
 ]
@@ -159,7 +164,7 @@ def quantize(
     dry_run: DryRunOption = False,
     tensors: TensorsOption = False,
     seed: SeedOption = 0,
-    max_shard_size: MaxShardSizeOption = "4GB",
+    max_shard_size: MaxShardSizeOption = None,
     revision: Revision = None,
     upload_repo: UploadRepoOption = None,
     low_disk: LowDiskOption = False,
@@ -177,7 +182,7 @@ def quantize(
     wanted = MethodOptions(*said, keep_embeddings)
     sizes = (nsamples, seqlen, drift, fisher, columns, refit, start_token)
     text = settings(method, with_column(calibration, text_column), *sizes)
-    shard_bytes = parse_size(max_shard_size, where="--max-shard-size")
+    shard_bytes = _bytes(max_shard_size, "--max-shard-size")
     how = (seed, shard_bytes, _bytes(max_memory, "--max-memory"), dry_run, restart, strict, events, revision)
     options = RunOptions(*how, upload_repo=upload_repo, pre_tokenizer=pre_tokenizer, low_disk=low_disk)
     what = (wanted, text, export, _bytes(target_size, "--target-size"), imatrix)

@@ -114,14 +114,14 @@ class Asked:
 
     Args:
         seed: of the run.
-        max_shard_bytes: size at which a new file is begun.
+        max_shard_bytes: size at which a new file is begun; None: as is usual of the kind.
         timed: whether time is to be estimated however small the run is.
         max_memory: the ceiling that was named; None = none.
         kind: what is written, see TARGETS.
     """
 
     seed: int
-    max_shard_bytes: int
+    max_shard_bytes: int | None
     timed: bool
     max_memory: int | None = None
     kind: str = FOLDER

@@ -16,13 +16,13 @@ from bitfold.nn import QWeight
 from bitfold.system.tensorinfo import TensorInfo
 
 
-def save(model: nn.Module, folder: str | Path, *, max_shard_bytes: int = 4 << 30) -> None:
+def save(model: nn.Module, folder: str | Path, *, max_shard_bytes: int | None = None) -> None:
     """Write a quantized model as a folder that `bitfold.load` reads.
 
     Args:
         model: any module; a transformers model also gets its config and generation config written.
         folder: must not exist, or be empty.
-        max_shard_bytes: size at which a new shard is begun.
+        max_shard_bytes: size at which a new shard is begun; None: SHARD_BYTES.
 
     Raises:
         CheckpointError: the folder exists, or cannot be written.

@@ -63,7 +63,7 @@ def quantize(
     revision: str | None = None,
     token: str | None = None,
     upload_repo: str | None = None,
-    max_shard_bytes: int = 4 << 30,
+    max_shard_bytes: int | None = None,
     on_tensor: OnTensor | None = None,
 ) -> QuantizeReport:
     """Quantize a checkpoint into a new folder, streaming tensor by tensor.

@@ -9,6 +9,7 @@ from torch import nn
 
 from bitfold.calibration.options import Calibration
 from bitfold.checkpoints import Source
+from bitfold.checkpoints.gguf.container import parts_bytes
 from bitfold.checkpoints.gguf.imatrix import read_imatrix
 from bitfold.checkpoints.gguf.mixtures import PLAIN_TYPES, Typed, base_type
 from bitfold.checkpoints.repack import fallbacks, mixture_of
@@ -18,7 +19,7 @@ from bitfold.recipes.recipe import Recipe, Rule
 from bitfold.run.engine_export import check_engine_options, engine_rules
 from bitfold.run.importance import few, measured
 from bitfold.run.mixture import own_mixture
-from bitfold.run.options import Request
+from bitfold.run.options import Request, RunOptions
 from bitfold.system import progress
 from bitfold.system.units import size_text
 from bitfold.text.tokens import BUNDLED
@@ -68,7 +69,7 @@ def single_file(request: Request) -> bool:
 
 
 def export_rules(
-    request: Request, source: Source, model: nn.Module | None, seed: int, why_not: Callable[[], str | None]
+    request: Request, source: Source, model: nn.Module | None, options: RunOptions, why_not: Callable[[], str | None]
 ) -> tuple[Recipe, str, tuple[str, ...]]:
     """The rules of a mixture, tensor by tensor; the method and why; what gets another type than the mixture wants.
 
@@ -76,7 +77,7 @@ def export_rules(
         request: with what is to be exported.
         source: open.
         model: its skeleton.
-        seed: of what is drawn to measure what errors cost.
+        options: the seed of what is drawn to measure what errors cost, the size at which a new file is begun.
         why_not: asked where it matters: what stands in the way of calibration, in words; None if nothing does.
     """
     if not single_file(request):
@@ -86,7 +87,7 @@ def export_rules(
     names = [name for name in source.names() if not (tied and name == _ENDS[1])]
     shapes = {name: source.info(name).shape for name in names}
     if mixture == OWN:
-        types, cost = _own(request, source, model, shapes, seed)
+        types, cost = _own(request, source, model, shapes, options)
         method, why = _method(request.wanted.method, "", why_not)
         why = f"{why or method}; types chosen for {size_text(request.target_bytes or 0)}: {_counted(types)}; reckoned"
         why = f"{why} loss of rounding to nearest: {cost:.3g} nats a token"
@@ -106,16 +107,21 @@ def export_rules(
 
 
 def _own(
-    request: Request, source: Source, model: nn.Module | None, shapes: Mapping[str, tuple[int, ...]], seed: int
+    request: Request,
+    source: Source,
+    model: nn.Module | None,
+    shapes: Mapping[str, tuple[int, ...]],
+    options: RunOptions,
 ) -> tuple[dict[str, Typed], float]:
     """bitfold's own mixture of a size, and its reckoned loss."""
     assert request.target_bytes is not None
+    budget = request.target_bytes - parts_bytes(request.target_bytes, options.max_shard_bytes)
     if request.imatrix is not None:
-        return own_mixture(source, shapes, read_imatrix(request.imatrix), request.target_bytes)
+        return own_mixture(source, shapes, read_imatrix(request.imatrix), budget)
     given = request.calibration
     text = few(given if isinstance(given, Calibration) else Calibration(given or BUNDLED))
-    found = measured(source, model, text, seed, gradients=True)
-    return own_mixture(source, shapes, found, request.target_bytes)
+    found = measured(source, model, text, options.seed, gradients=True)
+    return own_mixture(source, shapes, found, budget)
 
 
 def _counted(types: Mapping[str, Typed]) -> str:

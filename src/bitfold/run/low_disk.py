@@ -15,6 +15,7 @@ from bitfold.checkpoints.base import Source, Target
 from bitfold.checkpoints.headers import read_header
 from bitfold.checkpoints.hub.on_demand import KEPT, OnDemand, hollow
 from bitfold.checkpoints.hub.upload import open_repo, send_file, send_rest
+from bitfold.checkpoints.shards import SHARD_BYTES
 from bitfold.errors import UsageError
 from bitfold.forecast.preflight import Preflight
 from bitfold.planning.plan import Plan
@@ -64,9 +65,9 @@ def by_file(plan: Plan, source: OnDemand) -> Plan:
     return Plan(tuple(sorted(plan.items, key=lambda item: source.by_file(item.target.sources))))
 
 
-def with_little_disk(found: Preflight, source: OnDemand, max_shard_bytes: int) -> Preflight:
+def with_little_disk(found: Preflight, source: OnDemand, max_shard_bytes: int | None) -> Preflight:
     """What such a run needs of the disk: some files of the source, two of the result."""
-    result = min(found.output_bytes, 2 * max_shard_bytes)
+    result = min(found.output_bytes, 2 * (max_shard_bytes or SHARD_BYTES))
     return replace(found, disk_bytes=KEPT * source.largest() + result)
 
 

@@ -58,7 +58,7 @@ def own_mixture(
             bar.advance(1, name)
     sizes = [[_nbytes(t, shapes[name]) for t in choices[name]] for name in chosen]
     trial = types | {name: Typed(choices[name][0]) for name in chosen}
-    whole = open_target(f"{GGUF}:auto", Path("unused"), 0, source).size(contents_of(trial, shapes))
+    whole = open_target(f"{GGUF}:auto", Path("unused"), None, source).size(contents_of(trial, shapes))
     beside = whole - sum(few[0] for few in sizes)
     picked = allocate(costs, sizes, budget - beside)
     types |= {name: Typed(choices[name][i]) for name, i in zip(chosen, picked, strict=True)}

@@ -71,7 +71,7 @@ class RunOptions:
 
     Args:
         seed: for methods that draw random numbers.
-        max_shard_bytes: size at which a new shard is begun.
+        max_shard_bytes: size at which a new file is begun; None: SHARD_BYTES in folders, and one GGUF file.
         max_memory: ceiling on the resident memory of the whole process, bytes; None = none is named.
         dry_run: plan and report only; write nothing.
         restart: forget what an earlier run that was cut short has finished.
@@ -85,7 +85,7 @@ class RunOptions:
     """
 
     seed: int = 0
-    max_shard_bytes: int = 4 << 30
+    max_shard_bytes: int | None = None
     max_memory: int | None = None
     dry_run: bool = False
     restart: bool = False

@@ -141,7 +141,7 @@ def plan(opened: Opened, request: Request, options: RunOptions, obstacle: str | 
     more: tuple[str, ...] = ()
     why_not = partial(why_not_calibrated, source, opened.model)
     if request.export is not None:
-        rules, why, more = export_rules(request, source, opened.model, options.seed, why_not)
+        rules, why, more = export_rules(request, source, opened.model, options, why_not)
         calibration = request.calibration_of(rules)
     elif wanted.leaves_the_choice:
         given = request.calibration
@@ -194,18 +194,18 @@ def forecast(run: PlannedRun, options: RunOptions) -> Forecast:
 def execute(expected: Forecast, options: RunOptions) -> QuantizeReport:
     """Do the work, or go on with it; after a failure, what is finished stays for the next time."""
     run = expected.run
-    single = open_target(run.job.kind, run.job.out, 0, run.source).single
+    single = open_target(run.job.kind, run.job.out, None, run.source).single
     work = Workspace(run.job.out, _identity(run, options), restart=options.restart, single=single)
-    if work.published:  # an earlier run had time for everything but this
+    if work.published is not None:  # an earlier run had time for everything but this
         reports = [TensorReport.from_dict(record["report"]) for record in work.journal.of_kind("tensor")]
         work.journal.discard()
-        return report_of(expected, options, Written(reports))
+        return replace(report_of(expected, options, Written(reports)), output=str(work.published))
     with _kept_after_failure(work), Events(options.events) as events:
         facts = report_of(expected, options).to_dict()
         events.write("begin", totals=facts["account"], **{key: facts[key] for key in _FACTS})
         writing = Writing(run, work, events, options, expected.preflight.times)
         report = report_of(expected, options, writing.tensors())
-        writing.folder(report)
+        report = replace(report, output=str(writing.folder(report)))
         events.write("end", peak_memory=peak_memory(), **report.sums())
     return report
 

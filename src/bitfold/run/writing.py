@@ -56,7 +56,7 @@ class Job:
     rules: Recipe
     seed: int
     calibration: Calibration | None
-    max_shard_bytes: int
+    max_shard_bytes: int | None
     kind: str = FOLDER
 
 
@@ -286,8 +286,10 @@ class Writing:
             self._sender.wrote(hashes)
         return report
 
-    def folder(self, report: QuantizeReport) -> None:
-        """Everything but the tensors: index, config, side files, card, manifest; then the folder gets its name.
+    def folder(self, report: QuantizeReport) -> Path:
+        """Everything but the tensors: index, config, side files, card, manifest; then it gets its name.
+
+        Returns: that; of a single file the file, or the first of its parts.
 
         Raises:
             AccountingError: what was written is not what was planned; or, if the run is strict, something was flagged.
@@ -304,7 +306,7 @@ class Writing:
             refuse_flagged(report)
         if self._sender is not None:
             self._sender.finish()
-        self.work.publish()
+        return self.work.publish()
 
     def _complete(self, report: QuantizeReport) -> None:
         run, result = self.run, self.work.result

@@ -116,7 +116,7 @@ def distill(
     place = open_output(out, local)
     task = _Task(source, original, how, max_memory)
     work = Workspace(place, task.identity(), restart=restart)
-    if work.published:
+    if work.published is not None:
         work.journal.discard()
         raise UsageError("is finished already", where=str(place))
     with _kept_after_failure(work):

@@ -15,7 +15,6 @@ from bitfold.records.card import carry_card
 from bitfold.records.record import carry_record
 from bitfold.training.course import Learned
 
-_SHARD = 4 << 30
 _FACTS = ("teacher", "kl_before", "kl_after", "steps", "best", "windows", "tokens")  # what config.json says of it
 
 
@@ -32,7 +31,7 @@ def write_result(source: QuantizedSource, folder: Path, learned: Learned, facts:
         FormatError: a scale that its format cannot hold.
         CheckpointError: the disk is full.
     """
-    target = open_target(FOLDER, folder, _SHARD)
+    target = open_target(FOLDER, folder, None)
     target.layout({name: source.content(name) for name in source.names()})
     for name in source.names():
         entry = source.entries.get(name)

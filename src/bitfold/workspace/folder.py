@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from bitfold.checkpoints.shards import written_error
-from bitfold.checkpoints.staging import partial_of, publish, refuse_existing, sync_folder
+from bitfold.checkpoints.staging import found_at, partial_of, placed, publish, refuse_existing, sync_folder
 from bitfold.version import __version__
 from bitfold.workspace.journal import NAME, Journal, finished
 
@@ -30,9 +30,9 @@ class Workspace:
         out: the folder to be made.
         identity: what decides its bytes, see `Journal`.
         restart: forget what an earlier run left.
-        single: name of the one file in `result` that is all there is to be; None: the folder is.
+        single: name of the one file in `result` that is all there is to be, but for its parts; None: the folder is.
 
-    `published` says that an earlier run finished, and only had no time to clean up.
+    `published` is what an earlier run finished, and only had no time to clean up after; None = none did.
 
     Raises:
         CheckpointError: `out` exists, or the work of another run is there.
@@ -42,28 +42,29 @@ class Workspace:
         self, out: Path, identity: Mapping[str, Any], *, restart: bool = False, single: str | None = None
     ) -> None:
         self.out, self.folder, self._single = out, partial_of(out), single
-        self.published = _published(out, self.folder, single) and not restart
-        if not self.published:
-            refuse_existing(out)
+        self.published = None if restart else _published(out, self.folder, single)
+        if self.published is None:
+            refuse_existing(out, single=single is not None)
         self.journal = Journal(self.folder, identity, restart=restart)
         self.result, self.state = self.folder / "result", self.folder / "state"
         try:
-            for folder in () if self.published else (self.result, self.state):
+            for folder in () if self.published is not None else (self.result, self.state):
                 folder.mkdir(exist_ok=True)
         except OSError as error:
             self.journal.close()
             raise written_error(error, self.folder, "cannot be made") from error
 
-    def publish(self) -> None:
-        """Give the result its name. From here on there is nothing to go on with."""
+    def publish(self) -> Path:
+        """Give the result its name, which is returned. From here on there is nothing to go on with."""
         try:
             self.journal.append({"kind": "done"})
             self.journal.sync()
             sync_folder(self.result)
         except OSError as error:
             raise written_error(error, self.out, "cannot be given its name") from error
-        publish(self.result, self.out, self._single)
+        found = publish(self.result, self.out, self._single)
         self.journal.discard()
+        return found
 
     def leave(self) -> bool:
         """Close after a failure; work that is worth going on with stays. Says whether any does."""
@@ -74,13 +75,22 @@ class Workspace:
         return False
 
 
-def _published(out: Path, folder: Path, single: str | None) -> bool:
-    """The result has its place and the journal was not yet removed; a move of files that was cut short is ended."""
+def _published(out: Path, folder: Path, single: str | None) -> Path | None:
+    """The result, where it has its place and the journal was not yet removed; a move of files that was cut short is
+    ended."""
     result = folder / "result"
-    if result.is_dir() and out.is_dir() and finished(folder):
-        publish(result, out)
-    whole = out.is_file() if single is not None else (out / "config.json").is_file()
-    return (folder / NAME).is_file() and not (result / (single or "")).exists() and whole
+    if result.is_dir() and finished(folder) and _can_go_on(result, out, single):
+        publish(result, out, single)
+    found = found_at(out)
+    whole = found is not None and (single is not None or (out / "config.json").is_file())
+    return found if (folder / NAME).is_file() and not result.exists() and whole else None
+
+
+def _can_go_on(result: Path, out: Path, single: str | None) -> bool:
+    """Whether the rest of a move takes the place of nothing."""
+    if single is None:
+        return out.is_dir()
+    return not any(placed(path.name, out, single).exists() for path in result.iterdir())
 
 
 def size_of(folder: Path) -> int:

@@ -15,14 +15,17 @@ from typing import Any
 import numpy as np
 
 from bitfold.checkpoints.gguf.file import GGML_TYPES
-from bitfold.checkpoints.shards import Shard
+from bitfold.checkpoints.shards import Shard, ShardPlan, divided, numbered
 from bitfold.errors import CheckpointError
 from bitfold.system.tensorinfo import TensorInfo
 
 ALIGNMENT = 32
 _TYPE_IDS = {name: number for number, (name, _, _) in GGML_TYPES.items()}
-_U32, _I32, _F32, _BOOL, _STRING, _ARRAY, _U64, _I64 = 4, 5, 6, 7, 8, 9, 10, 11
+_U16, _U32, _I32, _F32, _BOOL, _STRING, _ARRAY, _U64, _I64 = 2, 4, 5, 6, 7, 8, 9, 10, 11
 _VERSION = 3
+_NAMED_KINDS: tuple[tuple[type, int], ...] = ((np.uint16, _U16), (np.int32, _I32))
+_MOST_PARTS = 65535
+_HEAD_OF_A_PART = 192  # bytes of counts, of what says which part it is, and of padding
 _LONGEST_NAME = 63  # bytes; ggml keeps names in 64, with a zero at the end
 
 
@@ -41,12 +44,44 @@ class Laid:
     info: TensorInfo
 
 
-def shard(name: str, metadata: Mapping[str, Any], tensors: Mapping[str, Laid]) -> Shard:
-    """A file of that name, its head made and every tensor in its place, in the order given.
+def plan_parts(
+    name: str, metadata: Mapping[str, Any], tensors: Mapping[str, Laid], max_bytes: int | None = None
+) -> ShardPlan:
+    """The files of a model: heads made, every tensor in its place, in the order given.
+
+    Several are laid out as llama.cpp's gguf-split does it: the first has the metadata, and each says which it is.
+
+    Args:
+        name: of the file; where it takes several, they are NAME-00001-of-00003.gguf and so on.
+        metadata: of the model.
+        tensors: by name.
+        max_bytes: of tensors in a file; a larger one has a file for itself. None: one file, whatever its size.
 
     Raises:
-        CheckpointError: a name or a shape that GGUF cannot hold, or metadata of a kind that it does not know.
+        CheckpointError: a name or a shape that GGUF cannot hold, metadata of a kind that it does not know, or more
+            files than it counts.
     """
+    infos = {tensor: laid.info for tensor, laid in tensors.items()}
+    groups = [infos] if max_bytes is None else divided(infos, max_bytes)
+    count = len(groups)
+    if count > _MOST_PARTS:
+        raise CheckpointError(f"{count} files are more than GGUF counts", where=name, hint="a larger --max-shard-size")
+    shards = []
+    for i, (file, group) in enumerate(zip(numbered(name, count), groups, strict=True)):
+        said = {} if i else dict(metadata)
+        if count > 1:  # kinds that llama.cpp's loader insists on
+            said |= {"split.no": np.uint16(i), "split.count": np.uint16(count)}
+            said["split.tensors.count"] = np.int32(len(tensors))
+        shards.append(_shard(file, said, {tensor: tensors[tensor] for tensor in group}))
+    return ShardPlan(tuple(shards))
+
+
+def parts_bytes(nbytes: int, max_bytes: int | None) -> int:
+    """How much larger than one file the parts of a model of so many bytes are together, at most."""
+    return 0 if max_bytes is None else (2 * nbytes // max_bytes + 1) * _HEAD_OF_A_PART
+
+
+def _shard(name: str, metadata: Mapping[str, Any], tensors: Mapping[str, Laid]) -> Shard:
     descriptions, offset, offsets = [], 0, {}
     for tensor, laid in tensors.items():
         descriptions.append(_description(tensor, laid, offset))
@@ -87,7 +122,7 @@ def _value(key: str, value: Any) -> bytes:
 
 
 def _kind(key: str, value: Any) -> int:
-    for python, kind in ((bool, _BOOL), (str, _STRING), (float, _F32), (list, _ARRAY)):
+    for python, kind in (*_NAMED_KINDS, (bool, _BOOL), (str, _STRING), (float, _F32), (list, _ARRAY)):
         if isinstance(value, python):
             return kind
     if isinstance(value, int) and -(2**63) <= value < 2**64:
@@ -108,7 +143,7 @@ def _element(key: str, values: Sequence[Any]) -> int:
 def _scalar(kind: int, value: Any) -> bytes:
     if kind == _STRING:
         return _string(value)
-    code = {_U32: "<I", _I32: "<i", _F32: "<f", _BOOL: "<?", _U64: "<Q", _I64: "<q"}[kind]
+    code = {_U16: "<H", _U32: "<I", _I32: "<i", _F32: "<f", _BOOL: "<?", _U64: "<Q", _I64: "<q"}[kind]
     return struct.pack(code, value)
 
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from bitfold.checkpoints.gguf.container import Laid, shard
+from bitfold.checkpoints.gguf.container import Laid, plan_parts
 from bitfold.checkpoints.gguf.file import GgufFile, GgufTensor
-from bitfold.checkpoints.shards import PlannedWriter, ShardPlan
+from bitfold.checkpoints.shards import PlannedWriter
 from bitfold.checkpoints.staging import open_output, written_aside
 from bitfold.errors import CheckpointError
 from bitfold.system.tensorinfo import TensorInfo
@@ -203,7 +203,7 @@ def _write_new(folder: Path, name: str, found: Imatrix) -> None:
     metadata |= {"imatrix.chunk_count": chunks, "imatrix.chunk_size": found.window}
     tensors = dict(pair for key in sorted(found.entries) for pair in _tensors(key, found.entries[key], found.tokens))
     laid = {key: Laid("f32", tuple(w.shape), TensorInfo(w.dtype, tuple(w.shape))) for key, w in tensors.items()}
-    writer = PlannedWriter(folder, ShardPlan((shard(name, metadata, laid),)))
+    writer = PlannedWriter(folder, plan_parts(name, metadata, laid))
     for key, w in tensors.items():
         writer.write(key, [w])
     writer.sync()

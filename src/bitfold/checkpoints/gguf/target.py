@@ -1,7 +1,7 @@
 """A GGUF file being written (implements `Target`): the inverse of `GgufSource`.
 
-It is one file, its head first, so config and tokenizer of the source are read when places are given; tensors then come
-in any order, one at a time.
+It is one file, or several that count as one, its head first, so config and tokenizer of the source are read when places
+are given; tensors then come in any order, one at a time.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from bitfold.checkpoints.base import Source
-from bitfold.checkpoints.gguf.container import Laid, shard
+from bitfold.checkpoints.gguf.container import Laid, plan_parts
 from bitfold.checkpoints.gguf.described import Described, describe_model
-from bitfold.checkpoints.gguf.file import GgufFile
+from bitfold.checkpoints.gguf.parts import GgufParts
 from bitfold.checkpoints.gguf.vocabulary import vocabulary_metadata
 from bitfold.checkpoints.schema import Content, Entry
-from bitfold.checkpoints.shards import PlannedWriter, Shard, ShardPlan, written_error
+from bitfold.checkpoints.shards import PlannedWriter, ShardPlan, written_error
 from bitfold.errors import CheckpointError, UsageError
 from bitfold.system.tensorinfo import TensorInfo
 
@@ -38,8 +38,8 @@ class GgufModel:
     """See `Target`.
 
     Args:
-        folder: an existing folder; the file in it is `model.gguf`.
-        max_shard_bytes: not used: it is one file.
+        folder: an existing folder; the file in it is `model.gguf`, or model-00001-of-00003.gguf and so on.
+        max_shard_bytes: size at which a new file is begun; None: it is one file.
         source: the checkpoint whose config and tokenizer go into it.
         variant: what the file is called (Q4_K_M ...), for general.file_type; empty = by what most of it is.
 
@@ -50,10 +50,13 @@ class GgufModel:
 
     single: str | None = "model.gguf"
 
-    def __init__(self, folder: Path, max_shard_bytes: int, source: Source | None = None, variant: str = "") -> None:
+    def __init__(
+        self, folder: Path, max_shard_bytes: int | None, source: Source | None = None, variant: str = ""
+    ) -> None:
         if source is None:
             raise UsageError("a GGUF file is made of a checkpoint: its config and tokenizer go into it")
         self.folder, self._source, self._variant = folder, source, variant
+        self._max_bytes = max_shard_bytes
         self._model: Described = describe_model(source.config, _title(source.path), str(source.path))
         self._laid: dict[str, Laid] = {}
         self._words: dict[int, dict[str, Any]] = {}  # the tokenizer, for an embedding of so many rows
@@ -86,7 +89,7 @@ class GgufModel:
 
     def size(self, contents: Mapping[str, Content]) -> int:
         """See `Target`."""
-        return self._shard(contents).nbytes
+        return self._plan(contents).nbytes
 
     def layout(self, contents: Mapping[str, Content]) -> None:
         """See `Target`.
@@ -95,11 +98,11 @@ class GgufModel:
             CheckpointError: a tensor that GGUF has no place or no type for, or what `vocabulary_metadata` raises.
         """
         self._laid = self._lay(contents)
-        self._writer = PlannedWriter(self.folder, ShardPlan((self._shard(contents),)))
+        self._writer = PlannedWriter(self.folder, self._plan(contents))
         for name, values in self._model.tensors.items():
             self._writer.write(name, [values])
 
-    def _shard(self, contents: Mapping[str, Content]) -> Shard:
+    def _plan(self, contents: Mapping[str, Content]) -> ShardPlan:
         assert self.single is not None
         laid = self._lay(contents)
         kind = FILE_TYPES.get(self._variant, FILE_TYPES[_mostly(laid.values())])
@@ -107,7 +110,8 @@ class GgufModel:
         if rows not in self._words:
             self._words[rows] = vocabulary_metadata(self._source, rows)
         self._model.put("vocab_size", rows)
-        return shard(self.single, {**self._model.metadata, "general.file_type": kind, **self._words[rows]}, laid)
+        metadata = {**self._model.metadata, "general.file_type": kind, **self._words[rows]}
+        return plan_parts(self.single, metadata, laid, self._max_bytes)
 
     def _lay(self, contents: Mapping[str, Content]) -> dict[str, Laid]:
         found = {name: Laid("f32", tuple(w.shape), _info(w)) for name, w in self._model.tensors.items()}
@@ -161,8 +165,7 @@ class GgufModel:
 
     def held(self) -> dict[str, int]:
         """See `Target`."""
-        assert self.single is not None
-        file = GgufFile(self.folder / self.single)
+        file = GgufParts(self.folder / self.files[0])
         try:
             return {name: tensor.nbytes for name, tensor in file.tensors.items()}
         finally:

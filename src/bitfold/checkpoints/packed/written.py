@@ -114,7 +114,9 @@ class PackedFolder(SafetensorsFolder):
 
     program = ""
 
-    def __init__(self, folder: Path, max_shard_bytes: int, source: Source | None = None, variant: str = "") -> None:
+    def __init__(
+        self, folder: Path, max_shard_bytes: int | None, source: Source | None = None, variant: str = ""
+    ) -> None:
         super().__init__(folder, max_shard_bytes, source, variant)
         self._entries: dict[str, Entry] = {}
         self._linear: list[str] = []  # modules that stay plain
