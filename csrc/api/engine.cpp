@@ -156,6 +156,7 @@ void bind_engine(nb::module_& m) {
           },
           "plan"_a, "threads"_a, "sequences"_a, "kind"_a)
       .def_prop_ro("cache_bytes", [](Decoder& d) { return d.cache().bytes(); })
+      .def_prop_ro("working_bytes", [](Decoder& d) { return d.working_bytes(); })
       .def_prop_ro("slack", [](Decoder& d) { return d.cache().slack(); })
       .def(
           "run",

@@ -35,6 +35,9 @@ class Decoder {
 
   Cache& cache() { return cache_; }
 
+  // What runs of most tokens take besides the cache and the plan.
+  size_t working_bytes() const;
+
   const Plan& plan() const { return plan_; }
   size_t sequences() const { return sequences_; }
 

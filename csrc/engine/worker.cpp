@@ -14,8 +14,9 @@ namespace bitfold {
 namespace engine {
 namespace {
 
-constexpr size_t kAlone = 4;   // tokens that each thread makes ready for itself
-constexpr size_t kSlack = 64;  // rows by which blocks of another instruction set may be larger
+constexpr size_t kAlone = 4;              // tokens that each thread makes ready for itself
+constexpr size_t kThreadBytes = 2 << 20;  // that a thread's stack and the loops' panels grow to
+constexpr size_t kSlack = 64;             // rows by which blocks of another instruction set may be larger
 
 size_t widest(const Plan& plan) { return round_up(std::max({plan.hidden, plan.heads * plan.dim, plan.ffn}), kPad); }
 
@@ -27,16 +28,20 @@ size_t most_inputs(const Plan& plan) {
   return most;
 }
 
-void reserve(const List& list, std::vector<Scratch>& inputs) {
-  for (const Product& p : list)
-    with_weight(p, [&](const auto& w) {
-      using W = std::decay_t<decltype(w)>;
-      inputs[p.input].get<char>(Prepared<W>::bytes(w, kMostTokens + kSlack, p.int8));
-    });
-}
-
-void grow(std::vector<float>& v, size_t size) {
-  if (v.size() < size) v.resize(size);
+// Bytes that the inputs of the products take, made ready for most tokens.
+std::vector<size_t> input_bytes(const Plan& plan) {
+  std::vector<size_t> bytes(most_inputs(plan));
+  const auto look = [&](const List& list) {
+    for (const Product& p : list)
+      with_weight(p, [&](const auto& w) {
+        using W = std::decay_t<decltype(w)>;
+        bytes[p.input] = std::max(bytes[p.input], Prepared<W>::bytes(w, kMostTokens + kSlack, p.int8));
+      });
+  };
+  for (const Layer& l : plan.layers)
+    for (const List* list : {&l.qkv, &l.out, &l.gate_up, &l.down, &l.mixture.router}) look(*list);
+  look(plan.head);
+  return bytes;
 }
 
 }  // namespace
@@ -67,25 +72,42 @@ void Decoder::Shared::take(const Plan& plan, const Token* next, size_t n, const 
     span_of.push_back(spans.size() - 1);
     if (tokens[i].wanted) wanted.push_back(i);
   }
-  grow(qkv, n * (plan.heads + 2 * plan.kv_heads) * plan.dim);
-  grow(max, n * plan.heads);
-  grow(sum, n * plan.heads);
-  grow(seen, n * plan.heads * plan.dim);
-  grow(added, n * plan.hidden);
-  if (output.top) grow(logits, wanted.size() * plan.vocabulary);
-  const size_t pairs = n * std::max<size_t>(choices, 1);
-  grow(gate_up, pairs * 2 * plan.ffn);
-  grow(activated, (choices ? pairs : std::min(n, kAlone)) * plan.ffn);
-  if (choices) grow(outputs, pairs * plan.hidden);
-  for (const Layer& l : plan.layers) grow(scores, n * (l.mixture.experts.size() + 1));
-  if (n <= kAlone) return;
-  grow(x, n * plan.hidden);
-  if (choices) grow(normed, n * plan.hidden);
-  if (reserved) return;
-  for (const Layer& l : plan.layers)
-    for (const List* list : {&l.qkv, &l.out, &l.gate_up, &l.down, &l.mixture.router}) reserve(*list, inputs);
-  reserve(plan.head, inputs);
+  for (const auto& [memory, size] : sizes(plan, n))
+    if (memory->size() < size) memory->resize(size);
+  if (output.top && logits.size() < wanted.size() * plan.vocabulary) logits.resize(wanted.size() * plan.vocabulary);
+  if (n <= kAlone || reserved) return;
+  const std::vector<size_t> bytes = input_bytes(plan);
+  for (size_t i = 0; i < bytes.size(); ++i) inputs[i].get<char>(bytes[i]);
   reserved = true;
+}
+
+std::vector<std::pair<std::vector<float>*, size_t>> Decoder::Shared::sizes(const Plan& plan, size_t n) {
+  const size_t pairs = n * std::max<size_t>(choices, 1);
+  std::vector<std::pair<std::vector<float>*, size_t>> found{
+      {&qkv, n * (plan.heads + 2 * plan.kv_heads) * plan.dim},
+      {&max, n * plan.heads},
+      {&sum, n * plan.heads},
+      {&seen, n * plan.heads * plan.dim},
+      {&added, n * plan.hidden},
+      {&gate_up, pairs * 2 * plan.ffn},
+      {&activated, (choices ? pairs : std::min(n, kAlone)) * plan.ffn},
+      {&outputs, choices ? pairs * plan.hidden : 0},
+      {&x, n > kAlone ? n * plan.hidden : 0},
+      {&normed, n > kAlone && choices ? n * plan.hidden : 0},
+  };
+  size_t experts = 0;
+  for (const Layer& l : plan.layers) experts = std::max(experts, l.mixture.experts.size());
+  found.push_back({&scores, n * (experts + 1)});
+  return found;
+}
+
+size_t Decoder::working_bytes() const {
+  size_t bytes = 0;
+  for (const auto& [memory, size] : shared_->sizes(plan_, kMostTokens))
+    bytes += std::max(size, memory->size()) * sizeof(float);
+  for (const size_t input : input_bytes(plan_)) bytes += input;
+  for (const auto& worker : workers_) bytes += worker->bytes() + kThreadBytes;
+  return bytes;
 }
 
 Worker::Worker(Decoder& decoder, int thread)
@@ -103,6 +125,12 @@ Worker::Worker(Decoder& decoder, int thread)
   from_.resize(queries);
   to_.resize(queries);
   if (shared_.choices) normed_.resize(own_.size());
+}
+
+size_t Worker::bytes() const {
+  size_t floats = 0;
+  for (const auto* memory : {&unpacked_, &own_, &h_, &basis_, &scratch_, &scores_, &normed_}) floats += memory->size();
+  return floats * sizeof(float) + table().attend_scratch(plan_.dim);
 }
 
 void Worker::few(size_t m) {

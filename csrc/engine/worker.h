@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <initializer_list>
+#include <utility>
 #include <vector>
 
 #include "engine/decoder.h"
@@ -71,6 +72,8 @@ struct Decoder::Shared {
   Shared(const Plan& plan, int threads);
   // The next tokens to be run, and memory for them.
   void take(const Plan& plan, const Token* next, size_t count, const Output& output);
+  // The memory that n tokens need, in numbers; logits not counted.
+  std::vector<std::pair<std::vector<float>*, size_t>> sizes(const Plan& plan, size_t n);
 
   Barrier barrier;
   const Token* tokens = nullptr;
@@ -94,6 +97,7 @@ class Worker {
  public:
   Worker(Decoder& decoder, int thread);
   void run();
+  size_t bytes() const;  // of memory that is this thread's own
 
  private:
   // attention.cpp

@@ -42,6 +42,7 @@ def test_from_the_command_to_its_end(model: Path, number: signal.Signals) -> Non
         keys_are_documented("serve", ready)
         assert ready["url"] == found[0]
         assert re.search(r"weights [\d.]+ kB, keys and values [\d.]+ kB for 4 texts of 100 tokens", said)
+        assert re.search(r"side by side, [\d.]+ MB to work in", said)
         body = {"model": model.name, "prompt": "a", "max_tokens": 90, "temperature": 0, "stream": True}
         request = urllib.request.Request(
             f"{found[0]}/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,33 @@ def test_memory_is_what_was_announced():
     rows = 3 * 2 * 256 * 5
     assert Decoder(model, 250, sequences=5, cache="bf16").cache_bytes == rows * 2 * 32 * 2
     assert Decoder(model, 250, sequences=5, cache="int8").cache_bytes == rows * 2 * (32 + 2)
+
+
+_GROWN = """
+import re, torch
+from bitfold.engine.decoder import Decoder
+from bitfold.engine.shapes import random_model
+
+def resident():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+
+model = random_model("smollm-135m", "int4-g64", "int8")
+first = Decoder(model, 8, 2)
+first.extend([1, 2, 3])  # threads are there, libraries loaded
+del first
+before = resident()
+decoder = Decoder(model, 2048, 2, cache="int8")
+decoder.extend(list(range(2048)))
+print(resident() - before, decoder.cache_bytes + decoder.working_bytes)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not say what a process holds")
+def test_a_process_grows_by_no_more_than_was_announced():
+    """And by most of it: the announcement is no guess far above."""
+    done = subprocess.run([sys.executable, "-c", _GROWN], capture_output=True, text=True, check=True)
+    grown, announced = map(int, done.stdout.split())
+    assert announced / 2 < grown < announced + (4 << 20)
 
 
 def test_long_texts_are_kept_in_8_bits_where_that_costs_little():

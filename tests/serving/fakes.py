@@ -25,7 +25,7 @@ def next_token(text: Sequence[int]) -> int:
 class FakeDecoder:
     """Of each sequence the next token is `following`'s of the whole text."""
 
-    cache_bytes = 0
+    cache_bytes = working_bytes = 0
     vocabulary = VOCABULARY
     guesses = True
 

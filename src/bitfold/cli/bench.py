@@ -10,6 +10,8 @@ from bitfold.cli.app import Json, Revision, app, print_json
 from bitfold.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from bitfold.engine.speed import Speed
 
 
@@ -42,25 +44,16 @@ def bench(
     if (model is None) == (shape is None):
         raise UsageError("name a model, or a shape for random weights", where="MODEL, --shape")
     from bitfold.engine.decoder import Unsupported
-    from bitfold.engine.opening import load_model
+    from bitfold.engine.opening import held_bytes
     from bitfold.engine.shapes import random_model
     from bitfold.engine.speed import measure
-    from bitfold.models.model_ref import ModelRef
     from bitfold.system import native
 
-    most = native.threads()
-    if shape is not None:
-        loaded = random_model(shape, format, embedding)
-    else:
-        assert model is not None
-        ref = ModelRef.of(model, revision=revision)
-        ref.require_causal("only causal language models generate text")
-        loaded = load_model(ref, None)
-    counts = threads or sorted({1, most})
+    loaded = _loaded(model, revision) if shape is None else random_model(shape, format, embedding)
     try:
         found = measure(
             loaded,
-            threads=counts,
+            threads=threads or sorted({1, native.threads()}),
             sequences=sequences or [1],
             cache=cache,
             prompt=prompt_tokens,
@@ -70,10 +63,34 @@ def bench(
     except Unsupported as reason:
         raise ModelError(f"the engine does not run it: {reason}", where=str(model or shape)) from reason
     if json:
-        print_json({"model": model or shape, "speeds": [speed.to_dict() for speed in found]})
+        print_json(
+            {
+                "model": model or shape,
+                "weight_bytes": held_bytes(loaded),
+                "speeds": [speed.to_dict() for speed in found],
+            }
+        )
         return
     for speed in found:
         print(_line(speed))
+    print(_memory(held_bytes(loaded), found))
+
+
+def _loaded(model: str | None, revision: str | None) -> nn.Module:
+    from bitfold.engine.opening import load_model
+    from bitfold.models.model_ref import ModelRef
+
+    ref = ModelRef.of(str(model), revision=revision)
+    ref.require_causal("only causal language models generate text")
+    return load_model(ref, None)
+
+
+def _memory(weights: int, speeds: list[Speed]) -> str:
+    from bitfold.system.units import size_text
+
+    most = max(speeds, key=lambda speed: speed.cache_bytes + speed.working_bytes)
+    parts = (("weights", weights), ("keys and values", most.cache_bytes), ("work", most.working_bytes))
+    return "memory: " + ", ".join(f"{name} {size_text(size)}" for name, size in parts)
 
 
 def _line(speed: Speed) -> str:

@@ -97,6 +97,12 @@ class Decoder:
         """Memory of keys and values of all sequences, when they are full."""
         return int(self._native.cache_bytes)
 
+    @property
+    def working_bytes(self) -> int:
+        """Memory that reading takes besides the model and the cache: activations of 256 tokens, scales in the order of
+        the loops, rotary angles of all positions."""
+        return int(self._native.working_bytes) + self._plan.own_bytes
+
     def keep(self, ids: Sequence[int], sequence: int = 0) -> int:
         """Forget of a sequence what does not begin as `ids` does; how many tokens are left.
 

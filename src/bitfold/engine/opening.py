@@ -105,3 +105,9 @@ def fill(model: Any, ref: ModelRef, dtype: torch.dtype | None) -> nn.Module:
         ref.close()
     found: nn.Module = model
     return found
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Memory of the weights, each counted once."""
+    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    return sum(tensors.values())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from bitfold.engine.families import FAMILIES, Family, Mixture
 from bitfold.kernels import KERNELS
 from bitfold.nn import QLinear, QWeight
-from bitfold.system import native
+from bitfold.system import memory, native
 from bitfold.transforms import Diagonal, Hadamard, Transform
 from bitfold.transforms.activations import read_act
 from bitfold.transforms.rotation import rotation_plan
@@ -20,6 +22,7 @@ _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _LOOPS = (KERNELS["cpu"], KERNELS["ggml"])  # kernels whose state has a native `weight`
 _BAND = 32  # rows of a weight that one thread takes at least
 _KEYS = 16  # a head must be a multiple of it
+_ANGLES = 1024  # positions at a time: the allocator keeps for long what a module throws away at once
 _DYNAMIC = ("dynamic", "longrope")  # rotary angles that change with the length of the text
 
 
@@ -118,7 +121,10 @@ class _Plan:
 
 @dataclass(frozen=True)
 class NativePlan:
-    """What the core needs, what keeps its addresses valid, the bytes that every token reads, and more of the model."""
+    """What the core needs, what keeps its addresses valid, the bytes that every token reads, and more of the model.
+
+    own_bytes: of the tensors in `alive` that are not the model's.
+    """
 
     plan: Any
     alive: list[Any]
@@ -126,6 +132,7 @@ class NativePlan:
     nbytes: int
     weights: int
     biased_keys: bool
+    own_bytes: int
 
 
 def make_plan(model: nn.Module, positions: int) -> NativePlan:
@@ -155,7 +162,26 @@ def make_plan(model: nn.Module, positions: int) -> NativePlan:
         for layer in body.layers
         for name in family.qkv
     )
-    return NativePlan(plan, made.alive, positions, made.nbytes, made.weights, biased)
+    memory.trim()  # what was thrown away between what is kept can be as much again
+    own = _own_bytes(made.alive, model)
+    return NativePlan(plan, made.alive, positions, made.nbytes, made.weights, biased, own)
+
+
+def _own_bytes(alive: Sequence[Any], model: nn.Module) -> int:
+    """Memory of tensors, those in dataclasses and sequences as well, that the model does not hold anyway."""
+    held, found = _storages([*model.parameters(), *model.buffers()]), _storages(alive)
+    return sum(size for place, size in found.items() if place not in held)
+
+
+def _storages(x: Any) -> dict[int, int]:
+    """Address -> bytes."""
+    if isinstance(x, Tensor):
+        return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}
+    if dataclasses.is_dataclass(x):
+        x = [getattr(x, f.name) for f in dataclasses.fields(x)]
+    if not isinstance(x, list | tuple):
+        return {}
+    return {place: size for part in x for place, size in _storages(part).items()}
 
 
 def _sizes(plan: Any, core: Any, family: Family, config: Any, body: Any, positions: int) -> None:
@@ -214,12 +240,16 @@ class _Angles:
         limit = getattr(self._config, "original_max_position_embeddings", None) or rotary.original_max_seq_len
         if any(r in _DYNAMIC for r in kinds.values()) and self._positions > limit:
             raise Unsupported(f"rotary angles that change beyond {limit} tokens")
-        where = torch.arange(self._positions)[None]
         extra = (kind,) if isinstance(rope, dict) else ()
-        with torch.no_grad():
-            cosine, sine = rotary(torch.zeros(1, 1, 1), where, *extra)
-        self.half = cosine.shape[-1] // 2
-        tables = [x[0, :, : self.half].float().contiguous() for x in (cosine, sine)]
+        tables: list[Tensor] = []
+        for begin in range(0, self._positions, _ANGLES):
+            where = torch.arange(begin, min(begin + _ANGLES, self._positions))[None]
+            with torch.no_grad():
+                pair = rotary(torch.zeros(1, 1, 1), where, *extra)
+            self.half = pair[0].shape[-1] // 2
+            tables = tables or [torch.empty(self._positions, self.half) for _ in pair]
+            for table, values in zip(tables, pair, strict=True):
+                table[begin : begin + _ANGLES] = values[0, :, : self.half]
         return self._made.address(tables[0]), self._made.address(tables[1])
 
 

@@ -30,7 +30,7 @@ class Speed:
         prefill, decode: tokens per second of both; of all sequences together.
         first_token: seconds from the prompt to the first token.
         token_bytes: weights that a token reads.
-        cache_bytes: memory of keys and values.
+        cache_bytes, working_bytes: memory of keys and values, and of reading, besides the model's.
         bandwidth: bytes per second that as many threads read from memory in the same run.
     """
 
@@ -43,6 +43,7 @@ class Speed:
     first_token: float
     token_bytes: int
     cache_bytes: int
+    working_bytes: int
     bandwidth: float
 
     @property
@@ -118,6 +119,7 @@ def _measure(decoder: Decoder, threads: int, prompt: int, tokens: int, turns: in
         begin,
         decoder.token_bytes,
         decoder.cache_bytes,
+        decoder.working_bytes,
         bandwidth,
     )
 

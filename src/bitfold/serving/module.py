@@ -29,7 +29,7 @@ class ModuleDecoder:
         sequences: texts that are kept side by side.
     """
 
-    cache_bytes = 0  # it grows with the texts
+    cache_bytes = working_bytes = 0  # they grow with the texts
     guesses = False  # several tokens at a time gain nothing here
 
     def __init__(self, model: nn.Module, positions: int, sequences: int) -> None:

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from torch import nn
 
 from bitfold.engine.bare import Bare
 from bitfold.engine.decoder import CACHES, Decoder, Unsupported
 from bitfold.engine.loop import require_plain
-from bitfold.engine.opening import Opened, open_model
+from bitfold.engine.opening import Opened, held_bytes, open_model
 from bitfold.errors import UsageError
 from bitfold.models.model_ref import Model, ModelRef, read_dtype
 from bitfold.serving.app import Service, make_app
@@ -91,7 +90,7 @@ class Ready:
         model: as clients call it.
         url: where the paths of OpenAI's clients begin.
         context, sequences: tokens of a text, and texts side by side.
-        weight_bytes, cache_bytes: memory of the weights, and of all keys and values.
+        weight_bytes, cache_bytes, working_bytes: memory of the weights, of all keys and values, and of reading.
     """
 
     model: str
@@ -100,6 +99,7 @@ class Ready:
     sequences: int
     weight_bytes: int
     cache_bytes: int
+    working_bytes: int
 
 
 def serve(model: Model, options: ServerOptions, on_ready: Callable[[Ready], None] | None = None) -> None:
@@ -144,9 +144,10 @@ def open_service(model: Model, options: ServerOptions, address: Sequence[Any]) -
     host, port = address[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     name, sequences = options.name or _name(ref), options.sequences
-    ready = Ready(name, url, context, sequences, _nbytes(loaded), decoder.cache_bytes)
-    weights, cache = size_text(ready.weight_bytes), size_text(ready.cache_bytes)
-    progress.say(f"weights {weights}, keys and values {cache} for {sequences} texts of {context} tokens side by side")
+    ready = Ready(name, url, context, sequences, held_bytes(loaded), decoder.cache_bytes, decoder.working_bytes)
+    weights, cache, work = map(size_text, (ready.weight_bytes, ready.cache_bytes, ready.working_bytes))
+    texts = f"{sequences} texts of {context} tokens side by side"
+    progress.say(f"weights {weights}, keys and values {cache} for {texts}, {work} to work in")
     metrics = Metrics()
     service = Service(
         name,
@@ -175,12 +176,6 @@ def _decoder(opened: Opened, context: int, options: ServerOptions) -> tuple[Any,
         progress.say(f"text comes from transformers' model, one after the other, which is slower: {reason}{own}")
         whole = opened.whole() if isinstance(model, Bare) else model
         return whole, ModuleDecoder(whole, context, options.sequences)
-
-
-def _nbytes(model: nn.Module) -> int:
-    """Memory of the weights, each counted once."""
-    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
-    return sum(tensors.values())
 
 
 def _name(ref: ModelRef) -> str:
