@@ -81,6 +81,30 @@ class Catcher:
             logits: torch.Tensor = model(**text_inputs(model, ids)).logits
         return logits[0]
 
+    def behind(self, source: Tensors, stream: Stream, layer: str) -> Iterator[torch.Tensor]:
+        """What enters a layer behind the blocks, sample by sample, where they hand on what is in the stream."""
+        model: Any = self._model
+        caught: list[torch.Tensor] = []
+
+        def catch(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            caught.append(inputs[0])
+            raise Stop
+
+        handle = model.get_submodule(layer).register_forward_pre_hook(catch)  # before it would be filled
+        try:
+            with Filled(model, source, self._ids, skip=f"{self._chain.path}."):
+                for sample, hidden in zip(self._ids, stream, strict=True):
+                    self._run_behind(sample, hidden)
+                    yield caught.pop()
+        finally:
+            handle.remove()
+
+    def _run_behind(self, sample: torch.Tensor, hidden: torch.Tensor) -> None:
+        model: Any = self._model
+        answers = self._answering(lambda _number, shape: lambda *_args, **_kwargs: shape.answering(hidden))
+        with torch.no_grad(), answers, contextlib.suppress(Stop):
+            model(**text_inputs(model, sample[None]))
+
     @contextlib.contextmanager
     def _answering(self, forward: Callable[[int, BlockShape], Callable[..., Any]]) -> Iterator[None]:
         """Every block answers at once, as `forward` of its number and shape says."""

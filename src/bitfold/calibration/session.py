@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from bitfold.calibration.fallback import Fallback, recoverable
+from bitfold.calibration.head import head_of, solve_head
 from bitfold.calibration.inputs import Wish, prepare
 from bitfold.calibration.options import Calibration
 from bitfold.calibration.probe import ActivationCost, Rounding
@@ -88,21 +89,24 @@ def solve_blocks(
         ModelError: the model cannot be run.
     """
     model = runnable(session.model, session.source)
-    wanted = {d.tensor: d for d in session.plan.quantized if _calibrated(d)}
+    head = head_of(model, session.plan.quantized) if session.shape.chains else None
+    wanted = {d.tensor: d for d in session.plan.quantized if _calibrated(d) and d is not head}
     reader = Reader(session.source, model, session.plan)
     text, failed = _text(session, reader, wanted, tokenizer, bookmarks)
     if failed is not None:
         yield failed
     for chain in session.shape.chains:
         inside = {name: d for name, d in wanted.items() if name.startswith(f"{chain.path}.")}
-        if not inside:
+        last = chain is session.shape.chains[-1]
+        if not inside and (head is None or not last):
             continue
         spill = None if bookmarks is None else Spill(bookmarks.folder_of(chain.path))
         walk = BlockWalk(model, reader, chain, text, spill, hessian_bytes)
-        last, done = chain is session.shape.chains[-1], set[str]()
+        done = set[str]()
         room = _room_for_whole(session)
         instead = "what is left of it is solved while the whole model runs" if room else LEFT
-        outcomes = _walk_blocks(session, walk, inside, bookmarks, measure=last)
+        behind = partial(_head, session, walk, reader, head, bookmarks) if last else None
+        outcomes = _walk_blocks(session, walk, inside, bookmarks, behind)
         ended = yield from _or_say(walk.name, _noting(outcomes, done), instead)
         if ended and room:
             done |= set(() if bookmarks is None else bookmarks.done)
@@ -151,25 +155,40 @@ def _or_say(name: str, outcomes: Iterator[Outcome], instead: str) -> Generator[O
 
 
 def _walk_blocks(
-    session: Session, walk: BlockWalk, wanted: dict[str, Quantized], bookmarks: Bookmarks | None, *, measure: bool
+    session: Session,
+    walk: BlockWalk,
+    wanted: dict[str, Quantized],
+    bookmarks: Bookmarks | None,
+    behind: Callable[[], Iterator[Outcome]] | None,
 ) -> Iterator[Outcome]:
-    """One list of blocks; `measure`: 8-bit activations too, where a scheme leaves them to measurement."""
+    """One list of blocks; of the last one with `behind`, what follows it, and 8-bit activations, where a scheme leaves
+    them to measurement."""
     if bookmarks is not None and bookmarks.over(walk):
         return
     walk.start()
-    undecided = {d.site.module: d for d in wanted.values() if measure and _undecided(d)}
+    undecided = {d.site.module: d for d in wanted.values() if behind is not None and _undecided(d)}
     if undecided:
         walk.watch(lambda layer: _rounding(undecided.get(layer), session.seed))
     elif not compares(wanted.values(), session.calibration):
         walk.forget_original()
     try:
         yield from _blocks(session, walk, wanted, bookmarks)
+        if behind is not None:
+            yield from behind()
     finally:
         walk.empty("")  # after a failure, the block at hand
     if undecided:
         yield walk.acts(skeleton.retie)
     elif bookmarks is not None:
         bookmarks.finish(walk)
+
+
+def _head(
+    session: Session, walk: BlockWalk, reader: Reader, head: Quantized | None, bookmarks: Bookmarks | None
+) -> Iterator[Outcome]:
+    """The output head, unless an earlier process has written it."""
+    if head is not None and (bookmarks is None or head.tensor not in bookmarks.done):
+        yield solve_head(walk, reader, head, session.seed, refit=session.calibration.refit)
 
 
 def _walk_whole(

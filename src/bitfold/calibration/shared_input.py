@@ -131,7 +131,7 @@ def _solve_alike(
         transform, folded = transform_of(scheme, decisions[0].site, options.seed), []
     yield from folded
     hessian: Moments | None = None
-    few, flags = _too_few(statistics), tuple[str, ...]()
+    few, flags = too_few(statistics), tuple[str, ...]()
     if failure is None:
         try:
             target = _target(weights, statistics, transform, options)
@@ -183,7 +183,7 @@ def _in_basis(statistics: Statistics, transform: Transform | None) -> Moments:
     return transform.hessian(hessian)
 
 
-def _too_few(statistics: Statistics) -> tuple[str, ...]:
+def too_few(statistics: Statistics) -> tuple[str, ...]:
     """Why a layer is quantized without data, in words; nothing if it is not."""
     if statistics.tokens < widest(statistics.hessian) // _FEW:
         return (f"quantized without data: {statistics.tokens} tokens reached it",)
@@ -287,7 +287,7 @@ def _solve_experts(
     (decision,) = group.decisions
     qs, losses, flags = list[QTensor](), list[float](), list[str]()
     for expert, (w, statistics) in enumerate(zip(stacked, group.statistics, strict=True)):
-        few = _too_few(statistics)
+        few = too_few(statistics)
         hessian = _in_basis(statistics, transform)
         name = f"{decision.tensor}, expert {expert}"
         q, odd = solve(decision.scheme, w, None if few else hessian, options.seed, name, refit=options.refit)

@@ -131,6 +131,10 @@ class BlockWalk:
         finally:
             self.empty("", skip=f"{self.chain.path}.")
 
+    def ends(self, layer: str) -> Iterator[torch.Tensor]:
+        """After the last block: what enters a layer behind the blocks in the quantized model, sample by sample."""
+        return self._catcher.behind(self._source, self._quantized, layer)
+
     def _fill(self, prefix: str, *, skip: str | None = None) -> None:
         """Give the tensors below a prefix their values, float32."""
         module = self.model.get_submodule(prefix.rstrip("."))

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from bitfold.calibration.head import head_of
 from bitfold.calibration.options import Calibration
 from bitfold.calibration.rehearsal import vocabulary as embedding_rows
 from bitfold.calibration.runner import HESSIANS
@@ -79,6 +80,8 @@ def calibrated_stages(plan: Plan, calibration: Calibration, model: nn.Module, he
     """Of the walk over the blocks, and of what comes before it."""
     seqlen, hidden, work = window(calibration.seqlen, model), _hidden(model), work_of(plan, model)
     found, seen = _before(plan, calibration, model, work), set()
+    if (head := head_of(model, plan.quantized)) is not None:
+        found.append(_head(head, min(calibration.nsamples * seqlen, embedding_rows(model))))
     whole = 4 * plan.numel if any(block.whole for block in work) else 0
     heard = min(hessian_bytes, sum(4 * group.k**2 for block in work if block.whole for group in block.groups))
     if whole:
@@ -102,6 +105,14 @@ def calibrated_stages(plan: Plan, calibration: Calibration, model: nn.Module, he
             if d.site.kind == EXPERTS
         ]
     return found
+
+
+def _head(decision: Quantized, tokens: int) -> Stage:
+    """The weight as it is stored, its codes twice, the Hessian and what is made of it, some rows and their errors."""
+    n, k = decision.site.qshape
+    rows = 4 * min(n * k, WEIGHTS)
+    weights = decision.info.numel * decision.info.dtype.itemsize + 2 * decision.nbytes()
+    return Stage(f"solving {decision.tensor}", weights + 5 * 4 * k**2 + 5 * rows + 4 * tokens * k)
 
 
 def _inputs(group: GroupShape, calibration: Calibration) -> str:

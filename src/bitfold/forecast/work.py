@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from bitfold.calibration.head import head_of
 from bitfold.calibration.shape import Groups, walk_shape
 from bitfold.models.sites import EMBEDDING, EXPERTS
 from bitfold.planning.decisions import Decision, Quantized
@@ -65,8 +66,9 @@ def work_of(plan: Plan, model: nn.Module) -> list[BlockWork]:
         found.setdefault((path, whole), []).extend(groups)
     inside: dict[str, list[Decision]] = defaultdict(list)
     paths = {path for path, _ in found}
+    head = head_of(model, plan.quantized) if shape.chains else None  # solved by itself, behind the blocks
     for decision in plan.written:
-        if (owner := _owner(decision.tensor, paths)) is not None:
+        if decision is not head and (owner := _owner(decision.tensor, paths)) is not None:
             inside[owner].append(decision)
     work = (_block(path, inside[path], groups, whole) for (path, whole), groups in found.items())
     return [block for block in work if block.wanted]

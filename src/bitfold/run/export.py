@@ -27,6 +27,8 @@ from bitfold.text.tokens import BUNDLED
 OWN = "auto"  # no mixture of llama.cpp's: types chosen for a size
 _METHODS = ("rtn", "ldlq", "gptq")
 _PLAIN = {"f16": "fp16", "bf16": "bf16", "f32": "fp32"}
+_FINE_HEADS = ("q8_0",)  # which lose less than their inputs rounded to 8 bits do
+_HEAD_DAMP = 0.1  # what is the embedding as well loses by the plain size of its errors
 _FINE = ("q6_k", "q8_0", *PLAIN_TYPES)  # types that lose next to nothing however they are rounded
 _ENDS = ("model.embed_tokens.weight", "lm_head.weight")  # fine types, and as large as all layers of a small model
 
@@ -99,11 +101,21 @@ def export_rules(
     for name, choice in types.items():
         if len(shapes[name]) < 2:
             continue
-        if choice.type in PLAIN_TYPES or name in _ENDS or method == "rtn":
+        own = _method_of(name, choice.type, method, head=_ENDS[0] if tied else _ENDS[1])
+        if own == "rtn":
             rules.append(Rule(name, _PLAIN.get(choice.type, choice.type)))
         else:
-            rules.append(Rule(name, choice.type, method, transform="none"))
+            rules.append(Rule(name, choice.type, own, transform="none"))
     return Recipe(tuple(rules)).ignoring(request.wanted.ignore), why, tuple(fallbacks(types, shapes))
+
+
+def _method_of(name: str, type: str, method: str, *, head: str) -> str:
+    """By which a tensor is made: the output head with error feedback as well, an embedding that is none rounded."""
+    if type in PLAIN_TYPES or method == "rtn" or name in set(_ENDS) - {head}:
+        return "rtn"
+    if name != head:
+        return method
+    return "rtn" if type in _FINE_HEADS else method if ":" in method else f"{method}:{_HEAD_DAMP}"
 
 
 def _own(

@@ -206,7 +206,11 @@ class Writing:
     def _write_solved(self, solved: Solved) -> TensorReport:
         decision, q = solved.decision, solved.qtensor
         error = relative_error(solved.weight, q)
-        flags = (*weight_flags(solved.weight), *_error_flags(decision, error), *solved.flags)
+        flags = (
+            *weight_flags(solved.weight, table=decision.site.is_table),
+            *_error_flags(decision, error),
+            *solved.flags,
+        )
         value = _value(decision, q, solved.sides)
         return self._finish(decision, value, error=error, output_error=solved.output_error, flags=flags)
 
