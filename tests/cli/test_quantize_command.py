@@ -77,3 +77,45 @@ def test_quantize_options_reach_the_driver(bitfold: Bitfold, monkeypatch: pytest
     text = Calibration("a.txt", 4, 64, 0.25, False, refit=False)
     assert seen[0] == Request("org/m", Path("o"), MethodOptions(3, method="ldlq", prune="wanda:0.5"), text)
     assert seen[1] == RunOptions(dry_run=True)
+
+
+def test_formats_for_a_size(bitfold: Bitfold, model: Path, text: Path, tmp_path: Path) -> None:
+    matrix, out = tmp_path / "m.gguf", tmp_path / "out"
+    bitfold("imatrix", model, "-o", matrix, "--nsamples", 4, "--seqlen", 32, "--calibration", text)
+    given = ("quantize", model, "--method", "rtn", "--imatrix", matrix, "--calibration", text, "--seqlen", 32)
+    result = bitfold(*given, "-o", out, "--target-size", "45kB", "--nsamples", 4)
+    assert result.code == 0, result.err
+    assert re.search(r"^plan for 45 kB: 4[34]\.?\d* kB, 3\.\d+ bits per weight$", result.err, re.M)
+    assert re.search(r"^  trellis-\d \(embedding, head\) +\d tensors +\d+\.?\d* kB$", result.err, re.M)
+    assert re.search(r"uniform plan", result.out)
+    assert (out / "model.safetensors").stat().st_size <= 45_000
+    again = bitfold("quantize", model, "--recipe", out / "bitfold_recipe.toml", "-o", tmp_path / "again", "--json")
+    keys_are_documented("quantize", again.json)
+    dry = bitfold(*given, "--target-bpw", 4, "--dry-run", "--json").json
+    assert dry["preflight"]["output_bytes"] <= 4 * sum(t["bytes_before"] for t in dry["tensors"]) / 4 / 8
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (("--target-bpw", "2", "--bits", "4"), "a budget chooses what --bits would say"),
+        (("--target-size", "1MB", "--format", "int4"), "a budget chooses what --format would say"),
+        (("--target-size", "1MB", "--target-bpw", "3"), "said twice"),
+        (("--target-size", "much"), "'much' is not a size"),
+        (("--target-bpw", "0"), "make no sense"),
+        (("--target-bpw", "nan"), "make no sense"),
+        (("--target-bpw", "3", "--method", "gptq"), "not of gptq"),
+        (("--target-bpw", "3", "--export", "gptq"), "in bitfold's own folders and in GGUF files"),
+        (("--target-bpw", "3", "--imatrix", "none.gguf"), "cannot be opened"),
+        (("--bits", "4", "--imatrix", "none.gguf"), "for a size"),
+        (("--target-bpw", "0.5", "--method", "rtn", "--seqlen", "32", "--nsamples", "2"), "the smallest that can be"),
+    ],
+)
+def test_sizes_that_are_none(
+    bitfold: Bitfold, model: Path, text: Path, tmp_path: Path, wrong: tuple[str, ...], said: str
+) -> None:
+    more = () if "--export" in wrong or "--bits" in wrong else ("--calibration", text)
+    result = bitfold("quantize", model, "-o", tmp_path / "out", *wrong, *more)
+    assert said in result.err
+    assert result.code in (2, 3)
+    assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".out.plan")]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from bitfold.calibration.tail import FEW, Tail, recomputed
 from bitfold.calibration.tensors import Reader
 from bitfold.calibration.walk import BlockWalk, Text
 from bitfold.checkpoints.gguf.imatrix import Importance
-from bitfold.models.sites import EMBEDDING, EXPERTS, LINEAR, Site, find_sites
+from bitfold.models.sites import EXPERTS, LINEAR, Site, find_sites
 from bitfold.system import progress
 
 _AT_ONCE = 1 << 22  # numbers of a gradient that are squared at a time
@@ -58,21 +58,36 @@ def by_blocks(model: nn.Module, reader: Reader, shape: WalkShape, ids: torch.Ten
     return found
 
 
-def by_gradients(model: Any, shape: WalkShape, ids: torch.Tensor, seed: int) -> dict[str, Importance]:
-    """Mean squares, and what errors cost, by name of the weight.
+class Windows(Protocol):
+    """Where the sums over the windows that are finished are kept, for a process that goes on."""
+
+    def load(self) -> dict[str, torch.Tensor] | None:
+        """What was kept last; None: nothing was."""
+
+    def keep(self, state: dict[str, torch.Tensor]) -> None:
+        """Keep it in place of what was kept before."""
+
+
+def by_gradients(
+    model: Any, shape: WalkShape, ids: torch.Tensor, seed: int, windows: Windows | None = None
+) -> dict[str, Importance]:
+    """Mean squares, and what errors cost, by name of the weight; stacks of experts (e, n, k) count as (e * n, k).
 
     Args:
         model: the original model, whole, float32.
         shape: how it is walked.
         ids: token ids (samples, seqlen).
         seed: of the labels.
+        windows: where finished windows are kept.
 
     Raises:
         ModelError: a vocabulary whose logits take too much memory.
         Exception: whatever the model raises when it is differentiated.
     """
     sums, generator = _Sums(), torch.Generator().manual_seed(seed)
-    wanted = {site.tensor: site for site in find_sites(model) if site.kind in (LINEAR, EMBEDDING)}
+    wanted = {site.tensor: site for site in find_sites(model)}
+    known = None if windows is None else windows.load()
+    done = 0 if known is None else sums.take(known, generator)
     tail = Tail.of(model, ids[:1, :FEW])
     with (
         sums.listening(model, wanted),
@@ -80,8 +95,11 @@ def by_gradients(model: Any, shape: WalkShape, ids: torch.Tensor, seed: int) -> 
         progress.bar("measure what errors cost", len(ids)) as bar,
         torch.enable_grad(),
     ):
-        for sample in ids:
+        bar.skip(done)
+        for number, sample in enumerate(ids[done:], done + 1):
             there_and_back(model, tail, sample[None], generator)
+            if windows is not None:
+                windows.keep(sums.state(number, generator))
             bar.advance(1)
     return {name: sums.importance(name, ids.numel()) for name in wanted if name in sums.rows}
 
@@ -89,11 +107,27 @@ def by_gradients(model: Any, shape: WalkShape, ids: torch.Tensor, seed: int) -> 
 class _Sums:
     """Sums over windows: of squares of inputs, of squares of gradients by row and by column."""
 
+    _LISTS = ("rows", "_columns", "_squares", "_seen")
+
     def __init__(self) -> None:
         self.rows: dict[str, torch.Tensor] = {}
         self._columns: dict[str, torch.Tensor] = {}
         self._squares: dict[str, torch.Tensor] = {}
-        self._seen: dict[str, int] = {}
+        self._seen: dict[str, torch.Tensor] = {}
+
+    def state(self, windows: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """All sums after so many windows, and where the generator of the labels is."""
+        found = {f"{part}/{name}": x for part in self._LISTS for name, x in getattr(self, part).items()}
+        return {**found, "windows": torch.tensor(windows), "generator": generator.get_state()}
+
+    def take(self, state: dict[str, torch.Tensor], generator: torch.Generator) -> int:
+        """Go on from there; says how many windows are done."""
+        for key, values in state.items():
+            part, slash, name = key.partition("/")
+            if slash:
+                getattr(self, part)[name] = values
+        generator.set_state(state["generator"])
+        return int(state["windows"])
 
     @contextlib.contextmanager
     def listening(self, model: nn.Module, wanted: Mapping[str, Site]) -> Iterator[None]:
@@ -121,6 +155,7 @@ class _Sums:
         assert parameter.grad is not None
         gradient, name = site.oriented(parameter.grad), site.tensor
         parameter.grad = None
+        gradient = gradient.reshape(-1, gradient.shape[-1])
         rows, columns = torch.zeros(len(gradient)), torch.zeros(gradient.shape[1])
         for at in range(0, len(gradient), step := max(1, _AT_ONCE // gradient.shape[1])):
             squares = gradient[at : at + step].float().square()
@@ -132,7 +167,7 @@ class _Sums:
     def _input(self, name: str, _module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         x = inputs[0].detach().float().reshape(-1, inputs[0].shape[-1])
         self._squares[name] = self._squares.get(name, 0) + x.square().sum(0)
-        self._seen[name] = self._seen.get(name, 0) + len(x)
+        self._seen[name] = self._seen.get(name, torch.tensor(0)) + len(x)
 
     def importance(self, name: str, tokens: int) -> Importance:
         """Of a weight whose gradient came: rows with mean 1."""

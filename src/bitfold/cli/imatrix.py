@@ -31,7 +31,7 @@ def imatrix(
         bool | None,
         typer.Option(
             "--gradients/--no-gradients",
-            help="Also measure what errors cost, for gguf:auto (default: if the model is small).",
+            help="Also measure what errors cost, for sizes (default: if the model is small).",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of random numbers; the same seed gives the same bytes.")] = 0,

@@ -92,12 +92,17 @@ ExportOption = Annotated[
 ]
 TargetSizeOption = Annotated[
     str | None,
-    typer.Option(help="With --export gguf:auto: size of the file; types are chosen for it.", show_default=False),
+    typer.Option(help="Size of the whole result, such as 180MB: formats are chosen for it.", show_default=False),
+]
+TargetBpwOption = Annotated[
+    float | None,
+    typer.Option(help="The same in bits for each weight, everything counted, such as 2.7.", show_default=False),
 ]
 ImatrixOption = Annotated[
     Path | None,
     typer.Option(
-        help="With --export gguf:auto: what errors cost, by `bitfold imatrix` (default: measured).", show_default=False
+        help="For --target-size, --target-bpw: what errors cost, by `bitfold imatrix` (default: measured).",
+        show_default=False,
     ),
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")]
@@ -156,6 +161,7 @@ def quantize(
     export: ExportOption = None,
     distill: DistillOption = None,
     target_size: TargetSizeOption = None,
+    target_bpw: TargetBpwOption = None,
     imatrix: ImatrixOption = None,
     max_memory: MaxMemoryOption = None,
     restart: RestartOption = False,
@@ -185,7 +191,7 @@ def quantize(
     shard_bytes = _bytes(max_shard_size, "--max-shard-size")
     how = (seed, shard_bytes, _bytes(max_memory, "--max-memory"), dry_run, restart, strict, events, revision)
     options = RunOptions(*how, upload_repo=upload_repo, pre_tokenizer=pre_tokenizer, low_disk=low_disk)
-    what = (wanted, text, export, _bytes(target_size, "--target-size"), imatrix)
+    what = (wanted, text, export, _bytes(target_size, "--target-size"), imatrix, target_bpw)
     _go(Request(model, output_dir or Path("unused"), *what), options, distill, tensors=tensors, json=json)
 
 

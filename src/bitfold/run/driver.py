@@ -15,6 +15,7 @@ from bitfold.errors import ResourceError
 from bitfold.recipes.options import MethodOptions
 from bitfold.recipes.recipe import Recipe
 from bitfold.records.run_report import QuantizeReport
+from bitfold.run.kept_plan import forget_plans
 from bitfold.run.options import OnTensor, Request, RunOptions
 from bitfold.run.steps import check, execute, forecast, open_model, plan, record, report_of
 
@@ -28,10 +29,12 @@ def run(request: Request, options: RunOptions) -> QuantizeReport:
         try:
             expected = forecast(planned, options)
         except ResourceError as error:
-            if not request.wanted.leaves_the_choice or planned.job.calibration is None:
+            if not (request.wanted.leaves_the_choice or request.budget_flag) or planned.job.calibration is None:
                 raise
             expected = forecast(plan(opened, request, options, obstacle=error.what), options)
         report = report_of(expected, options) if options.dry_run else execute(expected, options)
+    if not options.dry_run:
+        forget_plans(request.out)
     return record(report, expected.run.job, options, started)
 
 
@@ -53,6 +56,7 @@ def quantize(
     calibration: Calibration | str | None = None,
     export: str | None = None,
     target_bytes: int | None = None,
+    target_bpw: float | None = None,
     imatrix: str | Path | None = None,
     dry_run: bool = False,
     max_memory: int | None = None,
@@ -74,7 +78,7 @@ def quantize(
             `MethodOptions`; bits alone (but for act and ignore), or the method "auto", leave the choice of the method
             to bitfold.
         calibration: text for methods that need it (see `Calibration`, or just its `text`); default: bitfold's own.
-        export, target_bytes, imatrix: what to make instead of a bitfold folder, see `Request`.
+        export, target_bytes, target_bpw, imatrix: another output than a bitfold folder, or its size, see `Request`.
         dry_run: plan and report only; write nothing.
         max_memory: ceiling on the resident memory of the whole process, bytes: kept, if need be by solving wide layers
             in ranges of their inputs, or refused; None = no more than what is free, with a word of caution beyond four
@@ -93,4 +97,4 @@ def quantize(
         seed, max_shard_bytes, max_memory, dry_run, restart, strict, log, revision, token, upload_repo, on_tensor
     )
     costs = None if imatrix is None else Path(imatrix)
-    return run(Request(str(src), Path(out), wanted, calibration, export, target_bytes, costs), options)
+    return run(Request(str(src), Path(out), wanted, calibration, export, target_bytes, costs, target_bpw), options)

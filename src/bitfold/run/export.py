@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from math import prod
 
 from torch import nn
 
-from bitfold.calibration.options import Calibration
 from bitfold.checkpoints import Source
 from bitfold.checkpoints.gguf.container import parts_bytes
 from bitfold.checkpoints.gguf.imatrix import read_imatrix
@@ -22,7 +22,6 @@ from bitfold.run.mixture import own_mixture
 from bitfold.run.options import Request, RunOptions
 from bitfold.system import progress
 from bitfold.system.units import size_text
-from bitfold.text.tokens import BUNDLED
 
 OWN = "auto"  # no mixture of llama.cpp's: types chosen for a size
 _METHODS = ("rtn", "ldlq", "gptq")
@@ -41,14 +40,17 @@ def check_export(request: Request, *, upload: bool) -> None:
     """
     kind, _, mixture = (request.export or "").partition(":")
     if kind in ENGINES and not mixture:
+        if request.budget_flag is not None or request.imatrix is not None:
+            what = "formats are chosen for a size in bitfold's own folders and in GGUF files"
+            raise UsageError(what, where=request.budget_flag or "--imatrix", hint="no --export, or gguf:auto")
         check_engine_options(request.wanted)
         return
     if kind != GGUF or not mixture:
         hint = f"gguf:TYPE, as in gguf:Q4_K_M, or {', '.join(ENGINES)}"
         raise UsageError(f"cannot export {request.export!r}", where="--export", hint=hint)
-    if (mixture == OWN) != (request.target_bytes is not None):
+    if (mixture == OWN) != (request.budget_flag is not None):
         hint = "--export gguf:auto --target-size 100MB"
-        raise UsageError("a size and gguf:auto go together", where="--target-size", hint=hint)
+        raise UsageError("a size and gguf:auto go together", where=request.budget_flag or "--target-size", hint=hint)
     if mixture != OWN:
         base_type(mixture)
         if request.imatrix is not None:
@@ -91,7 +93,7 @@ def export_rules(
     if mixture == OWN:
         types, cost = _own(request, source, model, shapes, options)
         method, why = _method(request.wanted.method, "", why_not)
-        why = f"{why or method}; types chosen for {size_text(request.target_bytes or 0)}: {_counted(types)}; reckoned"
+        why = f"{why or method}; types chosen for {size_text(_limit(request, shapes))}: {_counted(types)}; reckoned"
         why = f"{why} loss of rounding to nearest: {cost:.3g} nats a token"
         progress.say(why)
     else:
@@ -126,14 +128,17 @@ def _own(
     options: RunOptions,
 ) -> tuple[dict[str, Typed], float]:
     """bitfold's own mixture of a size, and its reckoned loss."""
-    assert request.target_bytes is not None
-    budget = request.target_bytes - parts_bytes(request.target_bytes, options.max_shard_bytes)
+    limit = _limit(request, shapes)
+    budget = limit - parts_bytes(limit, options.max_shard_bytes)
     if request.imatrix is not None:
         return own_mixture(source, shapes, read_imatrix(request.imatrix), budget)
-    given = request.calibration
-    text = few(given if isinstance(given, Calibration) else Calibration(given or BUNDLED))
+    text = few(request.text)
     found = measured(source, model, text, options.seed, gradients=True)
     return own_mixture(source, shapes, found, budget)
+
+
+def _limit(request: Request, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return request.limit(sum(map(prod, shapes.values())))
 
 
 def _counted(types: Mapping[str, Typed]) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
-from bitfold.calibration.importance import by_blocks, by_gradients
+from bitfold.calibration.importance import Windows, by_blocks, by_gradients
 from bitfold.calibration.options import Calibration
 from bitfold.calibration.session import runnable
 from bitfold.calibration.shape import walk_shape, window
@@ -18,7 +20,7 @@ from bitfold.checkpoints.gguf.described import describe_model
 from bitfold.checkpoints.gguf.imatrix import Imatrix, Importance, write_imatrix
 from bitfold.checkpoints.side_files import tokenizer_folder
 from bitfold.checkpoints.staging import open_output
-from bitfold.errors import ModelError, ResourceError
+from bitfold.errors import CheckpointError, ModelError, ResourceError
 from bitfold.models.opening import open_skeleton
 from bitfold.models.vocabulary import refuse_unknown_tokens
 from bitfold.planning.plan import make_plan
@@ -73,34 +75,67 @@ def few(calibration: Calibration) -> Calibration:
     return replace(calibration, nsamples=min(_FEW_WINDOWS, calibration.nsamples), seqlen=short)
 
 
+def named_as(source: Source) -> Callable[[str], str]:
+    """By which name an importance matrix knows a tensor: the one of GGUF where it has one for the model."""
+    try:
+        known = describe_model(source.config, "", str(source.path))
+    except CheckpointError:  # a family that GGUF has no place for, whose importance is for bitfold's own folders
+        return lambda name: name
+    return lambda name: known.gguf_name(name) or name
+
+
 def measured(
-    source: Source, skeleton: nn.Module | None, calibration: Calibration, seed: int, *, gradients: bool | None
+    source: Source,
+    skeleton: nn.Module | None,
+    calibration: Calibration,
+    seed: int,
+    *,
+    gradients: bool | None,
+    windows: Windows | None = None,
 ) -> Imatrix:
     """What the inputs of the weights of a model are like, by the names that these have in GGUF.
+
+    Args:
+        source: open.
+        skeleton: of its model.
+        calibration: text, windows, tokens of a window.
+        seed: of labels.
+        gradients: see `make_imatrix`.
+        windows: where finished windows of gradients are kept.
 
     Raises:
         ResourceError: gradients are asked for, and the model is too large for them.
         BitfoldError: as `make_imatrix`.
     """
-    gguf = describe_model(source.config, "", str(source.path))
-    model = runnable(skeleton, source)
+    name_of, model = named_as(source), runnable(skeleton, source)
+    ids = tokens_of(source, model, calibration)
+    reader = whole_reader(source, model)
+    if _affordable(model) if gradients is None else gradients:
+        _refuse_too_large(model, source)
+        found = by_gradients(original(source, reader), walk_shape(model), ids, seed, windows)
+    else:
+        found = by_blocks(model, reader, walk_shape(model), ids)
+    named: dict[str, Importance] = {name_of(name): entry for name, entry in found.items()}
+    return Imatrix(named, ids.numel(), ids.shape[1], (calibration.text,))
+
+
+def whole_reader(source: Source, model: nn.Module) -> Reader:
+    """Of all tensors of a model as they are."""
+    return Reader(source, model, make_plan(source, model, Recipe(()), shorten_groups=False))
+
+
+def tokens_of(source: Source, model: nn.Module, calibration: Calibration) -> torch.Tensor:
+    """int64 (windows, tokens): the text that importance is measured on, in short windows where nothing is said."""
     if calibration.text == SELF:
         raise ModelError("importance is measured on text", where="--calibration", hint="name a file of text")
-    shape, seqlen = walk_shape(model), window(calibration.seqlen, model)
+    seqlen = window(calibration.seqlen, model)
     seqlen = seqlen if calibration.seqlen is not None else min(seqlen, _SHORT)
     with tempfile.TemporaryDirectory(prefix="bitfold-importance-") as scratch:
         folder = tokenizer_folder(source, Path(scratch))
         sizes = {"nsamples": calibration.nsamples, "seqlen": seqlen}
         ids = calibration_tokens(folder, calibration.text, **sizes, start_token=calibration.start_token)
         refuse_unknown_tokens(model, ids, read_tokenizer(folder))
-    reader = Reader(source, model, make_plan(source, model, Recipe(()), shorten_groups=False))
-    if _affordable(model) if gradients is None else gradients:
-        _refuse_too_large(model, source)
-        found = by_gradients(original(source, reader), shape, ids, seed)
-    else:
-        found = by_blocks(model, reader, shape, ids)
-    named: dict[str, Importance] = {gguf.gguf_name(name) or name: entry for name, entry in found.items()}
-    return Imatrix(named, ids.numel(), seqlen, (calibration.text,))
+    return ids
 
 
 def _numel(model: nn.Module) -> int:
@@ -115,5 +150,5 @@ def _refuse_too_large(model: nn.Module, source: Source) -> None:
     needed, limit = 4 * _numel(model), memory.default_ceiling()
     if limit is not None and needed + (memory.resident() or 0) > limit:
         what = f"gradients need the whole model in memory, {size_text(needed)}; {size_text(limit)} are there"
-        hint = "a mixture by name, such as gguf:Q4_K_M, needs none"
+        hint = "`bitfold imatrix` on a larger machine makes a file for --imatrix; --bits and gguf:Q4_K_M need none"
         raise ResourceError(what, where=str(source.path), hint=hint)

@@ -77,7 +77,7 @@ def _between(request: Request, options: RunOptions, local: Path, out: Path) -> P
     """Named by all that decides its bytes, so that it is not taken for the work of another command."""
     source = open_source(local, pre_tokenizer=options.pre_tokenizer)
     try:
-        facts = [source.fingerprint(), options.seed, options.max_shard_bytes]
+        facts = [source.fingerprint(), options.seed, options.max_shard_bytes, request.target_bytes, request.target_bpw]
     finally:
         source.close()
     given = request.calibration

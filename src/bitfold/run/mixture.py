@@ -14,20 +14,18 @@ import torch
 from bitfold.checkpoints import Source
 from bitfold.checkpoints.gguf.container import ALIGNMENT
 from bitfold.checkpoints.gguf.described import describe_model
-from bitfold.checkpoints.gguf.imatrix import Imatrix, Importance
+from bitfold.checkpoints.gguf.imatrix import Imatrix
 from bitfold.checkpoints.gguf.mixtures import Typed, fitting, quantizable
 from bitfold.checkpoints.repack import contents_of
 from bitfold.checkpoints.targets import GGUF, open_target
-from bitfold.errors import CheckpointError
 from bitfold.formats import get_format
 from bitfold.planning.allocation import allocate
+from bitfold.planning.costs import Coder, error_costs, with_costs
 from bitfold.system import progress
 
 # For rows that blocks of 256 divide, and for others. Left out is what another of no more bits does better.
 _LONG = ("q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0")
 _SHORT = ("iq4_nl", "q4_1", "q5_0", "q5_1", "q8_0")
-_ROWS = 16  # of a tensor on which types are tried
-_AT_ONCE = 1 << 24  # weights whose energy is summed at a time
 
 
 def own_mixture(
@@ -53,8 +51,9 @@ def own_mixture(
     costs = []
     with progress.bar("try types", len(chosen)) as bar:
         for name in chosen:
-            entry = imatrix.entries.get(known[name])
-            costs.append(_costs(source.read(name), _checked(entry, shapes[name], name), choices[name]))
+            entry = with_costs(imatrix.entries.get(known[name]), shapes[name], name)
+            coders = [_coder(type, entry.weights) for type in choices[name]]
+            costs.append(error_costs(source.read(name), entry, coders))
             bar.advance(1, name)
     sizes = [[_nbytes(t, shapes[name]) for t in choices[name]] for name in chosen]
     trial = types | {name: Typed(choices[name][0]) for name in chosen}
@@ -70,37 +69,16 @@ def _choices(columns: int) -> list[str]:
     return list(types)
 
 
-def _checked(entry: Importance | None, shape: tuple[int, ...], name: str) -> Importance:
-    hint = "make one with `bitfold imatrix`, on this model, with gradients"
-    if entry is None or entry.costs is None:
-        raise CheckpointError("the importance matrix does not say what errors cost here", where=name, hint=hint)
-    if len(entry.costs) != shape[-1] or (entry.rows is not None and len(entry.rows) != shape[0]):
-        raise CheckpointError(f"the importance matrix is of a weight other than {shape}", where=name, hint=hint)
-    return entry
-
-
 def _nbytes(type: str, shape: tuple[int, ...]) -> int:
     nbytes = 2 * shape[0] * shape[1] if type == "f16" else get_format(type).layout(shape)["blocks"].nbytes
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def _costs(w: torch.Tensor, entry: Importance, types: list[str]) -> list[float]:
-    """Of each type: the cost of all that the weight is, times the share of it that the type gets wrong on some rows."""
-    assert entry.costs is not None
-    whole = 0.0
-    for at in range(0, len(w), step := max(1, _AT_ONCE // w.shape[1])):
-        energy = w[at : at + step].float().square() @ entry.costs
-        whole += float(energy.sum() if entry.rows is None else energy @ entry.rows[at : at + step])
-    some = w[:: max(1, len(w) // _ROWS)][:_ROWS].float()
-    part = float((some.square() @ entry.costs).sum())
-    found = []
-    for name in types:
-        if part == 0 or name == "f16":
-            found.append(0.0)
-            continue
-        format = get_format(name)
-        encode = format.weighted
-        assert encode is not None
-        wrong = format.decode(encode(some, entry.costs), tuple(some.shape)) - some
-        found.append(whole * float((wrong.square() @ entry.costs).sum()) / part)
-    return found
+def _coder(type: str, costs: torch.Tensor) -> Coder | None:
+    """What a type makes of rows; None where nothing is lost."""
+    if type == "f16":
+        return None
+    format = get_format(type)
+    encode = format.weighted
+    assert encode is not None
+    return lambda rows: format.decode(encode(rows, costs), tuple(rows.shape))

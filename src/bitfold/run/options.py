@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,9 @@ class Request:
         export: what is made: None: a bitfold folder; "gptq" and others of ENGINES: a folder for other engines;
             "gguf:Q4_K_M" and the like: a GGUF file of that mixture, `out`; "gguf:auto": one of `target_bytes`, types
             chosen for it.
-        target_bytes: size of the whole file.
-        imatrix: what errors cost, from `bitfold imatrix`, to choose types by; None = it is measured.
+        target_bytes, target_bpw: size of the whole file, or of all files of weights, in bytes or in bits for each
+            weight; formats are chosen for it.
+        imatrix: what errors cost, from `bitfold imatrix`, to choose by; None = it is measured.
     """
 
     source: str
@@ -42,6 +44,26 @@ class Request:
     export: str | None = None
     target_bytes: int | None = None
     imatrix: Path | None = None
+    target_bpw: float | None = None
+
+    @property
+    def budget_flag(self) -> str | None:
+        """By which option a size is asked for; None = none is."""
+        if self.target_bpw is not None:
+            return "--target-bpw"
+        return None if self.target_bytes is None else "--target-size"
+
+    def limit(self, numel: int) -> int:
+        """Bytes of the size that is asked for, of a model of so many weights."""
+        assert self.target_bytes is not None or self.target_bpw is not None
+        return self.target_bytes if self.target_bytes is not None else int((self.target_bpw or 0) * numel / 8)
+
+    @property
+    def text(self) -> Calibration:
+        """The calibration, where the method is left open."""
+        return (
+            self.calibration if isinstance(self.calibration, Calibration) else Calibration(self.calibration or BUNDLED)
+        )
 
     @property
     def kind(self) -> str:
@@ -50,6 +72,11 @@ class Request:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "out", real_path(self.out))
+        if self.target_bpw is not None and not 0 < self.target_bpw < math.inf:
+            what = f"{self.target_bpw} bits for each weight make no sense"
+            raise UsageError(what, where="--target-bpw", hint="write it like 2.7")
+        if self.target_bytes is not None and self.target_bpw is not None:
+            raise UsageError("a size is said twice", where="--target-bpw", hint="drop it, or --target-size")
 
     def calibration_of(self, rules: Recipe) -> Calibration | None:
         """The calibration of a run by these rules; None where no rule needs one.

@@ -14,7 +14,6 @@ from typing import Any
 from torch import nn
 
 from bitfold.calibration.obstacles import why_not_calibrated
-from bitfold.calibration.options import Calibration
 from bitfold.calibration.session import runnable
 from bitfold.calibration.shape import LONGEST
 from bitfold.checkpoints import Source, open_source
@@ -32,6 +31,7 @@ from bitfold.planning.tables import with_tables
 from bitfold.recipes.options import choose_recipe
 from bitfold.records.record import write_record
 from bitfold.records.run_report import QuantizeReport, TensorReport, peak_memory
+from bitfold.run.budget import Budget, budget_rules, check_budget
 from bitfold.run.engine_export import held_by_engine
 from bitfold.run.export import check_export, export_rules, single_file
 from bitfold.run.low_disk import (
@@ -47,7 +47,6 @@ from bitfold.run.options import Request, RunOptions
 from bitfold.run.writing import Job, PlannedRun, Writing, Written
 from bitfold.system import progress
 from bitfold.system.outputs import try_file
-from bitfold.text.tokens import BUNDLED
 from bitfold.text.windows import text_digest
 from bitfold.workspace.events import Events
 from bitfold.workspace.folder import Workspace, size_of, software
@@ -78,9 +77,11 @@ def check(request: Request, options: RunOptions) -> None:
         check_low_disk(request, options)
     if request.export is not None:
         check_export(request, upload=options.upload_repo is not None)
-    elif request.target_bytes is not None or request.imatrix is not None:
-        what = "a size and an importance matrix choose the types of a GGUF file"
-        raise UsageError(what, where="--target-size", hint="--export gguf:auto")
+    elif request.budget_flag is not None:
+        check_budget(request, options)
+    elif request.imatrix is not None:
+        what = "an importance matrix chooses formats for a size"
+        raise UsageError(what, where="--imatrix", hint="with --target-bpw, --target-size or --export gguf:auto")
     else:
         rules = choose_recipe(request.wanted)
         if not request.wanted.leaves_the_choice:
@@ -143,9 +144,14 @@ def plan(opened: Opened, request: Request, options: RunOptions, obstacle: str | 
     if request.export is not None:
         rules, why, more = export_rules(request, source, opened.model, options, why_not)
         calibration = request.calibration_of(rules)
+    elif request.budget_flag is not None:
+        obstacle = why_not() if obstacle is None and wanted.method != "rtn" else obstacle
+        calibrated = obstacle is None and wanted.method != "rtn"
+        rules, why = budget_rules(Budget(source, opened.model, request, options, calibrated))
+        why = f"{why}; without calibration: {obstacle}" if obstacle else why
+        calibration = request.text if any(rule.needs_text for rule in rules.rules) else None
     elif wanted.leaves_the_choice:
-        given = request.calibration
-        text = given if isinstance(given, Calibration) else Calibration(given or BUNDLED)
+        text = request.text
         choice = choose(wanted.bits, lambda: obstacle or why_not(), tokens=text.nsamples * (text.seqlen or LONGEST))
         rules, why = choose_recipe(wanted.with_choice(choice.options)), f"{choice.method}: {choice.why}"
         calibration = text if any(rule.needs_text for rule in rules.rules) else None
@@ -159,6 +165,7 @@ def plan(opened: Opened, request: Request, options: RunOptions, obstacle: str | 
     if wanted.packs_tables and request.export is None:
         rules, decided, more = with_tables(source, opened.model, rules, decided, options.seed)
     job = Job(request.source, request.out, rules, options.seed, calibration, options.max_shard_bytes, request.kind)
+    chosen = request.export is None and request.budget_flag is not None
     target = open_target(job.kind, request.out, options.max_shard_bytes, source)
     if request.export in ENGINES:
         decided, said = held_by_engine(decided, target)
@@ -167,7 +174,9 @@ def plan(opened: Opened, request: Request, options: RunOptions, obstacle: str | 
     if options.low_disk:
         require_data_free(decided)
         decided = by_file(decided, on_demand_of(source))
-    return PlannedRun(source, opened.model, decided, job, account_for(source, decided), why, substitutes=more)
+    return PlannedRun(
+        source, opened.model, decided, job, account_for(source, decided), why, substitutes=more, chosen=chosen
+    )
 
 
 def forecast(run: PlannedRun, options: RunOptions) -> Forecast:

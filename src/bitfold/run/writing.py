@@ -46,6 +46,8 @@ from bitfold.transforms.activations import ACT_SCALE
 from bitfold.workspace.events import Events
 from bitfold.workspace.folder import Workspace
 
+_RECIPE = "bitfold_recipe.toml"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -69,6 +71,7 @@ class PlannedRun:
         why: this method, where bitfold chose it.
         hessian_bytes: bytes of the Hessians of experts in memory at a time.
         substitutes: what gets another format than was asked for, in words.
+        chosen: the rules were chosen for a size; they go into the folder, as --recipe takes them.
     """
 
     source: Source
@@ -79,6 +82,7 @@ class PlannedRun:
     why: str = ""
     hessian_bytes: int = HESSIANS
     substitutes: tuple[str, ...] = ()
+    chosen: bool = False
 
 
 @dataclass(frozen=True)
@@ -320,6 +324,8 @@ class Writing:
         self._target.finish(skeleton.with_dtype(run.source.config, dtypes), _quantization(run, report))
         if self._target.single is None:
             write_card(result, report)
+            if run.chosen:
+                (result / _RECIPE).write_text(run.job.rules.dumps(), encoding="utf-8")
 
 
 def _value(

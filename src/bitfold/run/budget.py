@@ -1,0 +1,228 @@
+"""A folder of a size: which format each weight gets, measured, reckoned, checked on text, and written as a recipe."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitfold.calibration.noise import noisy_divergences
+from bitfold.calibration.shape import walk_shape
+from bitfold.calibration.tensors import original
+from bitfold.checkpoints import Source
+from bitfold.checkpoints.gguf.imatrix import Imatrix, Importance, read_imatrix
+from bitfold.checkpoints.targets import open_target
+from bitfold.errors import BitfoldError, ModelError, UsageError
+from bitfold.planning.choices import CANDIDATES, Choice, Weight, everywhere, grouped, least_cost, uniform, weigh
+from bitfold.planning.costs import with_costs
+from bitfold.planning.decisions import Quantized
+from bitfold.planning.plan import Plan, make_plan
+from bitfold.planning.tables import with_tables
+from bitfold.recipes.recipe import Recipe
+from bitfold.run.importance import few, measured, named_as, tokens_of, whole_reader
+from bitfold.run.kept_plan import KeptPlan
+from bitfold.run.options import Request, RunOptions
+from bitfold.system import memory, progress
+from bitfold.system.units import size_text
+
+_METHODS = (None, "auto", "trellis", "rtn")
+_HELD_OUT = 4  # windows of the text that plans are compared on, after those that were measured
+
+
+def check_budget(request: Request, options: RunOptions) -> None:
+    """Raise what can be known before anything is opened.
+
+    Raises:
+        UsageError: options that say what the budget is to find out.
+    """
+    flag, wanted = request.budget_flag, request.wanted
+    said = [name for name in wanted.given() if name not in ("--method", "--act")]
+    if said:
+        raise UsageError(f"a budget chooses what {', '.join(said)} would say", where=flag, hint="drop one of them")
+    if wanted.method not in _METHODS:
+        what = f"formats are chosen among those of trellis, not of {wanted.method}"
+        raise UsageError(what, where="--method", hint="trellis (calibrated, the default) or rtn (rounded to nearest)")
+    if options.low_disk:
+        raise UsageError("a budget needs the whole model on the disk", where=flag, hint="drop --low-disk")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A run that is to have a size: the checkpoint, and what is asked of it.
+
+    Args:
+        source, model: open, and its skeleton.
+        request, options: of the run.
+        calibrated: whether layers are.
+    """
+
+    source: Source
+    model: nn.Module | None
+    request: Request
+    options: RunOptions
+    calibrated: bool
+
+    def plan(self, rules: Recipe) -> Plan:
+        """What rules make of the model."""
+        made = make_plan(self.source, self.model, rules, shorten_groups=True)
+        return made.kept_as(self._target().plain)
+
+    def size(self, rules: Recipe) -> int:
+        """Bytes of the files of weights."""
+        found: int = self._target().size(self.plan(rules).contents())
+        return found
+
+    def _target(self) -> Any:
+        return open_target(self.request.kind, Path("unused"), self.options.max_shard_bytes, self.source)
+
+    def rules(self, choice: Choice, weights: Sequence[Weight]) -> Recipe:
+        """The recipe of a choice."""
+        made = choice.recipe(weights, calibrated=self.calibrated, act=self.request.wanted.act)
+        return made.ignoring(self.request.wanted.ignore)
+
+
+def budget_rules(budget: Budget) -> tuple[Recipe, str]:
+    """The recipe that makes the folder no larger than asked for and loses least, and why.
+
+    Raises:
+        UsageError: no folder of the model is so small.
+        BitfoldError: what errors cost cannot be measured, or is of another model.
+    """
+    kept = KeptPlan(budget.request, budget.options, budget.source, calibrated=budget.calibrated)
+    found = kept.plan()
+    rules, lines = found or _decided(budget, kept)
+    if found is None:
+        kept.keep_plan(rules, lines)
+    for line in (*lines, *_table(budget.plan(rules))):
+        progress.say(line)
+    return rules, "; ".join(lines)
+
+
+def _decided(budget: Budget, kept: KeptPlan) -> tuple[Recipe, list[str]]:
+    """The recipe, and what is to be said of it."""
+    weights = _weighed(budget, _quantizable(budget), kept)
+    smallest, largest = (budget.rules(everywhere(weights, i), weights) for i in (0, len(CANDIDATES) - 1))
+    numel, least, most = budget.plan(smallest).numel, budget.size(smallest), budget.size(largest)
+    limit = budget.request.limit(numel)
+    if least > limit:
+        what = f"{size_text(limit)} are too few: the smallest that can be made of this model takes {least} bytes"
+        raise UsageError(f"{what}, {_up(8 * least / numel)} bits per weight", where=budget.request.budget_flag)
+    if most <= limit:
+        rules, lines = largest, [f"more than 8 bits everywhere need: {size_text(most)}"]
+    else:
+        rules, lines = _compared(budget, weights, _fitting(budget, weights, limit, least), limit)
+    size = budget.size(rules)
+    return rules, [f"plan for {size_text(limit)}: {size_text(size)}, {8 * size / numel:.3f} bits per weight", *lines]
+
+
+def _up(bits: float) -> str:
+    return f"{int(bits * 1000 + 1) / 1000:.3f}"
+
+
+def _quantizable(budget: Budget) -> list[Quantized]:
+    """What a run with bits would quantize."""
+    wanted = budget.request.wanted
+    rules = Recipe.of(CANDIDATES[0].format, transform="hadamard").ignoring(wanted.ignore)
+    plan = make_plan(budget.source, budget.model, rules, shorten_groups=True)
+    if not wanted.keep_embeddings:
+        _, plan, _ = with_tables(budget.source, budget.model, rules, plan, budget.options.seed)
+    if not plan.quantized:
+        raise UsageError("nothing of this model is quantized", where=budget.request.budget_flag)
+    return plan.quantized
+
+
+def _weighed(budget: Budget, decisions: Sequence[Quantized], kept: KeptPlan) -> list[Weight]:
+    imatrix, known = _imatrix(budget, kept), named_as(budget.source)
+    reader = whole_reader(budget.source, _model(budget))
+    found = []
+    with progress.bar("try formats", len(decisions)) as bar:
+        for d in decisions:
+            entry = imatrix.entries.get(known(d.tensor))
+            if entry is None and "experts" in d.tensor:  # no token came to this one
+                entry = Importance(torch.ones(d.site.qshape[-1]), torch.zeros(d.site.qshape[-1]))
+            entry = with_costs(entry, d.site.qshape, d.tensor)
+            found.append(weigh(d, entry, reader.read(d.tensor), budget.options.seed))
+            bar.advance(1, d.tensor)
+    return found
+
+
+def _model(budget: Budget) -> nn.Module:
+    if budget.model is None:
+        what = "what errors cost cannot be measured: transformers does not have the model's class"
+        raise ModelError(what, where=budget.request.budget_flag, hint="--bits")
+    return budget.model
+
+
+def _imatrix(budget: Budget, kept: KeptPlan) -> Imatrix:
+    if budget.request.imatrix is not None:
+        return read_imatrix(budget.request.imatrix)
+    text, seed = few(budget.request.text), budget.options.seed
+    return measured(budget.source, budget.model, text, seed, gradients=True, windows=kept)
+
+
+def _fitting(budget: Budget, weights: Sequence[Weight], limit: int, smallest: int) -> Choice:
+    """Of least cost, with a whole that fits; headers take a few bytes more or less than those of the smallest."""
+    shape = walk_shape(budget.model)
+    sharing = [group for block in shape.blocks for group in block.groups]
+    sharing += [group for _, groups in shape.others for group in groups]
+    groups = grouped([w.site.tensor for w in weights], sharing)
+    room = limit - (smallest - sum(w.sizes[0] for w in weights))
+    while True:
+        found = least_cost(weights, groups, max(room, sum(w.sizes[0] for w in weights)))
+        over = budget.size(budget.rules(found, weights)) - limit
+        if over <= 0:
+            return found
+        room -= over
+
+
+def _compared(budget: Budget, weights: Sequence[Weight], chosen: Choice, limit: int) -> tuple[Recipe, list[str]]:
+    """The rules of a choice, or of the best uniform one of that size where a text says that this is better."""
+    fits: Callable[[Choice], bool] = lambda choice: budget.size(budget.rules(choice, weights)) <= limit  # noqa: E731
+    other = uniform(weights, fits)
+    lines = [f"reckoned loss, rounded to nearest: {chosen.cost(weights):.3g} nats a token"]
+    rules = budget.rules(chosen, weights)
+    if other is None:
+        return rules, lines
+    same = " and ".join(sorted({CANDIDATES[i].format for i in other.picked.values()}))
+    lines[0] += f"; {other.cost(weights):.3g} with {same} throughout, the best uniform plan of that size"
+    try:
+        kl, uniform_kl = _on_text(budget, weights, [chosen, other])
+    except BitfoldError as error:
+        return rules, [*lines, f"not compared on text: {error.what}"]
+    lines.append(
+        f"KL on held-out text, with noise of that size in place of rounding: {kl:.3g}; uniform {uniform_kl:.3g}"
+    )
+    if kl <= uniform_kl:
+        return rules, lines
+    return budget.rules(other, weights), [*lines, "the uniform plan is better there, and is used"]
+
+
+def _on_text(budget: Budget, weights: Sequence[Weight], choices: Sequence[Choice]) -> list[float]:
+    model, text = _model(budget), few(budget.request.text)
+    ids = tokens_of(budget.source, model, replace(text, nsamples=text.nsamples + _HELD_OUT))[text.nsamples :]
+    if not len(ids):
+        raise UsageError("the text is no longer than what was measured")
+    needed, free = 2 * 4 * sum(p.numel() for p in model.parameters()), memory.available()
+    if free is not None and needed > free:
+        raise UsageError(f"that takes {size_text(needed)} of memory, {size_text(free)} are free")
+    reader = whole_reader(budget.source, model)
+    pair = original(budget.source, reader), original(budget.source, reader)
+    sites = {w.site.tensor: w.site for w in weights}
+    errors: list[Mapping[str, float]] = [choice.errors(weights) for choice in choices]
+    return noisy_divergences(*pair, sites, errors, ids, budget.options.seed)
+
+
+def _table(plan: Plan) -> list[str]:
+    """What is stored in which format, a line each."""
+    count, size = Counter[str](), Counter[str]()
+    for d in plan.written:
+        name = d.format_name or "kept"
+        name += " (embedding, head)" if isinstance(d, Quantized) and d.site.is_table else ""
+        count[name] += 1
+        size[name] += d.nbytes()
+    return [f"  {name:<28} {count[name]:>5} tensors {size_text(size[name]):>9}" for name in sorted(count)]
