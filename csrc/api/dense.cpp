@@ -2,6 +2,10 @@
 
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
 #include "api/bind.h"
 #include "api/products.h"
 #include "weights/dense/packing.h"
@@ -17,6 +21,27 @@ using bitfold::Tables;
 // What codes mean, whichever weight they are of.
 struct Grid : Codes, Tables {};
 
+float number(const void* numbers, size_t i, bool bf16) {
+  if (!bf16) return static_cast<const float*>(numbers)[i];
+  const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(numbers)[i]) << 16;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+// Whether Scales::whole holds.
+bool whole(const DenseWeight& w) {
+  if (!w.zero) return true;
+  if (w.unit != 1) return false;
+  const int most = w.has_lut ? *std::max_element(w.lut, w.lut + 16) : (1 << w.bits) - 1;
+  const float low = static_cast<float>(most - w.offset - 127), high = static_cast<float>(128 - w.offset);
+  for (size_t i = 0; i < w.n * w.groups; ++i) {
+    const float zero = number(w.zero, i, w.bf16);
+    if (!(zero >= low && zero <= high && zero == std::floor(zero))) return false;
+  }
+  return true;
+}
+
 // A weight that owns the copy of its last rows.
 struct OwnedDense : DenseWeight {
   std::vector<uint8_t> copy;
@@ -27,6 +52,7 @@ struct OwnedDense : DenseWeight {
     static_cast<Scales&>(*this) = scales;
     n = rows;
     k = columns;
+    Scales::whole = ::whole(*this);
     codes = bytes;
     row_bytes = bitfold::packed_row_bytes(k, bits);
     const size_t last = bitfold::tail_rows(n, row_bytes);
@@ -42,7 +68,7 @@ void bind_structs(nb::module_& m) {
       .def(
           "__init__",
           [](Scales* s, uintptr_t scale, uintptr_t zero, bool bf16, size_t group, size_t groups) {
-            new (s) Scales{at<const void>(scale), at<const void>(zero), bf16, group, groups};
+            new (s) Scales{at<const void>(scale), at<const void>(zero), bf16, false, group, groups};
           },
           nb::kw_only(), "scale"_a, "zero"_a, "bf16"_a, "group"_a, "groups"_a);
   nb::class_<Grid>(m, "Grid", "What the codes of a dense weight mean: see scaled.h and dense/weight.h.")

@@ -43,7 +43,11 @@ struct Tiles {
     __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride), "i"(I) : "memory");
   }
   template <int C, int A, int B>
-  static void dot() {  // A signed, B unsigned
+  static void dot() {  // bytes with a sign
+    __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+  }
+  template <int C, int A, int B>
+  static void dot_unsigned() {  // those of B without
     __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
   }
   // Numbers in bfloat16, sums in float32.

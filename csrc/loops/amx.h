@@ -1,8 +1,10 @@
 // Several rows of activations on the tile registers of AMX. A panel (panel.h) is a row of B tiles already; the loops
 // around are those of gemm.h.
 //
-// T names the tile instructions, see isa/amx.cpp. Registers 0..3 hold sums, 4 and 5 activations (signed), 6 and 7
-// weights (unsigned).
+// Of weights with groups a panel has what u - offset is, with a sign, less the zero points where they are whole: sums
+// of products then need no correction but the scale.
+//
+// T names the tile instructions, see isa/amx.cpp. Registers 0..3 hold sums, 4 and 5 activations, 6 and 7 weights.
 #pragma once
 #include "loops/few.h"
 #include "loops/gemm.h"
@@ -18,6 +20,30 @@ inline size_t tile_depth(const Plan& g) { return g.chunk < 64 ? g.chunk : 64; }
 template <class S>
 size_t amx_rows(size_t m) {
   return m <= kMostFew ? block_rows<S>(m) : m <= 16 ? 16 : 32;
+}
+
+// Whether sums of products are to be corrected for zero points.
+inline bool corrects(const Scaled& w) { return w.zero && !w.whole; }
+
+// u -> u - offset, or u - offset - zero (`group` columns share one); bytes wrap around to the right ones.
+template <class S>
+void sign_panel(const Scaled& w, size_t group, size_t row, size_t tiles, size_t column, size_t depth, size_t stride,
+                uint8_t* panel) {
+  constexpr size_t N = 2 * S::L;
+  alignas(64) uint8_t less[4 * N];
+  memset(less, w.offset, sizeof(less));
+  const bool zeros = w.zero && w.whole;
+  const size_t chunk = zeros ? group : depth;
+  for (size_t t = 0; t < tiles; ++t)
+    for (size_t done = 0; done < depth; done += chunk) {
+      for (size_t i = 0; zeros && i < N; ++i) {
+        const size_t at = smaller(row + t * N + i, w.n - 1) * w.groups + (w.group ? (column + done) / w.group : 0);
+        memset(less + 4 * i, w.offset + static_cast<int>(param(w.zero, at, w.bf16)), 4);
+      }
+      uint8_t* quad = panel + t * stride + done * N;
+      for (size_t c = 0; c < smaller(chunk, depth - done); c += 4, quad += 4 * N)
+        for (size_t i = 0; i < 4 * N; ++i) quad[i] = static_cast<uint8_t>(quad[i] - less[i]);
+    }
 }
 
 // As arrange_bytes; out: blocks x padded/depth x rows x depth.
@@ -36,7 +62,7 @@ void amx_arrange(const Scaled& w, const int8_t* x, size_t m, size_t padded, size
       memset(to + c * R, 0, depth);
     }
   }
-  chunk_sums(w, g, x, padded, row, R, w.offset, start, sums);
+  if (w.group == 0 || corrects(w)) chunk_sums(w, g, x, padded, row, R, w.offset, start, sums);
 }
 
 template <class S, class T, int R>
@@ -46,8 +72,13 @@ struct AmxBlock {
   AmxBlock(const Scaled&, const Plan& g) { T::configure(tile_depth(g)); }
   ~AmxBlock() { T::release(); }
 
+  static void ready(const Scaled& w, const Plan& g, size_t row, size_t tiles, size_t column, size_t depth,
+                    uint8_t* panel) {
+    sign_panel<S>(w, g.chunk, row, tiles, column, depth, g.stride, panel);
+  }
+
   // rows: those of the block that are wanted.
-  void operator()(const Scaled& w, const Plan& g, size_t rows, size_t depth, const int8_t* x, const int32_t* start,
+  void operator()(const Scaled& w, const Plan& g, size_t rows, size_t depth, const int8_t* x, const int32_t*,
                   const float* sums, const uint8_t* tile, const float* scales, float* c, Fetch& fetch) const {
     const size_t step = tile_depth(g);
     const bool both = rows > 16;
@@ -61,9 +92,8 @@ struct AmxBlock {
       }
       keep(products, both);
       for (size_t r = 0; r < rows; ++r)
-        add_row(w, products + r * 32, start[r], w.zero ? sums + r : nullptr, scales, c + r * 32);
-      start += R;
-      sums += w.zero ? R : 0;
+        add_row(products + r * 32, corrects(w) ? sums + r : nullptr, scales, c + r * 32);
+      sums += corrects(w) ? R : 0;
       scales += 64;
     }
   }
@@ -97,14 +127,12 @@ struct AmxBlock {
     T::template store<3>(products + 16 * 32 + 16, 128);
   }
 
-  // c += (products + start) * scale - sum * scale * zero, as RegisterBlock has it.
-  static void add_row(const Scaled& w, const int32_t* products, int32_t start, const float* sum, const float* scales,
-                      float* c) {
+  // c += products * scale - sum * scale * zero.
+  static void add_row(const int32_t* products, const float* sum, const float* scales, float* c) {
     for (int h = 0; h < 2; ++h) {
-      int32_t moved[16];
-      for (int i = 0; i < 16; ++i) moved[i] = products[16 * h + i] + start;
-      typename S::F f = S::fma(S::to_float(S::load(moved)), S::loadf(scales + 16 * h), S::loadf(c + 16 * h));
-      if (w.zero) f = S::fma(S::set(-*sum), S::loadf(scales + 32 + 16 * h), f);
+      typename S::F f =
+          S::fma(S::to_float(S::load(products + 16 * h)), S::loadf(scales + 16 * h), S::loadf(c + 16 * h));
+      if (sum) f = S::fma(S::set(-*sum), S::loadf(scales + 32 + 16 * h), f);
       S::storef(c + 16 * h, f);
     }
   }
@@ -173,11 +201,11 @@ class AmxWhole {
       T::template load<4>(x, 64);
       T::template load<6>(tile, kPanelStride);
       T::template load<7>(tile + 64, kPanelStride);
-      T::template dot<0, 4, 6>();
-      T::template dot<1, 4, 7>();
+      T::template dot_unsigned<0, 4, 6>();
+      T::template dot_unsigned<1, 4, 7>();
       T::template load<5>(x + 16 * 64, 64);
-      T::template dot<2, 5, 6>();
-      T::template dot<3, 5, 7>();
+      T::template dot_unsigned<2, 5, 6>();
+      T::template dot_unsigned<3, 5, 7>();
       fetch.some<S>();
     }
     T::template store<0>(c, 128);

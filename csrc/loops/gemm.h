@@ -205,6 +205,8 @@ struct RegisterBlock {
   template <class W>
   RegisterBlock(const W& w, const Plan&) : products(w) {}
 
+  static void ready(const Scaled&, const Plan&, size_t, size_t, size_t, size_t, uint8_t*) {}  // panels are as they are
+
   void operator()(const Scaled& w, const Plan& g, size_t, size_t depth, const X* x, const int32_t* start,
                   const float* sums, const uint8_t* tile, const float* scales, float* c, Fetch& fetch) const {
     using F = typename S::F;
@@ -286,6 +288,7 @@ void gemm(const W& w, const Act& a, size_t begin, size_t end, float* y, uint8_t*
         for (size_t i = 0; i * g.chunk < depth; ++i)
           tile_scales<S>(w, g, row + t * N, first + i, scales + (t * chunks + i) * 2 * N);
       decode(w, row, tiles, k, depth, g.stride, panel);
+      Block::ready(w, g, row, tiles, k, depth, panel);
       const bool last = k + g.depth >= a.padded;
       Fetch fetch(w, last ? row + g.tiles * N : row, g.tiles * N, last ? 0 : k + g.depth, g.depth,
                   tiles * g.blocks * depth / 4);

@@ -111,8 +111,8 @@ void store(const Register& t, uint8_t* to, size_t stride) {
   for (size_t r = 0; r < t.rows; ++r) memcpy(to + r * stride, t.at[r], t.bytes);
 }
 
-// c += a b: bytes of a signed, those of b not.
-void multiply(Register& c, const Register& a, const Register& b) {
+// c += a b: bytes of a signed, those of b if `both`.
+void multiply(Register& c, const Register& a, const Register& b, bool both) {
   expect(c.rows == a.rows && c.bytes == b.bytes && a.bytes / 4 == b.rows, "tiles that do not fit each other");
   expect(a.bytes % 4 == 0 && c.bytes % 4 == 0, "tiles of broken elements");
   for (size_t m = 0; m < c.rows; ++m)
@@ -120,8 +120,10 @@ void multiply(Register& c, const Register& a, const Register& b) {
       int32_t sum;
       memcpy(&sum, c.at[m] + 4 * n, 4);
       for (size_t k = 0; k < a.bytes / 4; ++k)
-        for (size_t i = 0; i < 4; ++i)
-          sum += static_cast<int8_t>(a.at[m][4 * k + i]) * static_cast<int>(b.at[k][4 * n + i]);
+        for (size_t i = 0; i < 4; ++i) {
+          const uint8_t u = b.at[k][4 * n + i];
+          sum += static_cast<int8_t>(a.at[m][4 * k + i]) * (both ? static_cast<int8_t>(u) : static_cast<int>(u));
+        }
       memcpy(c.at[m] + 4 * n, &sum, 4);
     }
 }
@@ -158,9 +160,9 @@ void execute(const Instruction& it) {
     load(tiles[it.reg], it.address, it.stride);
   } else if (it.opcode == 0x4b && it.prefix == 2 && it.memory && it.rm == 4) {
     store(tiles[it.reg], it.address, it.stride);
-  } else if (it.opcode == 0x5e && it.prefix == 2 && !it.memory) {
+  } else if (it.opcode == 0x5e && it.prefix >= 2 && !it.memory) {
     expect(it.vvvv < 8 && it.reg != it.rm && it.reg != it.vvvv && it.rm != it.vvvv, "one tile in two places");
-    multiply(tiles[it.reg], tiles[it.rm], tiles[it.vvvv]);
+    multiply(tiles[it.reg], tiles[it.rm], tiles[it.vvvv], it.prefix == 3);
   } else if (it.opcode == 0x5c && it.prefix == 2 && !it.memory) {
     expect(it.vvvv < 8 && it.reg != it.rm && it.reg != it.vvvv && it.rm != it.vvvv, "one tile in two places");
     multiply_bf16(tiles[it.reg], tiles[it.rm], tiles[it.vvvv]);

@@ -66,7 +66,7 @@ struct Sample {
     std::uniform_real_distribution<float> positive(0.5f, 1.5f);
     for (size_t i = 0; i < c.n * w.groups; ++i) {
       scale.push_back(positive(random));
-      zero.push_back(static_cast<float>(random() % 9) - 4);
+      zero.push_back(static_cast<float>(random() % 9) - 4 + (c.bf16 ? 0.25f : 0.0f));
       if (c.bf16) {
         scale.back() = top_half(scale.back());
         uint32_t bits;
@@ -76,6 +76,7 @@ struct Sample {
         zero16.push_back(static_cast<uint16_t>(bits >> 16));
       }
     }
+    w.whole = !c.bf16 && !c.lut && c.bits < 8;
     scale.resize(scale.size() + 4);
     zero.resize(zero.size() + 4);
     scale16.resize(scale16.size() + 8);

@@ -15,6 +15,7 @@ struct Scales {
   const void* scale = nullptr;  // (n, groups) bfloat16 or float32; 16 bytes behind it can be read
   const void* zero = nullptr;   // the same type and shape, or null: zero points, less the offset
   bool bf16 = false;            // type of scale and zero
+  bool whole = false;           // u - offset - zero is an integer that 8 bits with a sign can hold, for all u
   size_t group = 0;             // columns that share a scale, a multiple of 16; 0: the whole row
   size_t groups = 1;            // scales in a row; with a group below kPad, enough for the padded columns
 };

@@ -236,6 +236,14 @@ def test_adapters_are_not_overlooked(folder, said):
     assert "Adapted" in said[0]
 
 
+@pytest.mark.parametrize("name", ["int4-asym-g64", "int3-affine-g64", "ternary", "nf4-dq", "trellis-2"])
+def test_random_weights_whose_rows_end_within_a_byte(name: str, monkeypatch: pytest.MonkeyPatch):
+    """What fills up a row's last byte of zero points is zero, and no byte is beyond five codes of three values."""
+    small = {"hidden_size": 576, "intermediate_size": 704, "num_hidden_layers": 1, "vocab_size": 300}
+    monkeypatch.setitem(SHAPES, "odd", {**SHAPES["smollm-135m"], **small})
+    assert measure(random_model("odd", name), threads=[1], prompt=20, tokens=2, turns=1)[0].decode > 0
+
+
 def test_random_weights_in_a_known_shape(monkeypatch):
     with pytest.raises(UsageError, match="unknown shape"):
         random_model("llama-0", "int4")

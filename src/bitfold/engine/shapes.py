@@ -44,6 +44,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+_BYTES = 243  # of which each is five codes of three values, too
+
+
 def random_model(shape: str, format: str, embedding: str = "int8") -> nn.Module:
     """A model of that shape, its weights random in that format.
 
@@ -77,7 +80,9 @@ def _fill(model: nn.Module) -> None:
     state = {}
     for name, tensor in model.state_dict().items():
         if tensor.dtype == torch.uint8:
-            state[name] = torch.randint(0, 256, tensor.shape, dtype=torch.uint8, generator=random)
+            state[name] = torch.randint(0, _BYTES, tensor.shape, dtype=torch.uint8, generator=random)
+            if tensor.ndim > 1:
+                state[name][..., -1] = 0  # what fills up the last byte of a row has to be
         else:
             state[name] = torch.full(tensor.shape, 0.01, dtype=tensor.dtype)
     model.load_state_dict(state, strict=True, assign=True)
