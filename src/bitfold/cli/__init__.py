@@ -8,6 +8,7 @@ from __future__ import annotations
 from bitfold.cli import bench as _bench  # noqa: F401  (registers its command)
 from bitfold.cli import distill as _distill  # noqa: F401  (registers its command)
 from bitfold.cli import evaluate, generate, look, move, quantize, report
+from bitfold.cli import finetune as _finetune  # noqa: F401  (registers its command)
 from bitfold.cli import imatrix as _imatrix  # noqa: F401  (registers its command)
 from bitfold.cli import methods as _methods  # noqa: F401  (registers its command)
 from bitfold.cli import serve as _serve  # noqa: F401  (registers its command)

@@ -49,7 +49,7 @@ from bitfold.system import progress
 from bitfold.system.outputs import try_file
 from bitfold.text.windows import text_digest
 from bitfold.workspace.events import Events
-from bitfold.workspace.folder import Workspace, size_of, software
+from bitfold.workspace.folder import Workspace, kept_after_failure, size_of, software
 from bitfold.workspace.journal import recorded
 
 
@@ -209,7 +209,7 @@ def execute(expected: Forecast, options: RunOptions) -> QuantizeReport:
         reports = [TensorReport.from_dict(record["report"]) for record in work.journal.of_kind("tensor")]
         work.journal.discard()
         return replace(report_of(expected, options, Written(reports)), output=str(work.published))
-    with _kept_after_failure(work), Events(options.events) as events:
+    with kept_after_failure(work), Events(options.events) as events:
         facts = report_of(expected, options).to_dict()
         events.write("begin", totals=facts["account"], **{key: facts[key] for key in _FACTS})
         writing = Writing(run, work, events, options, expected.preflight.times)
@@ -220,17 +220,6 @@ def execute(expected: Forecast, options: RunOptions) -> QuantizeReport:
 
 
 _FACTS = ("source", "output", "recipe", "preflight")
-
-
-@contextmanager
-def _kept_after_failure(work: Workspace) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        if work.leave():
-            what = f"what is finished is kept in {work.folder}"
-            warnings.warn(f"{what}: the same command goes on with it, --restart begins anew", stacklevel=4)
-        raise
 
 
 def report_of(expected: Forecast, options: RunOptions, written: Written | None = None) -> QuantizeReport:

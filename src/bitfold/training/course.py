@@ -1,4 +1,4 @@
-"""The course of a distillation: steps, a look at the windows held out now and then, the best kept."""
+"""A course of learning: steps, a look at the windows held out now and then, the best kept."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,10 +16,7 @@ from bitfold.checkpoints.safetensors import digest_of
 from bitfold.checkpoints.shards import sync_file
 from bitfold.errors import ModelError
 from bitfold.system import progress
-from bitfold.training.masters import Masters, share_of
-from bitfold.training.options import Distillation
-from bitfold.training.student import Student
-from bitfold.training.teacher import Lessons
+from bitfold.training.masters import Group, Masters, share_of
 from bitfold.workspace.folder import Workspace
 
 _WARM = 5  # steps over which rates rise, and by which the pace is known
@@ -29,21 +26,54 @@ _PATIENCE = 5  # of them without a better one
 _FILE = "step-{}.safetensors"
 
 
+class Learner(Protocol):
+    """What learns, from windows that are known by their numbers."""
+
+    def groups(self) -> list[Group]:
+        """What is trained."""
+        ...
+
+    def learn(self, window: int, share: float) -> float:
+        """There and back; its mean loss, of whose gradients the parameters get `share` more."""
+        ...
+
+    def loss(self, window: int) -> float:
+        """Its mean loss."""
+        ...
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How a course goes.
+
+    Args:
+        steps: how many; None = as many as there is time for.
+        batch: windows of a step.
+        seed: of their order.
+        task: its name, for the one who waits.
+        measure: the name of the loss.
+    """
+
+    steps: int | None
+    batch: int
+    seed: int
+    task: str
+    measure: str
+
+
 @dataclass(frozen=True)
 class Learned:
     """What a course ends with.
 
     Args:
-        factors: float32 (n, 1), of the rows of quantized weights, by tensor.
-        plain: float32 norms and biases, by name.
-        before, kl: mean divergence of the windows held out, at first and with these numbers.
+        values: float32 parameters, by name.
+        before, after: mean loss of the windows held out, at first and with these.
         best, steps, planned: after how many steps they were found; done; planned.
     """
 
-    factors: dict[str, torch.Tensor]
-    plain: dict[str, torch.Tensor]
+    values: dict[str, torch.Tensor]
     before: float
-    kl: float
+    after: float
     best: int
     steps: int
     planned: int
@@ -55,28 +85,25 @@ class _State:
 
     step: int
     best: int
-    kl: float
+    loss: float
     values: dict[str, torch.Tensor]
     looks: int = 0  # since the best
 
 
 class Course:
-    """Of one student.
+    """Of one learner.
 
     Args:
-        student: that learns.
-        lessons: its teacher's predictions.
-        how: rates, windows of a step, order.
+        learner: that learns.
+        pace: how many steps of how many windows.
         windows: how many are held out, the first ones; how many there are.
         work: where finished steps are noted.
     """
 
-    def __init__(
-        self, student: Student, lessons: Lessons, how: Distillation, windows: tuple[int, int], work: Workspace
-    ) -> None:
-        self._student, self._lessons, self._how, self._work = student, lessons, how, work
+    def __init__(self, learner: Learner, pace: Pace, windows: tuple[int, int], work: Workspace) -> None:
+        self._learner, self._pace, self._work = learner, pace, work
         self._held_out, self._windows = windows
-        self._masters = Masters(student.groups(how.rate, how.plain_rate))
+        self._masters = Masters(learner.groups())
         self._initial = {name: w.clone() for name, w in self._masters.values.items()}
 
     def run(self, left: Callable[[], float | None], check: Callable[[], None]) -> Learned:
@@ -87,14 +114,14 @@ class Course:
             check: called after each step.
 
         Raises:
-            ModelError: the divergence is NaN.
+            ModelError: the loss is NaN.
         """
         plan = next(iter(self._work.journal.of_kind("course")), None)
         begun = time.monotonic()
         if plan is None:
             before = self._look()
             look = time.monotonic() - begun
-            for step in range(min(_WARM, self._how.steps or _WARM)):
+            for step in range(min(_WARM, self._pace.steps or _WARM)):
                 self._step(step, _WARM + 1)
             plan = self._plan(before, left(), time.monotonic() - begun - look, look)
             state = _State(min(_WARM, plan["steps"]), 0, before, self._initial)
@@ -105,19 +132,21 @@ class Course:
 
     def _plan(self, before: float, left: float | None, warm: float, look: float) -> dict[str, Any]:
         """Noted once: a process that goes on keeps to it, however fast it is."""
-        steps = self._how.steps
+        steps = self._pace.steps
         if steps is None:
             pace = warm / _WARM
             steps = _WARM + max(1, int(((left or 0.0) - _LOOKS * look) / max(pace, 1e-9)))
         plan = {"kind": "course", "steps": steps, "before": before}
         self._work.journal.append(plan)
-        progress.say(f"{steps} steps of {self._how.batch} windows; held-out KL {before:.4f}")
+        progress.say(f"{steps} steps of {self._pace.batch} windows; held-out {self._pace.measure} {before:.4f}")
         return plan
 
     def _rest(self, plan: dict[str, Any], state: _State, check: Callable[[], None]) -> Learned:
         steps = int(plan["steps"])
-        every = max(steps // _LOOKS, math.ceil(self._held_out / (3 * _LOOKING * self._how.batch)))
-        with progress.bar("distill", steps) as bar:
+        every = max(steps // _LOOKS, math.ceil(self._held_out / (3 * _LOOKING * self._pace.batch)))
+        if state.step == steps and not state.looks:  # no more than those by which the pace is known
+            self._judge(state)
+        with progress.bar(self._pace.task, steps) as bar:
             bar.skip(state.step)
             while state.step < steps and state.looks < _PATIENCE:
                 self._step(state.step, steps)
@@ -125,33 +154,29 @@ class Course:
                 if state.step % every == 0 or state.step == steps:
                     self._judge(state)
                 check()
-                bar.advance(1, f"held-out KL {state.kl:.4f}")
-        rows = self._student.layers
-        factors = {name: w for name, w in state.values.items() if name in rows}
-        plain = {name: w for name, w in state.values.items() if name not in rows}
-        return Learned(factors, plain, float(plan["before"]), state.kl, state.best, state.step, steps)
+                bar.advance(1, f"held-out {self._pace.measure} {state.loss:.4f}")
+        return Learned(state.values, float(plan["before"]), state.loss, state.best, state.step, steps)
 
     def _step(self, step: int, steps: int) -> None:
         """The windows of one step, one after the other; their order is drawn anew each time all were read."""
         count = self._windows - self._held_out
-        for i in range(step * self._how.batch, (step + 1) * self._how.batch):
-            generator = torch.Generator().manual_seed(self._how.seed + i // count)
+        for i in range(step * self._pace.batch, (step + 1) * self._pace.batch):
+            generator = torch.Generator().manual_seed(self._pace.seed + i // count)
             number = self._held_out + int(torch.randperm(count, generator=generator)[i % count])
-            kl = self._student.learn(self._lessons.ids[number], self._lessons.window(number), 1 / self._how.batch)
-            if not kl < float("inf"):
+            if not self._learner.learn(number, 1 / self._pace.batch) < float("inf"):
                 raise ModelError(f"NaN or infinity in step {step + 1}", hint="smaller steps: --rate")
         self._masters.step(share_of(step, steps, _WARM))
 
     def _look(self) -> float:
-        """Mean divergence of the windows held out."""
-        found = [self._student.divergence(self._lessons.ids[n], self._lessons.window(n)) for n in range(self._held_out)]
+        """Mean loss of the windows held out."""
+        found = [self._learner.loss(number) for number in range(self._held_out)]
         return sum(found) / len(found)
 
     def _judge(self, state: _State) -> None:
-        kl = self._look()
+        loss = self._look()
         state.looks += 1
-        if kl < state.kl:
-            state.kl, state.best, state.looks = kl, state.step, 0
+        if loss < state.loss:
+            state.loss, state.best, state.looks = loss, state.step, 0
             state.values = {name: w.clone() for name, w in self._masters.values.items()}
         self._keep(state)
 
@@ -161,7 +186,7 @@ class Course:
         best = {f"best/{name}": w for name, w in state.values.items()}
         save_file({**self._masters.state(), **best}, file)
         sync_file(file)
-        facts = {"step": state.step, "best": state.best, "kl": state.kl, "looks": state.looks}
+        facts = {"step": state.step, "best": state.best, "loss": state.loss, "looks": state.looks}
         self._work.journal.append({"kind": "step", "file": file.name, "sha256": digest_of(file), **facts})
         self._work.journal.sync()
         for old in self._work.state.glob(_FILE.format("*")):
@@ -185,4 +210,4 @@ class Course:
         self._masters.restore(stored, int(record["step"]))
         best = {name.removeprefix("best/"): w for name, w in stored.items() if name.startswith("best/")}
         progress.say(f"going on after step {record['step']}")
-        return _State(int(record["step"]), int(record["best"]), float(record["kl"]), best, int(record["looks"]))
+        return _State(int(record["step"]), int(record["best"]), float(record["loss"]), best, int(record["looks"]))

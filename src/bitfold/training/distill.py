@@ -11,14 +11,10 @@ QuIP# (arXiv 2402.04396); here with the KL divergence to the original as loss.
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from bitfold.checkpoints.bitfold_folder import QuantizedSource
 from bitfold.checkpoints.staging import open_output
@@ -26,19 +22,19 @@ from bitfold.errors import UsageError
 from bitfold.models.load import load_folder
 from bitfold.models.model_ref import ModelRef
 from bitfold.models.opening import open_skeleton
-from bitfold.models.vocabulary import embedding_rows, refuse_unknown_tokens
+from bitfold.models.vocabulary import embedding_rows
 from bitfold.records.run_report import peak_memory
 from bitfold.system import memory, progress
-from bitfold.text.tokens import calibration_tokens
 from bitfold.text.windows import text_digest
-from bitfold.training.course import Course, Learned
+from bitfold.training.course import Course, Learned, Pace
+from bitfold.training.masters import Group
 from bitfold.training.options import Distillation
 from bitfold.training.result import write_result
 from bitfold.training.student import Student, blocks_of, fast_dtype, fitting
 from bitfold.training.teacher import Lessons
-from bitfold.workspace.folder import Workspace, software
+from bitfold.training.texts import held_out_first
+from bitfold.workspace.folder import Workspace, kept_after_failure, software
 
-_HELD_OUT = 8  # windows at most, a tenth of all at most
 _TEACHER = 0.2  # of the time at most
 _BATCHES = 4  # of windows to learn from that there are at least, however little time there is
 
@@ -119,7 +115,7 @@ def distill(
     if work.published is not None:
         work.journal.discard()
         raise UsageError("is finished already", where=str(place))
-    with _kept_after_failure(work):
+    with kept_after_failure(work):
         learned, facts = task.learn(work, started)
         found = Distilled(
             **{"source": local.name, "output": str(place), "teacher": Path(original.name).name, **facts},
@@ -131,15 +127,22 @@ def distill(
     return found
 
 
-@contextmanager
-def _kept_after_failure(work: Workspace) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        if work.leave():
-            what = f"what is finished is kept in {work.folder}"
-            warnings.warn(f"{what}: the same command goes on with it, --restart begins anew", stacklevel=4)
-        raise
+@dataclass(frozen=True)
+class _Pupil:
+    """A student and what it hears: a `Learner`."""
+
+    student: Student
+    lessons: Lessons
+    how: Distillation
+
+    def groups(self) -> list[Group]:
+        return self.student.groups(self.how.rate, self.how.plain_rate)
+
+    def learn(self, window: int, share: float) -> float:
+        return self.student.learn(self.lessons.ids[window], self.lessons.window(window), share)
+
+    def loss(self, window: int) -> float:
+        return self.student.divergence(self.lessons.ids[window], self.lessons.window(window))
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,10 @@ class _Task:
     def learn(self, work: Workspace, started: float) -> tuple[Learned, dict[str, Any]]:
         """The trained numbers, and facts about how they came about."""
         skeleton: Any = open_skeleton(self.source)
-        ids, held_out = self._windows(skeleton)
+        how = self.how
+        ids, held_out = held_out_first(
+            self.source.path, how.text, skeleton, how.windows, how.seqlen, start_token=how.start_token
+        )
         lessons, dtype = Lessons(work, ids, self.how.likeliest), fast_dtype()
         ceiling = memory.Ceiling(self.max_memory)
         windows = lessons.write(
@@ -176,34 +182,20 @@ class _Task:
         fit = fitting(model, blocks, ids.shape[1], limit)
         student = Student(model, blocks, fit)
         seconds = None if self.how.steps is not None else 60 * self.how.minutes
-        course = Course(student, lessons, self.how, (held_out, windows), work)
+        pace = Pace(self.how.steps, self.how.batch, self.how.seed, "distill", "KL")
+        course = Course(_Pupil(student, lessons, self.how), pace, (held_out, windows), work)
         learned = course.run(lambda: None if seconds is None else seconds - (time.monotonic() - started), ceiling.check)
-        scales, plain = (sum(w.numel() for w in part.values()) for part in (learned.factors, learned.plain))
+        scales = sum(w.numel() for name, w in learned.values.items() if name in student.layers)
+        plain = sum(w.numel() for w in learned.values.values()) - scales
         facts: dict[str, Any] = {
             "kl_before": learned.before,
-            "kl_after": learned.kl,
+            "kl_after": learned.after,
             "steps": learned.steps,
             "best": learned.best,
         }
         facts |= {"planned": learned.planned, "windows": windows - held_out, "held_out": held_out}
         facts |= {"tokens": ids.shape[1], "scales": scales, "plain": plain, "dtype": str(dtype).removeprefix("torch.")}
         return learned, facts
-
-    def _windows(self, skeleton: Any) -> tuple[torch.Tensor, int]:
-        """Token ids, windows held out first, which are the last ones of the text; and how many these are."""
-        from bitfold.models.limits import positions
-
-        limit = positions(skeleton.config) if skeleton is not None else None
-        seqlen = min(self.how.seqlen, limit or self.how.seqlen)
-        sizes = {"nsamples": self.how.windows, "seqlen": seqlen}
-        ids = calibration_tokens(self.source.path, self.how.text, **sizes, start_token=self.how.start_token)
-        if len(ids) < 2:
-            what = f"the text has {len(ids)} windows of {seqlen} tokens; one is learned from, and one is held out"
-            raise UsageError(what, where="--text", hint="give more text, or shorter windows (--seqlen)")
-        if skeleton is not None:
-            refuse_unknown_tokens(skeleton, ids)
-        held_out = max(1, min(_HELD_OUT, len(ids) // 10))
-        return torch.cat([ids[-held_out:], ids[:-held_out]]), held_out
 
     def _enough(self, held_out: int, windows: int, started: float) -> Callable[[int], bool]:
         """Whether the teacher has read enough: what the steps take, or what the time allows."""

@@ -107,15 +107,21 @@ def trains_rows(layer: QLinear) -> bool:
     return owned and rows_rescale(layer.weight.format)
 
 
-def install(model: nn.Module, dtype: torch.dtype, *, keep: bool) -> dict[str, TrainedLinear]:
+def install(model: nn.Module, dtype: torch.dtype, *, keep: bool, rows: bool = True) -> dict[str, TrainedLinear]:
     """Put trained layers in the place of quantized ones.
+
+    Args:
+        model: with quantized layers.
+        dtype: to compute in.
+        keep: weights are decoded once, see `FrozenWeight`.
+        rows: there are factors of rows where there can be; else nothing in them is trained.
 
     Returns:
         Those that have factors, by the name of the tensor.
     """
     trained: dict[str, TrainedLinear] = {}
     for path, layer in frozen_layers(model).items():
-        made = TrainedLinear(layer, FrozenWeight(layer.weight, dtype, keep=keep), trained=trains_rows(layer))
+        made = TrainedLinear(layer, FrozenWeight(layer.weight, dtype, keep=keep), trained=rows and trains_rows(layer))
         parent, _, child = path.rpartition(".")
         setattr(model.get_submodule(parent), child, made.train(layer.training))
         if made.factor is not None:

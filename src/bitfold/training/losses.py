@@ -31,3 +31,19 @@ def divergence_and_gradient(logits: torch.Tensor, teacher: TopRows) -> tuple[tor
     kl = (p * (known - log_q)).sum(1) + torch.xlogy(rest, rest / left)[:, 0]
     q.mul_((1 - rest / left) / total)
     return kl, q.scatter_(1, words, log_q.exp() - p)
+
+
+def surprise_and_gradient(logits: torch.Tensor, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Negative log-probability of the words that came, nats, and its gradient by the logits.
+
+    Args:
+        logits: float32 (rows, vocabulary); becomes the gradient, in place.
+        words: int64 (rows,).
+    """
+    came = words[:, None]
+    top = logits.amax(1, keepdim=True)
+    chosen = logits.gather(1, came) - top
+    q = logits.sub_(top).exp_()
+    total = q.sum(1, keepdim=True)
+    q.div_(total)
+    return (total.log() - chosen)[:, 0], q.scatter_add_(1, came, torch.full_like(chosen, -1.0))

@@ -19,10 +19,12 @@ class Group:
     Args:
         parameters: by name.
         rate: length of a first step, for parameters whose root mean square is 1.
+        relative: it is meant in proportion to their root mean square; else it is the length itself.
     """
 
     parameters: Mapping[str, nn.Parameter]
     rate: float
+    relative: bool = True
 
 
 class Masters:
@@ -35,7 +37,8 @@ class Masters:
     def __init__(self, groups: list[Group]) -> None:
         self._live = {name: p for group in groups for name, p in group.parameters.items()}
         self.values = {name: p.detach().float().clone() for name, p in self._live.items()}
-        self._size = {name: float(w.square().mean().sqrt()) or 1.0 for name, w in self.values.items()}
+        proportional = {name for group in groups if group.relative for name in group.parameters}
+        self._size = {name: _size_of(w) if name in proportional else 1.0 for name, w in self.values.items()}
         self._rates = {name: group.rate for group in groups for name in group.parameters}
         self._first = {name: torch.zeros_like(w) for name, w in self.values.items()}
         self._second = {name: torch.zeros_like(w) for name, w in self.values.items()}
@@ -77,6 +80,10 @@ class Masters:
             for name, w in found.items():
                 w.copy_(state[f"{part}/{name}"])
         self.set({name: state[f"value/{name}"] for name in self.values})
+
+
+def _size_of(w: torch.Tensor) -> float:
+    return float(w.square().mean().sqrt()) or 1.0
 
 
 def share_of(step: int, steps: int, warm: int) -> float:

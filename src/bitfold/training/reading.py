@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from bitfold.calibration.rehearsal import text_inputs
 from bitfold.calibration.tail import FEW, Tail
 
 _MOST = 512  # tokens whose logits exist at a time: fewer, and the head spends its time on arranging its weights anew
+Loss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]  # logits of some tokens -> loss, gradient
 _LOGITS = 1 << 26  # that exist at a time at most, however many words there are
 
 
@@ -48,6 +49,32 @@ class Reading:
     def logits(self, states: torch.Tensor, ids: torch.Tensor) -> Any:
         """Of some states (1, tokens, width) and the ids (tokens,) there: (tokens, vocabulary)."""
         return states[0] if self._tail is None else self._tail.logits(states, ids[None])[0]
+
+    def mean(
+        self, states: torch.Tensor, ids: torch.Tensor, loss: Loss, share: float | None
+    ) -> tuple[float, torch.Tensor | None]:
+        """Mean loss of the predictions of a window, and its gradient by the states, a few tokens at a time.
+
+        Args:
+            states: of `states`.
+            ids: int64 (tokens,).
+            loss: of float32 logits (some, vocabulary), which are its own, and which tokens these are: a loss for each,
+                and the gradient of each by its logits.
+            share: the gradient grows by so many times; None = no gradient is wanted.
+        """
+        total, count = 0.0, len(ids) - 1
+        gradients = None if share is None else torch.empty_like(states)
+        for some in self.pieces(ids):
+            part = states.detach()[:, some].clone().requires_grad_(share is not None)
+            logits = self.logits(part, ids[some])
+            found, gradient = loss(logits.detach().to(torch.float32, copy=True), some)
+            total += float(found.sum(dtype=torch.float64))
+            if gradients is not None and share is not None:
+                logits.backward(gradient.mul_(share / count).to(logits.dtype))
+                assert part.grad is not None
+                gradients[:, some] = part.grad
+        self.forget()
+        return total / count, gradients
 
     def forget(self) -> None:
         """The states are not needed any more."""

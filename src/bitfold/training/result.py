@@ -24,7 +24,7 @@ def write_result(source: QuantizedSource, folder: Path, learned: Learned, facts:
     Args:
         source: the student.
         folder: an existing one, empty.
-        learned: factors of rows, norms and biases.
+        learned: factors of rows by tensor, float32 (n, 1); norms and biases by name.
         facts: about the distillation, for the record of the folder.
 
     Raises:
@@ -37,10 +37,10 @@ def write_result(source: QuantizedSource, folder: Path, learned: Learned, facts:
         entry = source.entries.get(name)
         if entry is None:
             w = source.read(name)
-            target.write(name, [learned.plain[name].to(w.dtype) if name in learned.plain else w])
+            target.write(name, [learned.values[name].to(w.dtype) if name in learned.values else w])
             continue
         fields = source.fields(name)
-        if (factor := learned.factors.get(name)) is not None:
+        if (factor := learned.values.get(name)) is not None:
             sides = {side: fields[side] for side in entry.sides()}
             own = {field: w for field, w in fields.items() if field not in sides}
             fields = {**_rescaled(entry.format, own, factor), **sides}

@@ -20,7 +20,7 @@ from bitfold.system.units import size_text
 from bitfold.training.layers import frozen_layers, install
 from bitfold.training.losses import divergence_and_gradient
 from bitfold.training.masters import Group
-from bitfold.training.reading import Reading, tokens_together
+from bitfold.training.reading import Loss, Reading, tokens_together
 
 _SLACK = 200_000_000  # bytes: allocator, libraries that load when they first work
 _TEMPORARIES = 6  # of a piece of logits in float32
@@ -85,32 +85,18 @@ class Student:
         """
         with torch.enable_grad(), recomputed(self.model, self._blocks) if self._blocks else nullcontext():
             states = self._reading.states(ids)
-            total, gradient = self._pieces(states, ids, teacher, share)
+            total, gradient = self._reading.mean(states, ids, _from(teacher), share)
             states.backward(gradient)
         return total
 
     @torch.no_grad()
     def divergence(self, ids: torch.Tensor, teacher: TopRows) -> float:
         """Mean KL(teacher || student) of a window, nats a token; see `learn`."""
-        return self._pieces(self._reading.states(ids), ids, teacher, None)[0]
+        return self._reading.mean(self._reading.states(ids), ids, _from(teacher), None)[0]
 
-    def _pieces(
-        self, states: torch.Tensor, ids: torch.Tensor, teacher: TopRows, share: float | None
-    ) -> tuple[float, torch.Tensor | None]:
-        """Mean divergence of a window, and its gradient by the states, a few tokens at a time."""
-        total, count = 0.0, len(ids) - 1
-        gradients = None if share is None else torch.empty_like(states)
-        for some in self._reading.pieces(ids):
-            part = states.detach()[:, some].clone().requires_grad_(share is not None)
-            logits = self._reading.logits(part, ids[some])
-            kl, gradient = divergence_and_gradient(logits.detach().to(torch.float32, copy=True), teacher.part(some))
-            total += float(kl.sum(dtype=torch.float64))
-            if gradients is not None and share is not None:
-                logits.backward(gradient.mul_(share / count).to(logits.dtype))
-                assert part.grad is not None
-                gradients[:, some] = part.grad
-        self._reading.forget()
-        return total / count, gradients
+
+def _from(teacher: TopRows) -> Loss:
+    return lambda logits, some: divergence_and_gradient(logits, teacher.part(some))
 
 
 def blocks_of(skeleton: nn.Module | None) -> list[str]:

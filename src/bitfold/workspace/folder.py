@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import platform
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from bitfold.checkpoints.shards import written_error
 from bitfold.checkpoints.staging import found_at, partial_of, placed, publish, refuse_existing, sync_folder
 from bitfold.version import __version__
 from bitfold.workspace.journal import NAME, Journal, finished
+
+_CONFIGS = ("config.json", "adapter_config.json")  # of a model, of an adapter
 
 
 class Workspace:
@@ -75,6 +79,18 @@ class Workspace:
         return False
 
 
+@contextmanager
+def kept_after_failure(work: Workspace) -> Iterator[None]:
+    """After a failure, what is finished stays for the next time, and it is said where."""
+    try:
+        yield
+    except BaseException:
+        if work.leave():
+            what = f"what is finished is kept in {work.folder}"
+            warnings.warn(f"{what}: the same command goes on with it, --restart begins anew", stacklevel=4)
+        raise
+
+
 def _published(out: Path, folder: Path, single: str | None) -> Path | None:
     """The result, where it has its place and the journal was not yet removed; a move of files that was cut short is
     ended."""
@@ -82,7 +98,7 @@ def _published(out: Path, folder: Path, single: str | None) -> Path | None:
     if result.is_dir() and finished(folder) and _can_go_on(result, out, single):
         publish(result, out, single)
     found = found_at(out)
-    whole = found is not None and (single is not None or (out / "config.json").is_file())
+    whole = found is not None and (single is not None or any((out / name).is_file() for name in _CONFIGS))
     return found if (folder / NAME).is_file() and not result.exists() and whole else None
 
 
