@@ -80,6 +80,22 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+# Mixtures of experts, by their names: (model_type, config beyond SIZES).
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3moe": (
+        "qwen3_moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "head_dim": 16,
+            "norm_topk_prob": True,
+        },
+    ),
+}
+
+
 def random_model(model_type: str, options: dict[str, Any]) -> Any:
     config = transformers.AutoConfig.for_model(model_type, **{**SIZES, **options})
     torch.manual_seed(0)

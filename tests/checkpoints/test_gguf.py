@@ -220,8 +220,9 @@ def test_models_that_cannot_be_read_say_what_can(tmp_path: Path):
     unknown = write_gguf(tmp_path / "a.gguf", "mamba", tensors)
     with pytest.raises(CheckpointError, match=r"'mamba'.*llama, qwen2"):
         GgufSource(unknown)
-    experts = write_gguf(tmp_path / "b.gguf", "llama", tensors, {**LLAMA, "llama.expert_count": 8})
-    with pytest.raises(CheckpointError, match="mixtures of experts"):
+    qwen = {key.replace("llama", "qwen2"): value for key, value in LLAMA.items()}
+    experts = write_gguf(tmp_path / "b.gguf", "qwen2", tensors, {**qwen, "qwen2.expert_count": 8})
+    with pytest.raises(CheckpointError, match=r"mixtures of experts of GGUF architecture 'qwen2'.*qwen3moe"):
         GgufSource(experts)
     extra = write_gguf(tmp_path / "c.gguf", "llama", {**tensors, "blk.0.ssm_a.weight": np.ones(4, np.float32)}, LLAMA)
     with pytest.raises(CheckpointError, match=r"blk\.0\.ssm_a\.weight.*no such tensor"):

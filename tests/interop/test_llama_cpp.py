@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from bitfold.checkpoints import open_source
+from bitfold.checkpoints import convert, open_source
 from bitfold.checkpoints.gguf.mixtures import names
 from bitfold.checkpoints.repack import repack
-from gguf_families import MODELS, random_model, rebuilt
+from gguf_families import MIXTURES, MODELS, random_model, rebuilt
 from interop_engines import python_of, run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -59,12 +60,22 @@ FLOAT_NOISE, ROUNDED_INPUTS = 1e-5, 1e-3
 REAL = [Path(name) for name in os.environ.get("BITFOLD_INTEROP_MODELS", "").split(":") if name]
 
 
+def decoded(file: Path, place: Path) -> Any:
+    """The transformers model that the file decodes to."""
+    source: Any = open_source(file)
+    try:
+        if source.config["model_type"] not in {model_type for model_type, _ in MIXTURES.values()}:
+            return rebuilt(source)
+    finally:
+        source.close()
+    folder = convert(file, place / "decoded", "float32")  # experts one by one: transformers puts them together
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+
+
 def divergence(file: Path, ids: list[int], place: Path) -> float:
     """Mean KL of llama.cpp's predictions from transformers' on the weights that the file decodes to."""
-    source = open_source(file)
     with torch.no_grad():
-        expected = rebuilt(source)(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
-    source.close()
+        expected = decoded(file, place)(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
     logits = place / "logits.npy"
     run(python_of("llama_cpp"), LOGITS, {"file": str(file), "ids": ids, "logits": str(logits)}, place)
     import numpy as np
@@ -86,6 +97,22 @@ def test_every_family(family: str, tmp_path: Path) -> None:
     # No more tokens than its window: llama.cpp does not have the windows of Mistral and Phi-3.
     count = int(options.get("sliding_window", 24)) if family in ("mistral", "phi3") else 24
     assert divergence(file, tokens(97, count), tmp_path) < FLOAT_NOISE
+
+
+@pytest.mark.parametrize("name", ["F32", "Q4_0", "Q5_K_M"])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_mixtures_of_experts(family: str, name: str, tmp_path: Path) -> None:
+    python_of("llama_cpp")
+    model_type, options = MIXTURES[family]
+    wider = {"hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 256}
+    sizes = {key: size for key, size in wider.items() if key in options or not key.startswith("moe")}
+    made = random_model(model_type, {**options, **sizes})
+    with torch.no_grad():
+        for p in made.parameters():
+            p.mul_(0.2 if p.dim() > 1 else 1)
+    made.save_pretrained(tmp_path / "model")
+    file = repack(tmp_path / "model", tmp_path / "m.gguf", f"gguf:{name}").path
+    assert divergence(file, tokens(97, 24), tmp_path) < (FLOAT_NOISE if name in FLOATS else ROUNDED_INPUTS)
 
 
 @pytest.fixture(scope="module")

@@ -183,10 +183,13 @@ def importance_by_tensor(
     model, found = describe_model(source.config, "", str(source.path)), {}
     for name, content in contents.items():
         shape = content.shape
-        entry = importance.get(model.gguf_name(name) or name)
+        place = next(iter(model.arch.places(name)), None)
+        entry = importance.get(name if place is None else place.name)
         if entry is None or len(shape) < 2:
             continue
         weights = entry.weights
+        if place is not None and place.expert is not None and weights.dim() == 2 and place.expert < len(weights):
+            weights = weights[place.expert]
         if weights.shape[-1] != shape[-1] or (weights.dim() == 2 and len(weights) != shape[0]):
             what = f"the importance matrix has {tuple(weights.shape)} inputs of a weight {tuple(shape)}"
             raise CheckpointError(what, where=name, hint="it is of another model")

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from math import prod
 
+import torch
 from torch import nn
 
 from bitfold.checkpoints import Source
@@ -15,6 +16,7 @@ from bitfold.checkpoints.gguf.mixtures import PLAIN_TYPES, Typed, base_type
 from bitfold.checkpoints.repack import fallbacks, mixture_of
 from bitfold.checkpoints.targets import ENGINES, GGUF
 from bitfold.errors import UsageError
+from bitfold.models.mapping import map_names
 from bitfold.recipes.recipe import Recipe, Rule
 from bitfold.run.engine_export import check_engine_options, engine_rules
 from bitfold.run.importance import few, measured
@@ -88,8 +90,7 @@ def export_rules(
         return engine_rules(request, source, why_not)
     mixture = (request.export or "").partition(":")[2]
     tied = bool(source.config.get("tie_word_embeddings"))
-    names = [name for name in source.names() if not (tied and name == _ENDS[1])]
-    shapes = {name: source.info(name).shape for name in names}
+    shapes = {name: s for name, s in _shapes(source, model).items() if not (tied and name == _ENDS[1])}
     if mixture == OWN:
         types, cost = _own(request, source, model, shapes, options)
         method, why = _method(request.wanted.method, "", why_not)
@@ -111,6 +112,16 @@ def export_rules(
     return Recipe(tuple(rules)).ignoring(request.wanted.ignore), why, tuple(fallbacks(types, shapes))
 
 
+def _shapes(source: Source, model: nn.Module | None) -> dict[str, tuple[int, ...]]:
+    """Of the tensors of the model: experts that the checkpoint has one by one are stacks there."""
+    stored: dict[str, torch.Tensor] = {} if model is None else model.state_dict()
+    found: dict[str, tuple[int, ...]] = {}
+    for target in map_names(source.names(), model):
+        own = {name: tuple(stored[name].shape) for name in target.names if name in stored}
+        found |= {target.names[0]: source.info(target.sources[0]).shape} if target.converter is None else own
+    return found
+
+
 def _method_of(name: str, type: str, method: str, *, head: str) -> str:
     """By which a tensor is made: the output head with error feedback as well, an embedding that is none rounded."""
     if type in PLAIN_TYPES or method == "rtn" or name in set(_ENDS) - {head}:
@@ -128,6 +139,9 @@ def _own(
     options: RunOptions,
 ) -> tuple[dict[str, Typed], float]:
     """bitfold's own mixture of a size, and its reckoned loss."""
+    if any(len(shape) == 3 for shape in shapes.values()):
+        what, hint = "types of mixtures of experts cannot be chosen for a size", "name a mixture, as in gguf:Q4_K_M"
+        raise UsageError(what, where="--export", hint=hint)
     limit = _limit(request, shapes)
     budget = limit - parts_bytes(limit, options.max_shard_bytes)
     if request.imatrix is not None:

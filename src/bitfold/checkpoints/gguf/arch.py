@@ -39,6 +39,22 @@ _PHI3 = {
     "ffn_up": "mlp.gate_up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# Stacks of experts, as the checkpoint has them (one by one) and as the model class of transformers does.
+_MIXTRAL = {
+    "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
+    "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
+    "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
+}
+_QWEN_MOE = {
+    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{}.up_proj",
+    "ffn_down_exps": "mlp.experts.{}.down_proj",
+}
+_STACKS = {
+    "mlp.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
+    "mlp.experts.down_proj": ("ffn_down_exps",),
+    "mlp.gate.weight": ("ffn_gate_inp",),
+}
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 # Tensors that restate facts of the config: read into it (rope_*) or recomputed by every model (attn_rot_embd).
 CONFIG_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -93,6 +109,14 @@ Extra = Callable[[Facts, dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
+class Place:
+    """A tensor of a file, or the expert of that number in it."""
+
+    name: str
+    expert: int | None = None
+
+
+@dataclass(frozen=True)
 class Arch:
     """One model family.
 
@@ -103,6 +127,7 @@ class Arch:
         extra: adds the entries that need thought.
         interleaved: query and key rows were permuted for interleaved rotary embedding.
         norm_offset: what the converter added to every norm weight.
+        experts: GGUF name of each stack of experts -> Hugging Face name of one of them, with {} for its number.
     """
 
     model_type: tuple[str, str]
@@ -111,6 +136,7 @@ class Arch:
     extra: Extra | None = None
     interleaved: bool = False
     norm_offset: float = 0.0
+    experts: Mapping[str, str] = field(default_factory=dict)
 
     def hf_name(self, name: str) -> str | None:
         """Hugging Face name of a GGUF tensor; None if the family has no such tensor."""
@@ -121,16 +147,31 @@ class Arch:
             return f"model.layers.{int(parts[1])}.{self.layer[parts[2]]}.{parts[3]}"
         return None
 
-    def gguf_name(self, name: str) -> str | None:
-        """GGUF name of a Hugging Face tensor; None if the family has no such tensor: the inverse of `hf_name`."""
+    def expert_names(self, name: str, count: int) -> list[str] | None:
+        """Hugging Face names of the experts in a GGUF tensor, by number; None if it is no stack of them."""
+        parts = name.split(".")
+        if len(parts) != 4 or parts[0] != "blk" or not parts[1].isdecimal() or parts[2] not in self.experts:
+            return None
+        return [f"model.layers.{int(parts[1])}.{self.experts[parts[2]].format(i)}.{parts[3]}" for i in range(count)]
+
+    def places(self, name: str) -> list[Place]:
+        """Where a Hugging Face tensor goes; nowhere if the family has no such tensor: the inverse of `hf_name` and
+        `expert_names`, also of the names that the model class has for stacks."""
         module, _, kind = name.rpartition(".")
         if (top := next((g for g, hf in _TOP.items() if hf == module), None)) is not None:
-            return f"{top}.{kind}"
-        parts = module.split(".", 3)
+            return [Place(f"{top}.{kind}")]
+        parts = name.split(".", 3)
         if len(parts) != 4 or parts[:2] != ["model", "layers"] or not parts[2].isdecimal():
-            return None
-        part = next((g for g, hf in self.layer.items() if hf == parts[3]), None)
-        return None if part is None else f"blk.{int(parts[2])}.{part}.{kind}"
+            return []
+        prefix, rest = f"blk.{int(parts[2])}", parts[3]
+        if self.experts and rest in _STACKS:
+            return [Place(f"{prefix}.{part}.weight") for part in _STACKS[rest]]
+        inner, _, kind = rest.rpartition(".")
+        if (part := next((g for g, hf in self.layer.items() if hf == inner), None)) is not None:
+            return [Place(f"{prefix}.{part}.{kind}")]
+        number = next((n for n in inner.split(".") if n.isdecimal()), "")
+        found = (g for g, hf in self.experts.items() if number and hf.format(number) == inner)
+        return [Place(f"{prefix}.{part}.{kind}", int(number)) for part in found]
 
 
 def _llama(facts: Facts, config: dict[str, Any]) -> None:
@@ -143,6 +184,20 @@ def _llama(facts: Facts, config: dict[str, Any]) -> None:
 
 def _qwen3(facts: Facts, config: dict[str, Any]) -> None:
     config["attention_bias"] = "blk.0.attn_q.bias" in facts.shapes
+
+
+def _mixtral(facts: Facts, config: dict[str, Any]) -> None:
+    config["num_local_experts"] = facts.count("expert_count")
+    config["num_experts_per_tok"] = facts.count("expert_used_count")
+    if facts.get("attention.sliding_window"):
+        config["sliding_window"] = facts.count("attention.sliding_window")
+
+
+def _qwen3_moe(facts: Facts, config: dict[str, Any]) -> None:
+    _qwen3(facts, config)
+    config["num_experts"] = facts.count("expert_count")
+    config["num_experts_per_tok"] = facts.count("expert_used_count")
+    config["moe_intermediate_size"] = facts.count("expert_feed_forward_length")
 
 
 def _gemma_scalar(facts: Facts, config: dict[str, Any], largest: int) -> None:
@@ -192,19 +247,40 @@ ARCHITECTURES: dict[str, Arch] = {
 }
 
 
+# Where the file has experts.
+MIXTURES: dict[str, Arch] = {
+    "llama": Arch(
+        ("mixtral", "MixtralForCausalLM"),
+        {**_ATTENTION, "ffn_norm": "post_attention_layernorm", "ffn_gate_inp": "block_sparse_moe.gate"},
+        {"hidden_act": "silu"},
+        _mixtral,
+        interleaved=True,
+        experts=_MIXTRAL,
+    ),
+    "qwen3moe": Arch(
+        ("qwen3_moe", "Qwen3MoeForCausalLM"),
+        {**_ATTENTION, **_QK_NORM, "ffn_norm": "post_attention_layernorm", "ffn_gate_inp": "mlp.gate"},
+        {"hidden_act": "silu", "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+        _qwen3_moe,
+        experts=_QWEN_MOE,
+    ),
+}
+
+
 def find_arch(facts: Facts) -> Arch:
     """The row of the file's architecture.
 
     Raises:
-        CheckpointError: an architecture without a row, or a mixture of experts.
+        CheckpointError: an architecture without a row.
     """
-    supported = f"supported architectures: {', '.join(ARCHITECTURES)}"
-    if facts.arch not in ARCHITECTURES:
-        raise CheckpointError(f"GGUF architecture {facts.arch!r} cannot be read", where=facts.where, hint=supported)
-    if facts.get("expert_count"):
-        what = f"mixtures of experts of GGUF architecture {facts.arch!r} cannot be read"
-        raise CheckpointError(what, where=facts.where, hint=f"only dense models; {supported}")
-    return ARCHITECTURES[facts.arch]
+    rows = MIXTURES if facts.get("expert_count") else ARCHITECTURES
+    if facts.arch not in rows:
+        mixtures = "mixtures of experts of " if rows is MIXTURES else ""
+        hint = f"supported architectures: {', '.join(ARCHITECTURES)}; mixtures of experts: {', '.join(MIXTURES)}"
+        raise CheckpointError(
+            f"{mixtures}GGUF architecture {facts.arch!r} cannot be read", where=facts.where, hint=hint
+        )
+    return rows[facts.arch]
 
 
 def hf_config(arch: Arch, facts: Facts) -> dict[str, Any]:

@@ -37,11 +37,25 @@ class Laid:
         type: name of the ggml type.
         shape: of the weight, rows first.
         info: dtype and shape of what is written: uint8 for blocks.
+        stack: it is written one by one along its first dimension, by the names of `entries`.
     """
 
     type: str
     shape: tuple[int, ...]
     info: TensorInfo
+    stack: bool = False
+
+    def entries(self, name: str) -> dict[str, TensorInfo]:
+        """What is written one by one: all of the tensor of that name, or each of a stack: NAME[0] and so on."""
+        if not self.stack:
+            return {name: self.info}
+        one = TensorInfo(self.info.dtype, self.info.shape[1:])
+        return {entry_name(name, i): one for i in range(self.shape[0])}
+
+
+def entry_name(name: str, number: int) -> str:
+    """Of one of a stack."""
+    return f"{name}[{number}]"
 
 
 def plan_parts(
@@ -82,17 +96,17 @@ def parts_bytes(nbytes: int, max_bytes: int | None) -> int:
 
 
 def _shard(name: str, metadata: Mapping[str, Any], tensors: Mapping[str, Laid]) -> Shard:
-    descriptions, offset, offsets = [], 0, {}
+    descriptions, offset, offsets, infos = [], 0, dict[str, int](), dict[str, TensorInfo]()
     for tensor, laid in tensors.items():
         descriptions.append(_description(tensor, laid, offset))
-        offsets[tensor] = offset
+        for number, (entry, info) in enumerate(laid.entries(tensor).items()):
+            offsets[entry], infos[entry] = offset + number * info.nbytes, info
         offset += _padded(laid.info.nbytes)
     counts = b"GGUF" + struct.pack("<IQQ", _VERSION, len(tensors), len(metadata))
     entries = [_string(key) + _value(key, value) for key, value in metadata.items()]
     head = b"".join([counts, *entries, *descriptions])
     head += bytes(_padded(len(head)) - len(head))
-    starts = {tensor: len(head) + at for tensor, at in offsets.items()}
-    return Shard(name, head, starts, {tensor: laid.info for tensor, laid in tensors.items()}, ALIGNMENT)
+    return Shard(name, head, {entry: len(head) + at for entry, at in offsets.items()}, infos, ALIGNMENT)
 
 
 def _padded(nbytes: int) -> int:

@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 
-from bitfold.checkpoints.gguf.arch import ARCHITECTURES, Arch
+from bitfold.checkpoints.gguf.arch import ARCHITECTURES, MIXTURES, Arch
 from bitfold.errors import CheckpointError
 
-# Hugging Face model_type -> general.architecture. Mistral's models are of llama.cpp's architecture "llama".
-_NAMED = {arch.model_type[0]: name for name, arch in ARCHITECTURES.items()} | {"mistral": "llama"}
+# Hugging Face model_type -> general.architecture, and its row. Mistral's models are of architecture "llama".
+_NAMED = {row.model_type[0]: (name, row) for rows in (ARCHITECTURES, MIXTURES) for name, row in rows.items()}
+_NAMED["mistral"] = _NAMED["llama"]
+# What llama.cpp takes for granted of mixtures.
+_AS_USUAL = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
 _ACTIVATIONS = {"gemma": "gelu_pytorch_tanh", "gemma2": "gelu_pytorch_tanh", "gemma3": "gelu_pytorch_tanh"}
 _LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}  # layers of the models whose attention is scaled by hidden / heads
 
@@ -45,8 +48,8 @@ class Described:
         self.metadata[f"{self.name}.{key}"] = value
 
     def gguf_name(self, name: str) -> str | None:
-        """GGUF name of a tensor of the model; None where there is no place for it."""
-        return self.arch.gguf_name(name)
+        """GGUF name of a tensor of the model, of the first where it becomes several; None where there is no place."""
+        return next((place.name for place in self.arch.places(name)), None)
 
 
 def describe_model(config: Mapping[str, Any], title: str, where: str) -> Described:
@@ -60,13 +63,13 @@ def describe_model(config: Mapping[str, Any], title: str, where: str) -> Describ
     Raises:
         CheckpointError: an architecture that GGUF, or this program, does not know, or a config that it cannot say.
     """
-    name = _NAMED.get(str(config.get("model_type")))
-    if name is None:
+    name, arch = _NAMED.get(str(config.get("model_type")), (None, None))
+    if name is None or arch is None:
         what = f"models of type {config.get('model_type')!r} cannot be written as GGUF"
         raise CheckpointError(what, where=where, hint=f"written are {', '.join(sorted(_NAMED))}")
     full, said = _with_defaults(config), _Said(config, where)
     head = {"general.architecture": name, "general.type": "model", "general.name": title}
-    found = Described(ARCHITECTURES[name], name, {**head, "general.quantization_version": 2})
+    found = Described(arch, name, {**head, "general.quantization_version": 2})
     heads = int(full["num_attention_heads"])
     found.heads = (heads, int(full.get("num_key_value_heads") or heads))
     _common(full, found)
@@ -192,8 +195,21 @@ def _longrope(rope: Mapping[str, Any], config: Mapping[str, Any], found: Describ
         found.tensors[f"rope_factors_{which}.weight"] = torch.tensor(rope[f"{which}_factor"], dtype=torch.float32)
 
 
+def _experts(config: Mapping[str, Any], found: Described, said: _Said) -> None:
+    """Mixtures of experts."""
+    found.put("expert_count", int(config.get("num_local_experts") or config["num_experts"]))
+    found.put("expert_used_count", int(config["num_experts_per_tok"]))
+    if "moe_intermediate_size" in config:
+        found.put("expert_feed_forward_length", int(config["moe_intermediate_size"]))
+    for key, usual in _AS_USUAL.items():
+        if config.get(key) not in (None, usual):
+            said.refuse(key, config[key])
+
+
 def _family(config: Mapping[str, Any], rope: Mapping[str, Any], found: Described, said: _Said) -> None:
     """What only some families have."""
+    if found.arch.experts:
+        _experts(config, found, said)
     window = config.get("sliding_window")
     if window and found.name in ("llama", "phi3", *_LARGEST_GEMMA):
         found.put("attention.sliding_window", int(window))

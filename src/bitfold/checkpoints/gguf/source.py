@@ -11,6 +11,7 @@ import tempfile
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from bitfold.checkpoints.gguf.parts import GgufParts
 from bitfold.checkpoints.gguf.tokenizer import generation_config, tokenizer_of
 from bitfold.checkpoints.safetensors import file_facts, write_json
 from bitfold.checkpoints.schema import Content, Entry
-from bitfold.errors import CheckpointError
+from bitfold.errors import CheckpointError, UsageError
 from bitfold.formats.families.ggml import GGML
 from bitfold.qtensor import QTensor
 from bitfold.system.collector import uncollected
@@ -77,7 +78,9 @@ class GgufSource:
         values = {n: self._plain(tensors[n]).float().tolist() for n in CONFIG_TENSORS if n in tensors}
         shapes = {name: t.shape for name, t in tensors.items()}
         facts = Facts(self._file.metadata, shapes, values, str(self.path))
-        self._arch = find_arch(facts)
+        self._facts, self._arch = facts, find_arch(facts)
+        if dither_seed is not None and self._arch.experts:
+            raise UsageError("mixtures of experts cannot be dithered", where=str(self.path))
         self.config: dict[str, Any] = hf_config(self._arch, facts)
         self.config["dtype"] = _dtype_name(tensors.values())
         self._names = self._hf_names()
@@ -194,8 +197,13 @@ class GgufSource:
 
     def stored_bytes(self) -> dict[str, int]:
         """Bytes of every tensor in the file; those that went into the config under their own names."""
-        here = {tensor.name: name for name, tensor in self._names.items()}
-        return {here.get(t.name, t.name): t.nbytes for t in self._file.tensors.values()}
+        here: dict[str, dict[str, int]] = {}
+        for name, tensor in self._names.items():
+            here.setdefault(tensor.name, {})[name] = tensor.nbytes
+        found: dict[str, int] = {}
+        for tensor in self._file.tensors.values():
+            found |= here.get(tensor.name, {tensor.name: tensor.nbytes})
+        return found
 
     def folded(self) -> dict[str, str]:
         """Tensors that became part of the config (rope factors), or that every reader computes (rotary embeddings)."""
@@ -254,6 +262,9 @@ class GgufSource:
         for tensor in self._file.tensors.values():
             if tensor.name in CONFIG_TENSORS or ".attn_rot_embd." in tensor.name:
                 continue
+            if (experts := self._experts(tensor)) is not None:
+                names |= experts
+                continue
             name = self._arch.hf_name(tensor.name)
             if name is None:
                 what = f"models of type {self.config['model_type']} have no such tensor"
@@ -261,12 +272,28 @@ class GgufSource:
             names[name] = tensor
         return names
 
+    def _experts(self, tensor: GgufTensor) -> dict[str, GgufTensor] | None:
+        """The tensors of a stack of experts, each where it lies; None for others."""
+        count = int(self._facts.get("expert_count", 0) or 0)
+        if len(tensor.shape) == 3 and count != tensor.shape[0]:
+            what = f"holds {tensor.shape[0]} experts, and {count} are announced"
+            raise CheckpointError(what, where=self._at(tensor), hint="the file is damaged")
+        names = self._arch.expert_names(tensor.name, count) if len(tensor.shape) == 3 else None
+        if names is None:
+            return None
+        size = tensor.nbytes // count
+        return {
+            name: replace(tensor, shape=tensor.shape[1:], start=tensor.start + i * size, nbytes=size)
+            for i, name in enumerate(names)
+        }
+
     def _check_complete(self) -> None:
         count = self.config["num_hidden_layers"]
         if count > len(self._names):  # before a list is made for a damaged file's billion
             what = f"{count} layers are announced, and there are {len(self._names)} tensors"
             raise CheckpointError(what, where=str(self.path), hint="a damaged file, or an unsupported variant")
-        needed = [f"model.layers.{i}.{part}.weight" for i in range(count) for part in self._arch.layer.values()]
+        parts = [*self._arch.layer.values(), *(name.format(0) for name in self._arch.experts.values())]
+        needed = [f"model.layers.{i}.{part}.weight" for i in range(count) for part in parts]
         missing = [n for n in ("model.embed_tokens.weight", "model.norm.weight", *needed) if n not in self._names]
         if missing:
             what = f"{len(missing)} tensors are missing, the first is {missing[0]}"

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from bitfold.checkpoints.base import Source
-from bitfold.checkpoints.gguf.container import Laid, plan_parts
+from bitfold.checkpoints.gguf.arch import Place
+from bitfold.checkpoints.gguf.container import Laid, entry_name, plan_parts
 from bitfold.checkpoints.gguf.described import Described, describe_model
 from bitfold.checkpoints.gguf.parts import GgufParts
 from bitfold.checkpoints.gguf.vocabulary import vocabulary_metadata
@@ -84,8 +85,11 @@ class GgufModel:
         return {"llama.cpp": "yes", "transformers": "yes, decoded to floating point", "vLLM": no}
 
     def stored(self, contents: Mapping[str, Content]) -> dict[str, TensorInfo]:
-        """See `Target`: the names of llama.cpp."""
-        return {name: laid.info for name, laid in self._lay(contents).items()}
+        """See `Target`: the names of llama.cpp, each expert by itself."""
+        found: dict[str, TensorInfo] = {}
+        for name, laid in self._lay(contents).items():
+            found |= laid.entries(name)
+        return found
 
     def size(self, contents: Mapping[str, Content]) -> int:
         """See `Target`."""
@@ -115,29 +119,62 @@ class GgufModel:
 
     def _lay(self, contents: Mapping[str, Content]) -> dict[str, Laid]:
         found = {name: Laid("f32", tuple(w.shape), _info(w)) for name, w in self._model.tensors.items()}
+        experts: dict[str, dict[int, Laid]] = {}
         for name, content in contents.items():
-            found[self._gguf_name(name)] = _laid(name, content)
-        return found
+            places, laid = self._places(name), _laid(name, content)
+            for place in places:
+                if place.expert is not None:
+                    experts.setdefault(place.name, {})[place.expert] = laid
+                    found.setdefault(place.name, laid)  # its turn is that of its first expert
+                else:
+                    found[place.name] = _share(laid, len(places))
+        return found | {name: self._stack(name, some) for name, some in experts.items()}
 
-    def _gguf_name(self, name: str) -> str:
-        found = self._model.gguf_name(name)
-        if found is None:
+    def _stack(self, name: str, some: Mapping[int, Laid]) -> Laid:
+        """Experts that the checkpoint has one by one."""
+        count, first = int(self._model.metadata[f"{self._model.name}.expert_count"]), next(iter(some.values()))
+        if some.keys() != set(range(count)) or any(laid != first for laid in some.values()):
+            what = f"{len(some)} experts of {count} are there, and GGUF has all of them in one tensor of one type"
+            raise CheckpointError(what, where=name)
+        return Laid(first.type, (count, *first.shape), TensorInfo(first.info.dtype, (count, *first.info.shape)), True)
+
+    def _places(self, name: str) -> list[Place]:
+        found = self._model.arch.places(name)
+        if not found:
             what = f"GGUF has no place for it in a model of architecture {self._model.name!r}"
             raise CheckpointError(what, where=name, hint="a variant of the model that llama.cpp does not know")
         return found
 
     def write(self, name: str, parts: Iterable[torch.Tensor]) -> dict[str, str]:
         """See `Target`; numbers are cast to what is planned."""
-        stored = self._gguf_name(name)
+        places = self._places(name)
+        if self._laid[places[0].name].stack:
+            return self._write_experts(places, (part.to(self._laid[places[0].name].info.dtype) for part in parts))
+        stored = places[0].name
         return {stored: self._open.write(stored, self._ordered(stored, self._offset(stored, parts)))}
 
     def pack(self, name: str, fields: Mapping[str, torch.Tensor]) -> dict[str, str]:
         """See `Target`."""
-        stored = self._gguf_name(name)
+        places = self._places(name)
         if fields.keys() != {"blocks"}:
             what = f"is packed as {sorted(fields)}, blocks were planned"
             raise CheckpointError(what, where=f"{self.folder}: {name}")
+        if self._laid[places[0].name].stack:
+            return self._write_experts(places, [fields["blocks"]])
+        stored = places[0].name
         return {stored: self._open.write(stored, self._ordered(stored, [fields["blocks"]]))}
+
+    def _write_experts(self, places: list[Place], parts: Iterable[torch.Tensor]) -> dict[str, str]:
+        """One expert (n, k), or consecutive pieces of a stack (experts, n, k), its rows shared out to the places."""
+        found, number = dict[str, str](), places[0].expert
+        if number is not None:
+            entry = entry_name(places[0].name, number)
+            return {entry: self._open.write(entry, parts)}
+        for count, expert in enumerate(expert for part in parts for expert in part):
+            for place, rows in zip(places, expert.chunk(len(places)), strict=True):
+                entry = entry_name(place.name, count)
+                found[entry] = self._open.write(entry, [rows])
+        return found
 
     def _offset(self, stored: str, parts: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         laid, offset = self._laid[stored], self._model.arch.norm_offset
@@ -167,7 +204,13 @@ class GgufModel:
         """See `Target`."""
         file = GgufParts(self.folder / self.files[0])
         try:
-            return {name: tensor.nbytes for name, tensor in file.tensors.items()}
+            found: dict[str, int] = {}
+            for name, tensor in file.tensors.items():
+                if self._laid[name].stack:
+                    found |= {entry_name(name, i): tensor.nbytes // tensor.shape[0] for i in range(tensor.shape[0])}
+                else:
+                    found[name] = tensor.nbytes
+            return found
         finally:
             file.close()
 
@@ -196,6 +239,14 @@ def _info(w: torch.Tensor) -> TensorInfo:
 
 def _title(path: Path) -> str:
     return path.stem if path.is_file() else path.resolve().name
+
+
+def _share(laid: Laid, count: int) -> Laid:
+    """Of a tensor whose rows become so many tensors: a stack (experts, n, k), or all of a matrix."""
+    if len(laid.shape) < 3:
+        return laid
+    shape, info = ((a, n // count, *rest) for a, n, *rest in (laid.shape, laid.info.shape))
+    return Laid(laid.type, shape, TensorInfo(laid.info.dtype, info), True)
 
 
 def _laid(name: str, content: Content) -> Laid:
