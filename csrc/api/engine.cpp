@@ -31,6 +31,7 @@ void bind_product(nb::module_& m) {
       .def("__init__", packed<bitfold::DenseWeight>, "weight"_a, "first"_a, "int8"_a)
       .def("__init__", packed<bitfold::TrellisWeight>, "weight"_a, "first"_a, "int8"_a)
       .def("__init__", packed<bitfold::GgmlWeight>, "weight"_a, "first"_a, "int8"_a)
+      .def("__init__", packed<bitfold::LatticeWeight>, "weight"_a, "first"_a, "int8"_a)
       .def(
           "__init__",
           [](Product* p, uintptr_t w, size_t n, size_t k, bool bf16, size_t first) {

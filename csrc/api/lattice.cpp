@@ -1,6 +1,6 @@
 #include "api/bind.h"
 #include "api/products.h"
-#include "weights/lattice/e8p.h"
+#include "weights/linear.h"
 
 using bitfold::LatticeWeight;
 

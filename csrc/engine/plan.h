@@ -21,7 +21,7 @@ namespace engine {
 // Rows of one weight among those of the products that share an input: y[first .. first + n) = W x' + bias, where x' is
 // x, divided by `divide`, rotated, and rounded to 8 bits if `int8`.
 struct Product {
-  std::variant<PlainRows, const DenseWeight*, const TrellisWeight*, const GgmlWeight*> weight;
+  std::variant<PlainRows, const DenseWeight*, const TrellisWeight*, const GgmlWeight*, const LatticeWeight*> weight;
   size_t n = 0, k = 0, first = 0;
   bool int8 = false;
   const float* bias = nullptr;      // (n)

@@ -9,6 +9,7 @@
 #include "loops/gemm.h"
 #include "loops/gemv.h"
 #include "loops/hadamard.h"
+#include "loops/lattice.h"
 #include "loops/rounding.h"
 #include "loops/trellis.h"
 

@@ -95,6 +95,8 @@ struct Table {
   // One row of the weight out of its unpacked codes; rows [begin, end) out of trellis tiles.
   void (*decode)(const DenseWeight& w, size_t row, const uint8_t* codes, float* out);
   void (*decode_tiles)(const TrellisWeight& w, size_t begin, size_t end, float* out);
+  // Blocks of eight weights on the E8 lattice as bytes, see weights/lattice/e8p.h.
+  void (*lattice_bytes)(const uint8_t* codes, const uint8_t* magnitudes, size_t blocks, uint8_t* out);
   // One row of activations rotated; scratch: r.size floats.
   void (*rotate)(const Rotation& r, const float* x, float* out, float* scratch);
   // rounding.h, in one thread; feed: weights [begin, end) of every column.

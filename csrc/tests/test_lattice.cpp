@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "check.h"
-#include "weights/lattice/e8p.h"
+#include "weights/linear.h"
 
 namespace {
 

@@ -49,6 +49,10 @@ void matmul(const TrellisWeight& w, const float* x, size_t m, bool int8, float* 
   matmul_with(w, x, m, int8, y, threads);
 }
 
+void matmul(const LatticeWeight& w, const float* x, size_t m, bool int8, float* y, int threads) {
+  matmul_with(w, x, m, int8, y, threads);
+}
+
 void matmul(const GgmlWeight& w, const float* x, size_t m, bool int8, float* y, int threads) {
   matmul_with(w, x, m, int8, y, threads);
 }
@@ -68,6 +72,18 @@ void dequantize(const TrellisWeight& w, size_t begin, size_t end, float* out, in
   const Table& t = table();
   parallel_for(end - begin, decode_grain(w.k), threads,
                [&](size_t from, size_t to) { t.decode_tiles(w, begin + from, begin + to, out + from * w.k); });
+}
+
+void dequantize(const LatticeWeight& w, size_t begin, size_t end, float* out, int threads) {
+  const Table& t = table();
+  const DenseWeight rows = in_bytes(w);
+  parallel_for(end - begin, decode_grain(w.k), threads, [&](size_t from, size_t to) {
+    uint8_t* codes = codes_memory.get<uint8_t>(w.k + 64);
+    for (size_t r = from; r < to; ++r) {
+      unpack_rows(w, begin + r, begin + r + 1, codes);
+      t.decode(rows, begin + r, codes, out + r * w.k);
+    }
+  });
 }
 
 void dequantize(const GgmlWeight& w, size_t begin, size_t end, float* out, int threads) {

@@ -9,15 +9,16 @@
 #include "system/scratch.h"
 #include "weights/dense/weight.h"
 #include "weights/ggml/weight.h"
+#include "weights/lattice/e8p.h"
 #include "weights/trellis/weight.h"
 
 namespace bitfold {
 
 inline size_t round_up(size_t x, size_t to) { return (x + to - 1) / to * to; }
 
-// Memory of this thread for one row on its way, and for the panels of gemm.
+// Memory of this thread for one row on its way, for the panels of gemm, and for rows that are decoded before.
 struct RowMemory {
-  Scratch codes, floats, panel;
+  Scratch codes, floats, panel, rows;
   static RowMemory& mine() {
     static thread_local RowMemory memory;
     return memory;
@@ -83,24 +84,27 @@ class Prepared {
   }
 
   // y (m, w.n): rows [begin, end) of the weight; begin is a multiple of kBandRows, and end, if it is not w.n.
-  void times(size_t begin, size_t end, float* y) const {
+  void times(size_t begin, size_t end, float* y) const { times(w_, begin, end, y); }
+
+  // The same with a weight of the same shape, of which no other rows are there.
+  void times(const W& w, size_t begin, size_t end, float* y) const {
     const Products<W>& products = t_.products<W>();
     if (bytes_in_) {
       Act8 a;
       a.m = m_, a.planes = planes_, a.padded = padded_, a.x = reinterpret_cast<const int8_t*>(x_), a.scale = scale_;
       a.start = start_, a.sums = sums_;
-      if (by_row_) return products.gemv8(w_, a, begin, end, y);
-      const size_t scratch = t_.gemm_scratch(w_, m_, padded_);
-      return products.gemm8(w_, a, begin, end, y, RowMemory::mine().panel.get<uint8_t>(scratch));
+      if (by_row_) return products.gemv8(w, a, begin, end, y);
+      const size_t scratch = t_.gemm_scratch(w, m_, padded_);
+      return products.gemm8(w, a, begin, end, y, RowMemory::mine().panel.get<uint8_t>(scratch));
     }
     ActF a;
     a.m = m_, a.padded = padded_, a.x = reinterpret_cast<const float*>(x_), a.sums = sums_;
     a.scale = int8_ ? scale_ : nullptr;
     if (m_ > 1) {
-      const size_t scratch = t_.gemm_scratchf(w_, m_, padded_);
-      return products.gemmf(w_, a, begin, end, y, RowMemory::mine().panel.get<uint8_t>(scratch));
+      const size_t scratch = t_.gemm_scratchf(w, m_, padded_);
+      return products.gemmf(w, a, begin, end, y, RowMemory::mine().panel.get<uint8_t>(scratch));
     }
-    products.gemvf(w_, a, begin, end, y);
+    products.gemvf(w, a, begin, end, y);
     for (size_t n = begin; int8_ && n < end; ++n) y[n] *= *scale_;
   }
 
@@ -202,6 +206,37 @@ class Prepared<GgmlWeight> {
   const GgmlActs acts_;
   float* floats_;
   Scaled shape_;
+};
+
+// Points of a lattice become bytes, some rows at a time; activations are those for bytes.
+template <>
+class Prepared<LatticeWeight> {
+ public:
+  static size_t bytes(const LatticeWeight& w, size_t m, bool int8) {
+    return Prepared<DenseWeight>::bytes(in_bytes(w), m, int8);
+  }
+  Prepared(const LatticeWeight& w, size_t m, bool int8, void* memory)
+      : w_(w), shape_(in_bytes(w)), acts_(shape_, m, int8, memory) {}
+
+  void row(size_t i, const float* x) const { acts_.row(i, x); }
+
+  void times(size_t begin, size_t end, float* y) const {
+    const size_t step = rows_at_a_time(w_);
+    uint8_t* bytes = RowMemory::mine().rows.get<uint8_t>(step * w_.k + 64);
+    for (size_t at = begin; at < end; at += step) {
+      const size_t stop = at + step < end ? at + step : end;
+      unpack_rows(w_, at, stop, bytes);
+      DenseWeight part = shape_;
+      // Where row 0 would be: rows are counted from it, and only those from `at` on are read.
+      part.codes = reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(bytes) - at * w_.k);
+      acts_.times(part, at, stop, y);
+    }
+  }
+
+ private:
+  const LatticeWeight& w_;
+  const DenseWeight shape_;
+  const Prepared<DenseWeight> acts_;
 };
 
 // Unquantized rows take activations as they are, or in tiles.

@@ -21,11 +21,11 @@ from bitfold.system import native, progress
 
 pytestmark = pytest.mark.skipif(native.core() is None, reason="the engine is native")
 
-# A code of 8 bits that is no integer would be looked up, which the loops do for up to 4 bits; lattices and codebooks
-# have no loops here; ggml's other ternary type is packed by powers of three.
+# A code of 8 bits that is no integer would be looked up, which the loops do for up to 4 bits; codebooks have no
+# loops here; ggml's other ternary type is packed by powers of three.
 WITHOUT = {
     *("fp8-e4m3", "fp8-e4m3-tensor", "fp8-e5m2", "mxfp8", "mxfp8-e5m2"),
-    *("e8p", "aqlm-1x8", "aqlm-2x8", "aqlm-3x8", "aqlm-4x8", "tq1_0"),
+    *("aqlm-1x8", "aqlm-2x8", "aqlm-3x8", "aqlm-4x8", "tq1_0"),
 }
 PAGE = Path(__file__).parents[2] / "docs" / "engine.md"
 
@@ -46,7 +46,7 @@ def test_the_page_names_them():
         assert f"`{family}`" in line, name
 
 
-@pytest.mark.parametrize("name", ["fp8-e4m3", "e8p"])
+@pytest.mark.parametrize("name", ["fp8-e4m3", "aqlm-1x8"])
 def test_what_has_none_is_written_by_transformers_and_one_line_says_why(name, tmp_path, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr(progress, "say", said.append)

@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "weights/dense/weight.h"
+
 namespace bitfold {
 
 struct LatticeWeight {
@@ -15,10 +17,13 @@ struct LatticeWeight {
   size_t n = 0, k = 0;
 };
 
-// y (m, n) = x (m, k) W^T as `matmul` of linear.h.
-void matmul(const LatticeWeight& w, const float* x, size_t m, bool int8, float* y, int threads);
+// The same weight as rows of 8-bit codes, which are not there yet.
+DenseWeight in_bytes(const LatticeWeight& w);
 
-// Rows [begin, end) as float32 (end - begin, k).
-void dequantize(const LatticeWeight& w, size_t begin, size_t end, float* out, int threads);
+// Rows [begin, end) of `in_bytes` into out, which has room for 64 bytes more.
+void unpack_rows(const LatticeWeight& w, size_t begin, size_t end, uint8_t* out);
+
+// How many of the rows stay in the second-level cache while they are bytes.
+size_t rows_at_a_time(const LatticeWeight& w);
 
 }  // namespace bitfold

@@ -19,7 +19,7 @@ from bitfold.transforms.activations import read_act
 from bitfold.transforms.rotation import rotation_plan
 
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-_LOOPS = (KERNELS["cpu"], KERNELS["ggml"])  # kernels whose state has a native `weight`
+_LOOPS = (KERNELS["cpu"], KERNELS["ggml"], KERNELS["lattice"])  # kernels whose state has a native `weight`
 _BAND = 32  # rows of a weight that one thread takes at least
 _KEYS = 16  # a head must be a multiple of it
 _ANGLES = 1024  # positions at a time: the allocator keeps for long what a module throws away at once

@@ -29,6 +29,11 @@ class State:
     weight: Any
     alive: tuple[Tensor, ...]
 
+    @property
+    def int8(self) -> bool:
+        """Whether activations are rounded to 8 bits."""
+        return self.act == "int8"
+
 
 def accepts(q: QTensor, act: str) -> bool:
     """Whether the native core is there and the weight is on a lattice."""
@@ -56,7 +61,7 @@ def matmul(x: Tensor, state: State) -> Tensor:
         return reference.matmul(x, reference.prepack(state.q, state.act))
     x = x.detach().to(torch.float32).contiguous()
     y = torch.empty(len(x), state.q.shape[0], dtype=torch.float32)
-    core.matmul(state.weight, x.data_ptr(), len(x), state.act == "int8", y.data_ptr(), native.threads())
+    core.matmul(state.weight, x.data_ptr(), len(x), state.int8, y.data_ptr(), native.threads())
     return y
 
 
