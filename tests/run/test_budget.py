@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+import transformers as hf
 
 import bitfold
 import tiny_lm
 from bitfold.calibration import importance
 from bitfold.calibration.options import Calibration
 from bitfold.checkpoints.inspection import inspect
-from bitfold.errors import CheckpointError, UsageError
+from bitfold.errors import CheckpointError, ModelError, ResourceError, UsageError
 from bitfold.planning.choices import CANDIDATES
 from bitfold.recipes.recipe import Recipe
 from bitfold.run import budget, driver
@@ -126,6 +128,52 @@ def test_an_importance_matrix_of_another_model(source: Path, matrix: Path, tmp_p
     other = tiny_lm.folder(tmp_path / "other", tiny_lm.encoder("BertForMaskedLM"))
     with pytest.raises(CheckpointError, match="importance matrix"):
         driver.quantize(other, tmp_path / "out", target_bpw=4.0, method="rtn", imatrix=matrix)
+
+
+SIZES = {"vocab_size": 257, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def small(kind: str) -> torch.nn.Module:
+    """Of families whose weights are named, stored or reached in other ways."""
+    torch.manual_seed(0)
+    llama = {**SIZES, "intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    if kind == "conv1d":
+        return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=257, n_embd=64, n_layer=2, n_head=4, n_positions=128))
+    if kind == "experts":
+        return hf.MixtralForCausalLM(hf.MixtralConfig(**llama, num_local_experts=4))
+    seen = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = hf.CLIPVisionConfig(**seen, image_size=28, patch_size=14)
+    text = hf.Qwen2Config(**llama, tie_word_embeddings=True)
+    return hf.LlavaForConditionalGeneration(
+        hf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=250)
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("kind", "bpw"), [("conv1d", 5.0), ("experts", 4.5), ("pictures", 10.0)])
+def test_other_families(text: Calibration, tmp_path: Path, kind: str, bpw: float) -> None:
+    source = tiny_lm.folder(tmp_path / "source", small(kind).to(torch.bfloat16))
+    report = driver.quantize(source, tmp_path / "out", target_bpw=bpw, method="rtn", calibration=text)
+    assert weights_of(tmp_path / "out") <= bpw * inspect(tmp_path / "out").numel / 8
+    found = {t.tensor: t.format for t in report.tensors if t.format is not None}
+    if kind == "experts":
+        assert len({name for key, name in found.items() if "layers.0" in key and ".experts." in key}) == 1
+    if kind == "pictures":
+        unreached = {name for key, name in found.items() if "vision" in key or "projector" in key}
+        assert unreached == {"int8"}
+        assert "weights that no text reaches get int8" in (report.method or "")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_makes_no_logits_is_told_of(text: Calibration, tmp_path: Path) -> None:
+    source = tiny_lm.folder(tmp_path / "source", tiny_lm.encoder())
+    with pytest.raises(ModelError, match="what errors cost cannot be measured"):
+        driver.quantize(source, tmp_path / "out", target_bpw=8.0, method="rtn", calibration=text)
+
+
+def test_a_ceiling_of_memory_that_is_too_low(source: Path, text: Calibration, tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="whole model in memory"):
+        driver.quantize(source, tmp_path / "out", target_bpw=4.0, calibration=text, max_memory=1 << 20)
 
 
 def test_tables_stay_as_they_are_where_that_is_asked(

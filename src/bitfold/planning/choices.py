@@ -168,4 +168,4 @@ def uniform(weights: Sequence[Weight], fits: Callable[[Choice], bool]) -> Choice
     """The best that one format for all layers and one for all tables can do; None where none fits."""
     every = range(len(CANDIDATES))
     pairs = [Choice({w.site.tensor: t if w.site.is_table else i for w in weights}) for i in every for t in every]
-    return min((c for c in pairs if fits(c)), key=lambda c: c.cost(weights), default=None)
+    return next((c for c in sorted(pairs, key=lambda c: c.cost(weights)) if fits(c)), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,17 @@ from bitfold.checkpoints import Source
 from bitfold.checkpoints.gguf.imatrix import Imatrix, Importance, read_imatrix
 from bitfold.checkpoints.targets import open_target
 from bitfold.errors import BitfoldError, ModelError, UsageError
+from bitfold.models.sites import Site
 from bitfold.planning.choices import CANDIDATES, Choice, Weight, everywhere, grouped, least_cost, uniform, weigh
 from bitfold.planning.costs import with_costs
 from bitfold.planning.decisions import Quantized
 from bitfold.planning.plan import Plan, make_plan
 from bitfold.planning.tables import with_tables
 from bitfold.recipes.recipe import Recipe
-from bitfold.run.importance import few, measured, named_as, tokens_of, whole_reader
+from bitfold.run.importance import few, measured, named_as, require_memory, tokens_of, whole_reader
 from bitfold.run.kept_plan import KeptPlan
 from bitfold.run.options import Request, RunOptions
-from bitfold.system import memory, progress
+from bitfold.system import progress
 from bitfold.system.units import size_text
 
 _METHODS = (None, "auto", "trellis", "rtn")
@@ -80,10 +81,31 @@ class Budget:
     def _target(self) -> Any:
         return open_target(self.request.kind, Path("unused"), self.options.max_shard_bytes, self.source)
 
-    def rules(self, choice: Choice, weights: Sequence[Weight]) -> Recipe:
-        """The recipe of a choice."""
-        made = choice.recipe(weights, calibrated=self.calibrated, act=self.request.wanted.act)
-        return made.ignoring(self.request.wanted.ignore)
+
+@dataclass(frozen=True)
+class _Space:
+    """What can be chosen.
+
+    Args:
+        budget: of the run.
+        weights: that get one of CANDIDATES.
+        unreached: weights that no text reaches, such as those of a vision tower: what errors cost there is not known.
+    """
+
+    budget: Budget
+    weights: Sequence[Weight]
+    unreached: Sequence[Site] = ()
+
+    def rules(self, choice: Choice) -> Recipe:
+        """The recipe of a choice; 8 bits for what is not reached."""
+        how: Any = {"calibrated": self.budget.calibrated, "act": self.budget.request.wanted.act}
+        made = choice.recipe(self.weights, **how)
+        safe = tuple(CANDIDATES[-1].rule(site, **how) for site in self.unreached)
+        return Recipe((*made.rules, *safe)).ignoring(self.budget.request.wanted.ignore)
+
+    def size(self, choice: Choice) -> int:
+        """Bytes of the files of weights."""
+        return self.budget.size(self.rules(choice))
 
 
 def budget_rules(budget: Budget) -> tuple[Recipe, str]:
@@ -105,19 +127,22 @@ def budget_rules(budget: Budget) -> tuple[Recipe, str]:
 
 def _decided(budget: Budget, kept: KeptPlan) -> tuple[Recipe, list[str]]:
     """The recipe, and what is to be said of it."""
-    weights = _weighed(budget, _quantizable(budget), kept)
-    smallest, largest = (budget.rules(everywhere(weights, i), weights) for i in (0, len(CANDIDATES) - 1))
-    numel, least, most = budget.plan(smallest).numel, budget.size(smallest), budget.size(largest)
+    space = _space(budget, _quantizable(budget), kept)
+    smallest, largest = (everywhere(space.weights, i) for i in (0, len(CANDIDATES) - 1))
+    numel, least, most = budget.plan(space.rules(smallest)).numel, space.size(smallest), space.size(largest)
     limit = budget.request.limit(numel)
     if least > limit:
         what = f"{size_text(limit)} are too few: the smallest that can be made of this model takes {least} bytes"
         raise UsageError(f"{what}, {_up(8 * least / numel)} bits per weight", where=budget.request.budget_flag)
     if most <= limit:
-        rules, lines = largest, [f"more than 8 bits everywhere need: {size_text(most)}"]
+        chosen, lines = largest, [f"more than 8 bits everywhere need: {size_text(most)}"]
     else:
-        rules, lines = _compared(budget, weights, _fitting(budget, weights, limit, least), limit)
-    size = budget.size(rules)
-    return rules, [f"plan for {size_text(limit)}: {size_text(size)}, {8 * size / numel:.3f} bits per weight", *lines]
+        chosen, lines = _compared(space, _fitting(space, limit, least), limit)
+    if space.unreached:
+        lines.append(f"{len(space.unreached)} weights that no text reaches get {CANDIDATES[-1].format}")
+    size = space.size(chosen)
+    first = f"plan for {size_text(limit)}: {size_text(size)}, {8 * size / numel:.3f} bits per weight"
+    return space.rules(chosen), [first, *lines]
 
 
 def _up(bits: float) -> str:
@@ -136,19 +161,21 @@ def _quantizable(budget: Budget) -> list[Quantized]:
     return plan.quantized
 
 
-def _weighed(budget: Budget, decisions: Sequence[Quantized], kept: KeptPlan) -> list[Weight]:
+def _space(budget: Budget, decisions: Sequence[Quantized], kept: KeptPlan) -> _Space:
     imatrix, known = _imatrix(budget, kept), named_as(budget.source)
-    reader = whole_reader(budget.source, _model(budget))
-    found = []
-    with progress.bar("try formats", len(decisions)) as bar:
-        for d in decisions:
-            entry = imatrix.entries.get(known(d.tensor))
-            if entry is None and "experts" in d.tensor:  # no token came to this one
-                entry = Importance(torch.ones(d.site.qshape[-1]), torch.zeros(d.site.qshape[-1]))
-            entry = with_costs(entry, d.site.qshape, d.tensor)
+    entries = {d.tensor: imatrix.entries.get(known(d.tensor)) for d in decisions}
+    groups = grouped(entries, [])  # of experts: to one that is alone among them, no token came
+    reached = {name for group in groups if any(entries[other] is not None for other in group) for name in group}
+    if 2 * len(reached) < len(decisions):
+        with_costs(None, (), next(name for name in entries if name not in reached))
+    reader, found = whole_reader(budget.source, _model(budget)), []
+    with progress.bar("try formats", len(reached)) as bar:
+        for d in (d for d in decisions if d.tensor in reached):
+            nothing = Importance(torch.ones(d.site.qshape[-1]), torch.zeros(d.site.qshape[-1]))
+            entry = with_costs(entries[d.tensor] or nothing, d.site.qshape, d.tensor)
             found.append(weigh(d, entry, reader.read(d.tensor), budget.options.seed))
             bar.advance(1, d.tensor)
-    return found
+    return _Space(budget, found, [d.site for d in decisions if d.tensor not in reached])
 
 
 def _model(budget: Budget) -> nn.Module:
@@ -162,54 +189,51 @@ def _imatrix(budget: Budget, kept: KeptPlan) -> Imatrix:
     if budget.request.imatrix is not None:
         return read_imatrix(budget.request.imatrix)
     text, seed = few(budget.request.text), budget.options.seed
+    require_memory(_model(budget), budget.source, ceiling=budget.options.max_memory)
     return measured(budget.source, budget.model, text, seed, gradients=True, windows=kept)
 
 
-def _fitting(budget: Budget, weights: Sequence[Weight], limit: int, smallest: int) -> Choice:
+def _fitting(space: _Space, limit: int, smallest: int) -> Choice:
     """Of least cost, with a whole that fits; headers take a few bytes more or less than those of the smallest."""
-    shape = walk_shape(budget.model)
+    shape, weights = walk_shape(space.budget.model), space.weights
     sharing = [group for block in shape.blocks for group in block.groups]
     sharing += [group for _, groups in shape.others for group in groups]
-    groups = grouped([w.site.tensor for w in weights], sharing)
-    room = limit - (smallest - sum(w.sizes[0] for w in weights))
+    groups, least = grouped([w.site.tensor for w in weights], sharing), sum(w.sizes[0] for w in weights)
+    room = limit - (smallest - least)
     while True:
-        found = least_cost(weights, groups, max(room, sum(w.sizes[0] for w in weights)))
-        over = budget.size(budget.rules(found, weights)) - limit
+        found = least_cost(weights, groups, max(room, least))
+        over = space.size(found) - limit
         if over <= 0:
             return found
         room -= over
 
 
-def _compared(budget: Budget, weights: Sequence[Weight], chosen: Choice, limit: int) -> tuple[Recipe, list[str]]:
-    """The rules of a choice, or of the best uniform one of that size where a text says that this is better."""
-    fits: Callable[[Choice], bool] = lambda choice: budget.size(budget.rules(choice, weights)) <= limit  # noqa: E731
-    other = uniform(weights, fits)
-    lines = [f"reckoned loss, rounded to nearest: {chosen.cost(weights):.3g} nats a token"]
-    rules = budget.rules(chosen, weights)
+def _compared(space: _Space, chosen: Choice, limit: int) -> tuple[Choice, list[str]]:
+    """A choice, or the best uniform one of that size where a text says that this is better."""
+    other = uniform(space.weights, lambda choice: space.size(choice) <= limit)
+    lines = [f"reckoned loss, rounded to nearest: {chosen.cost(space.weights):.3g} nats a token"]
     if other is None:
-        return rules, lines
+        return chosen, lines
     same = " and ".join(sorted({CANDIDATES[i].format for i in other.picked.values()}))
-    lines[0] += f"; {other.cost(weights):.3g} with {same} throughout, the best uniform plan of that size"
+    lines[0] += f"; {other.cost(space.weights):.3g} with {same} throughout, the best uniform plan of that size"
     try:
-        kl, uniform_kl = _on_text(budget, weights, [chosen, other])
+        kl, uniform_kl = _on_text(space, [chosen, other])
     except BitfoldError as error:
-        return rules, [*lines, f"not compared on text: {error.what}"]
-    lines.append(
-        f"KL on held-out text, with noise of that size in place of rounding: {kl:.3g}; uniform {uniform_kl:.3g}"
-    )
+        return chosen, [*lines, f"not compared on text: {error.what}"]
+    what = "KL on held-out text, noise of the size of each error in place of rounding"
+    lines.append(f"{what}: {kl:.3g}; {uniform_kl:.3g} with the uniform plan")
     if kl <= uniform_kl:
-        return rules, lines
-    return budget.rules(other, weights), [*lines, "the uniform plan is better there, and is used"]
+        return chosen, lines
+    return other, [*lines, "the uniform plan is better there, and is used"]
 
 
-def _on_text(budget: Budget, weights: Sequence[Weight], choices: Sequence[Choice]) -> list[float]:
+def _on_text(space: _Space, choices: Sequence[Choice]) -> list[float]:
+    budget, weights = space.budget, space.weights
     model, text = _model(budget), few(budget.request.text)
     ids = tokens_of(budget.source, model, replace(text, nsamples=text.nsamples + _HELD_OUT))[text.nsamples :]
     if not len(ids):
         raise UsageError("the text is no longer than what was measured")
-    needed, free = 2 * 4 * sum(p.numel() for p in model.parameters()), memory.available()
-    if free is not None and needed > free:
-        raise UsageError(f"that takes {size_text(needed)} of memory, {size_text(free)} are free")
+    require_memory(model, budget.source, copies=2, ceiling=budget.options.max_memory)
     reader = whole_reader(budget.source, model)
     pair = original(budget.source, reader), original(budget.source, reader)
     sites = {w.site.tensor: w.site for w in weights}

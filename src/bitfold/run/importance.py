@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from bitfold.calibration.fallback import recoverable, sentence
 from bitfold.calibration.importance import Windows, by_blocks, by_gradients
 from bitfold.calibration.options import Calibration
 from bitfold.calibration.session import runnable
@@ -20,7 +21,7 @@ from bitfold.checkpoints.gguf.described import describe_model
 from bitfold.checkpoints.gguf.imatrix import Imatrix, Importance, write_imatrix
 from bitfold.checkpoints.side_files import tokenizer_folder
 from bitfold.checkpoints.staging import open_output
-from bitfold.errors import CheckpointError, ModelError, ResourceError
+from bitfold.errors import BitfoldError, CheckpointError, ModelError, ResourceError
 from bitfold.models.opening import open_skeleton
 from bitfold.models.vocabulary import refuse_unknown_tokens
 from bitfold.planning.plan import make_plan
@@ -105,14 +106,21 @@ def measured(
 
     Raises:
         ResourceError: gradients are asked for, and the model is too large for them.
+        ModelError: it cannot be run there and back, such as one that makes no logits.
         BitfoldError: as `make_imatrix`.
     """
     name_of, model = named_as(source), runnable(skeleton, source)
     ids = tokens_of(source, model, calibration)
     reader = whole_reader(source, model)
     if _affordable(model) if gradients is None else gradients:
-        _refuse_too_large(model, source)
-        found = by_gradients(original(source, reader), walk_shape(model), ids, seed, windows)
+        require_memory(model, source)
+        try:
+            found = by_gradients(original(source, reader), walk_shape(model), ids, seed, windows)
+        except BitfoldError:
+            raise
+        except Exception as error:  # whatever the model raises
+            what = f"what errors cost cannot be measured: {sentence(recoverable(error))}"
+            raise ModelError(what, where=type(model).__name__, hint="--bits does without") from error
     else:
         found = by_blocks(model, reader, walk_shape(model), ids)
     named: dict[str, Importance] = {name_of(name): entry for name, entry in found.items()}
@@ -146,9 +154,20 @@ def _affordable(model: nn.Module) -> bool:
     return _numel(model) <= _GRADIENTS_UP_TO
 
 
-def _refuse_too_large(model: nn.Module, source: Source) -> None:
-    needed, limit = 4 * _numel(model), memory.default_ceiling()
+def require_memory(model: nn.Module, source: Source, *, copies: int = 1, ceiling: int | None = None) -> None:
+    """That there is room for a whole model in float32.
+
+    Args:
+        model: its skeleton.
+        source: where it is from.
+        copies: how many of it.
+        ceiling: on the resident memory of the process, bytes; None = a share of what is free.
+
+    Raises:
+        ResourceError: there is not.
+    """
+    needed, limit = 4 * copies * _numel(model), ceiling or memory.default_ceiling()
     if limit is not None and needed + (memory.resident() or 0) > limit:
-        what = f"gradients need the whole model in memory, {size_text(needed)}; {size_text(limit)} are there"
+        what = f"that needs the whole model in memory, in float32, {size_text(needed)}; {size_text(limit)} are there"
         hint = "`bitfold imatrix` on a larger machine makes a file for --imatrix; --bits and gguf:Q4_K_M need none"
         raise ResourceError(what, where=str(source.path), hint=hint)
