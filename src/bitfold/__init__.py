@@ -26,6 +26,9 @@ _PUBLIC = {
     "Calibration": "bitfold.calibration.session",
     "Distillation": "bitfold.training.options",
     "distill": "bitfold.training.distill",
+    "prepare_qat": "bitfold.training.qat",
+    "convert_qat": "bitfold.training.qat",
+    "kl_loss": "bitfold.training.losses",
     "Recipe": "bitfold.recipes.recipe",
     "Rule": "bitfold.recipes.recipe",
     "nn": "bitfold.nn",
@@ -46,7 +49,9 @@ if TYPE_CHECKING:
     from bitfold.recipes.recipe import Recipe, Rule
     from bitfold.run.driver import quantize
     from bitfold.training.distill import distill
+    from bitfold.training.losses import kl_loss
     from bitfold.training.options import Distillation
+    from bitfold.training.qat import convert_qat, prepare_qat
 
 __all__ = [
     "FORMATS",
@@ -56,12 +61,15 @@ __all__ = [
     "Recipe",
     "Rule",
     "__version__",
+    "convert_qat",
     "distill",
     "errors",
     "evaluate",
+    "kl_loss",
     "load",
     "nn",
     "pack",
+    "prepare_qat",
     "quantize",
     "quantize_",
     "quantize_tensor",

@@ -1,4 +1,4 @@
-"""`bitfold finetune` as a user calls them."""
+"""`bitfold finetune` and `bitfold merge` as a user calls them."""
 
 from __future__ import annotations
 
@@ -51,3 +51,18 @@ def test_mistakes_in_words(base: Path, tmp_path: Path, bitfold: Bitfold, wrong: 
     assert run.code not in (0, 70)
     assert words in run.err
     assert not (tmp_path / "out").exists()
+
+
+def test_merged(base: Path, tmp_path: Path, bitfold: Bitfold) -> None:
+    """The line that `finetune` ends with is the command."""
+    text, adapter, out = base.with_name("text.txt"), tmp_path / "adapter", tmp_path / "out"
+    run = bitfold("finetune", base, "--data", text, "-o", adapter, *SHORT)
+    assert run.code == 0
+    (line,) = [line for line in run.out.splitlines() if "bitfold merge" in line]
+    words = line.partition("bitfold merge ")[2].replace("OUT", str(out)).split()
+    found = bitfold("merge", *words, "--json").json
+    keys_are_documented("merge", found)
+    assert found["loss_merged"] < found["loss_base"]
+    assert bitfold("merge", base, base, "--data", text, "-o", tmp_path / "no").code not in (0, 70)
+    said = bitfold("merge", base, adapter, "--data", text, "-o", tmp_path / "again")
+    assert "with the adapter" in said.out

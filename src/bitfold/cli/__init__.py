@@ -10,6 +10,7 @@ from bitfold.cli import distill as _distill  # noqa: F401  (registers its comman
 from bitfold.cli import evaluate, generate, look, move, quantize, report
 from bitfold.cli import finetune as _finetune  # noqa: F401  (registers its command)
 from bitfold.cli import imatrix as _imatrix  # noqa: F401  (registers its command)
+from bitfold.cli import merge as _merge  # noqa: F401  (registers its command)
 from bitfold.cli import methods as _methods  # noqa: F401  (registers its command)
 from bitfold.cli import serve as _serve  # noqa: F401  (registers its command)
 from bitfold.cli import verify as _verify  # noqa: F401  (registers its command)

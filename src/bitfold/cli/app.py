@@ -27,7 +27,7 @@ _ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if
 
 # As they are used.
 _ORDER = (
-    *("quantize", "distill", "finetune", "eval", "layers", "compare", "report"),
+    *("quantize", "distill", "finetune", "merge", "eval", "layers", "compare", "report"),
     *("generate", "chat", "serve", "inspect", "verify", "formats", "methods", "convert", "upload"),
 )
 

@@ -67,3 +67,5 @@ def finetune(
         print_json(found.to_dict())
         return
     print(say_what_came_of_it(found))
+    base = model if base_format is None else output_dir.with_name(found.base)
+    print(f"  merged: bitfold merge {base} {output_dir} --data {data} --output-dir OUT")

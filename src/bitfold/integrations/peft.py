@@ -54,7 +54,7 @@ class QLoraLinear(LoraLinear):
         """UsageError: the sum of packed weights and an adapter would have to be rounded again."""
         raise UsageError(
             "an adapter cannot be merged into packed weights without rounding them again",
-            hint="keep the adapter beside them, or merge it into the original model and quantize that",
+            hint="`bitfold merge BASE ADAPTER --data TEXT -o OUT` does that; or keep the adapter beside them",
         )
 
 

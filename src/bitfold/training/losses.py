@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from bitfold.errors import UsageError
 from bitfold.evaluation.predictions import TopRows
 
 _LEAST = 1e-12  # of a probability
@@ -47,3 +48,29 @@ def surprise_and_gradient(logits: torch.Tensor, words: torch.Tensor) -> tuple[to
     total = q.sum(1, keepdim=True)
     q.div_(total)
     return (total.log() - chosen)[:, 0], q.scatter_add_(1, came, torch.full_like(chosen, -1.0))
+
+
+def kl_loss(
+    logits: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None, temperature: float = 1.0
+) -> torch.Tensor:
+    """Mean KL(teacher || student) of a token, nats; differentiable by the student's logits.
+
+    Args:
+        logits: float (..., vocabulary) of the student.
+        teacher: the same of the teacher, of which no gradient is taken.
+        mask: (...), 0 where a token does not count; None = all count.
+        temperature: by which both are divided; the loss is multiplied by its square (Hinton et al. 2015,
+            arXiv 1503.02531).
+
+    Raises:
+        UsageError: of different shapes.
+    """
+    if logits.shape != teacher.shape:
+        what = f"the student predicts {tuple(logits.shape)}, the teacher {tuple(teacher.shape)}"
+        raise UsageError(what, hint="both read the same tokens, and know the same words")
+    mine, theirs = (torch.log_softmax(x.flatten(0, -2).float() / temperature, -1) for x in (logits, teacher.detach()))
+    kl = (theirs.exp() * (theirs - mine)).sum(-1)
+    if mask is None:
+        return temperature**2 * kl.mean()
+    counted = mask.flatten().to(kl.dtype)
+    return temperature**2 * (kl * counted).sum() / counted.sum().clamp_min(1)
