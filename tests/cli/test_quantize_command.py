@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -119,3 +120,16 @@ def test_sizes_that_are_none(
     assert said in result.err
     assert result.code in (2, 3)
     assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".out.plan")]
+
+
+def test_a_mix_of_texts(model: Path, tmp_path: Path, bitfold: Bitfold) -> None:
+    """What was read is in the record, without folders; a share that is none is refused in words."""
+    (tmp_path / "notes.txt").write_text("a note of some length\n" * 100, encoding="utf-8")
+    options = ("--format", "int4-g32", "--method", "gptq", "--nsamples", 4, "--seqlen", 32)
+    mix = ("--calibration", f"{tmp_path / 'notes.txt'}:0.25", "--calibration", "code:0.75")
+    assert bitfold("quantize", model, "-o", tmp_path / "out", *options, *mix).code == 0
+    record = json.loads((tmp_path / "out" / "bitfold_report.json").read_text(encoding="utf-8"))
+    assert record["quantize"]["calibration"]["text"] == "notes.txt:0.25 + code:0.75"
+    wrong = bitfold("quantize", model, "-o", tmp_path / "no", *options, *mix, "--calibration", "default:0")
+    assert wrong.code not in (0, 70)
+    assert "no share of a mix" in wrong.err

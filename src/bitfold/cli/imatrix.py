@@ -24,7 +24,12 @@ def imatrix(
             show_default=False,
         ),
     ],
-    calibration: Annotated[str | None, typer.Option(help="A file of text or data, a Hub data set, or default.")] = None,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A file of text or data, a Hub data set, code, or default; again, for a mix.", show_default=False
+        ),
+    ] = None,
     nsamples: Annotated[int, typer.Option(help="Samples of text.")] = 32,
     seqlen: Annotated[int | None, typer.Option(help="Tokens of a sample (default: 512, or what fits).")] = None,
     gradients: Annotated[
@@ -42,9 +47,10 @@ def imatrix(
     """Measure how much the inputs of each weight matter: for `convert --imatrix`, `quantize --imatrix`, llama.cpp."""
     from bitfold.calibration.options import Calibration
     from bitfold.run.importance import make_imatrix
+    from bitfold.text.mixes import joined
     from bitfold.text.tokens import BUNDLED
 
-    text = Calibration(calibration or BUNDLED, nsamples, seqlen)
+    text = Calibration(joined(calibration) or BUNDLED, nsamples, seqlen)
     found = make_imatrix(
         model, output, text, seed=seed, gradients=gradients, revision=revision, pre_tokenizer=pre_tokenizer
     )

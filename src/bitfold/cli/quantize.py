@@ -41,7 +41,12 @@ MethodOption = Annotated[
 ]
 TransformOption = Annotated[str | None, typer.Option(help="Basis of the inputs: none, hadamard, smooth:0.5, awq.")]
 CalibrationOption = Annotated[
-    str | None, typer.Option(help="For calibrated methods: a file of text or data, a Hub data set, self, or default.")
+    list[str] | None,
+    typer.Option(
+        help="For calibrated methods: a file of text or data, a Hub data set, code, self, or default. Again, for a mix,"
+        " each perhaps with its share behind a colon: notes.txt:0.5.",
+        show_default=False,
+    ),
 ]
 TextColumnOption = Annotated[
     str | None, typer.Option(help="The column of the data that holds the text or the messages.", show_default=False)
@@ -183,11 +188,12 @@ def quantize(
     from bitfold.recipes.options import MethodOptions
     from bitfold.run.options import Request, RunOptions
     from bitfold.text.documents import with_column
+    from bitfold.text.mixes import joined
 
     said = (bits, format, group_size, fit, method, transform, act, prune, tuple(ignore or ()), recipe)
     wanted = MethodOptions(*said, keep_embeddings)
     sizes = (nsamples, seqlen, drift, fisher, columns, refit, start_token)
-    text = settings(method, with_column(calibration, text_column), *sizes)
+    text = settings(method, with_column(joined(calibration), text_column), *sizes)
     shard_bytes = _bytes(max_shard_size, "--max-shard-size")
     how = (seed, shard_bytes, _bytes(max_memory, "--max-memory"), dry_run, restart, strict, events, revision)
     options = RunOptions(*how, upload_repo=upload_repo, pre_tokenizer=pre_tokenizer, low_disk=low_disk)

@@ -18,6 +18,7 @@ import torch
 from bitfold.errors import CheckpointError
 from bitfold.records.run_report import QuantizeReport
 from bitfold.system.outputs import try_folder
+from bitfold.text.mixes import without_folders
 from bitfold.version import __version__
 
 FILE = "bitfold_report.json"
@@ -71,7 +72,7 @@ def write_record(folder: Path, report: QuantizeReport, facts: Mapping[str, Any])
         facts: seeds and settings.
     """
     if (calibration := facts.get("calibration")) is not None:
-        facts = {**facts, "calibration": {**calibration, "text": Path(calibration["text"]).name}}
+        facts = {**facts, "calibration": {**calibration, "text": without_folders(calibration["text"])}}
     run = {**report.to_dict(), "source": Path(report.source).name, "output": None, **facts}
     _write(folder, {"quantize": run, "environment": environment()})
 

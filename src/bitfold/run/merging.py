@@ -37,6 +37,7 @@ from bitfold.recipes.scheme import DEFAULTS, Scheme
 from bitfold.records.card import carry_card
 from bitfold.records.record import carry_record, read_record
 from bitfold.system import progress
+from bitfold.text.mixes import without_folders
 from bitfold.text.windows import text_digest
 from bitfold.training.adapter_folder import MergedSource, read_adapter
 from bitfold.training.adapters import require_peft
@@ -123,7 +124,7 @@ def merge(
         session = Session(source, skeleton, plan, calibration, seed, max_memory)
         fallbacks = _write(session, source, aside)
         losses = before, together, _loss(aside, ids[:held_out], None)
-        names = local.name, Path(adapter).name, str(place), Path(data).name
+        names = local.name, Path(adapter).name, str(place), without_folders(data)
         counts = len(source.changed), windows, held_out, int(ids.shape[1])
         found = Merged(*names, *losses, *counts, fallbacks, time.monotonic() - started)
         carry_card(local, aside, f"* {Path(adapter).name} merged: {_change(found)}")
@@ -136,7 +137,7 @@ def _trained_with(adapter: Path, data: str) -> Mapping[str, Any]:
     """How `finetune` trained it, where it did; a word of caution where that was on another text."""
     said = read_record(adapter).get(PART) or {}
     if said and said.get("data_digest") != text_digest(data):
-        what = f"was trained on {said.get('data')}, and {Path(data).name} is another text"
+        what = f"was trained on {said.get('data')}, and {without_folders(data)} is another text"
         warnings.warn(f"{adapter}: {what}: windows that are held out now may have been learned from", stacklevel=3)
     return dict(said)
 

@@ -17,6 +17,7 @@ from typing import Any
 from bitfold.errors import BitfoldError, CheckpointError, HubError, UsageError
 from bitfold.text.encodings import characters, first_bytes
 from bitfold.text.kinds import JSON, PROSE, WINDOW, YAML, kind_of, table_with
+from bitfold.text.mixes import parts_of
 from bitfold.text.rows import ARROW, Named, arrow_rows, json_rows, table_rows, yaml_rows
 from bitfold.text.shapes import Conversation, document
 
@@ -89,7 +90,9 @@ def with_column(spec: str | None, column: str | None) -> str | None:
     """What names a text and a column of it; UsageError where the text has no columns."""
     if column is None:
         return spec
-    if spec is None or spec in ("default", "self") or is_text(spec):
+    if spec is not None and len(parts_of(spec)) > 1:
+        raise UsageError("of which text?", where=f"--text-column {column}", hint="name it there: rows.csv#story:0.5")
+    if spec is None or spec in ("default", "code", "self") or is_text(spec):
         hint = "name the file or data set that has it"
         raise UsageError("a column of what?", where=f"--text-column {column}", hint=hint)
     return f"{spec}#{column}"

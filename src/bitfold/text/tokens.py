@@ -11,6 +11,7 @@ from torch import nn
 from bitfold.errors import UsageError
 from bitfold.system import progress
 from bitfold.text import windows
+from bitfold.text.mixes import parts_of, shares
 from bitfold.text.start import text_start
 from bitfold.text.tokenizer import read_tokenizer
 
@@ -25,7 +26,8 @@ def calibration_tokens(
     Args:
         folder: where the tokenizer is.
         spec: "default" for the text that comes with bitfold, or a file or data set, see `documents.text_pieces` (split
-            `train` where the name says no other); its start is taken, and no more of it read.
+            `train` where the name says no other); its start is taken, and no more of it read. Or several, see `mixes`:
+            their windows come spread evenly.
         nsamples: windows wanted; fewer if the text is shorter.
         seqlen: tokens of a window.
         start_token: windows begin as the tokenizer begins a text (see `start`).
@@ -34,14 +36,24 @@ def calibration_tokens(
         UsageError: no such file, or too little text for a single window.
         CheckpointError, HubError: the data set or the tokenizer cannot be read.
     """
-    tokenizer = read_tokenizer(folder)
+    tokenizer, parts = read_tokenizer(folder), parts_of(spec)
     start = text_start(tokenizer, start_token)
+    counts = shares(parts, nsamples)
+    found = [_windows_of(part.spec, tokenizer, start, n, seqlen) for part, n in zip(parts, counts, strict=True)]
+    if len(found) == 1:
+        return found[0]
+    # The last windows, which training holds out, are of all texts as well.
+    places = [(i + 0.5) / len(ids) for ids in found for i in range(len(ids))]
+    return torch.cat(found)[torch.tensor(places, dtype=torch.float64).argsort(stable=True)]
+
+
+def _windows_of(spec: str, tokenizer: Any, start: tuple[int, ...], count: int, seqlen: int) -> torch.Tensor:
     own = seqlen - len(start)
-    ids = windows.read_tokens(spec, tokenizer, enough=nsamples * max(1, own), split="train")
+    ids = windows.read_tokens(spec, tokenizer, enough=count * max(1, own), split="train")
     if len(ids) < own:
         what = f"the calibration text has {len(ids)} tokens, one sample needs {own}"
         raise UsageError(what, where=windows.text_name(spec), hint="give more text, or a shorter --seqlen")
-    return windows.cut(ids, seqlen, None, None, start).ids[:nsamples]
+    return windows.cut(ids, seqlen, None, None, start).ids[:count]
 
 
 @torch.no_grad()

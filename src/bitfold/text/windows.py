@@ -19,11 +19,13 @@ import torch
 from bitfold.errors import UsageError
 from bitfold.text.chat import Renderer
 from bitfold.text.documents import is_text, split_column, text_pieces
+from bitfold.text.mixes import JOINT, parts_of
 from bitfold.text.start import start_name, text_start
 from bitfold.text.stream import token_pieces
 
 BUNDLED = Path(__file__).parent / "data" / "wikitext2-test.txt"
 CALIBRATION = BUNDLED.with_name("wikitext2-valid.txt")
+CODE = "code"
 DEFAULT_CONTEXT = 2048
 DEFAULT_MAX_TOKENS = 20480
 _DIGESTED = 1 << 26  # bytes
@@ -84,7 +86,7 @@ def read_tokens(
 
     Args:
         text: see `documents.text_pieces`; None or "default": the excerpt of WikiText-2 that comes with the package, of
-            the test split or the validation split (where `split` is "train").
+            the test split or the validation split (where `split` is "train"); "code": bitfold's own sources.
         tokenizer: of transformers; its chat template writes conversations out.
         enough: tokens that are needed; None: all.
         split: of a data set, where its name does not say.
@@ -96,7 +98,8 @@ def read_tokens(
     path = (BUNDLED if split == "test" else CALIBRATION) if text is None or str(text) == "default" else text
     start = text_start(tokenizer)
     seen: list[bool] = []
-    pieces = text_pieces(path, split=split, render=Renderer(tokenizer, start_name(start, tokenizer) or ""))
+    render = Renderer(tokenizer, start_name(start, tokenizer) or "")
+    pieces = own_sources() if str(path) == CODE else text_pieces(path, split=split, render=render)
     ids = _gathered(_noted(pieces, seen), tokenizer, start, enough)
     if not any(seen):
         raise UsageError("the text is empty", where=text_name(text))
@@ -123,15 +126,24 @@ def _gathered(pieces: Iterable[str], tokenizer: Any, start: tuple[int, ...], eno
     return torch.cat([torch.empty(0, dtype=torch.int64), *parts])[:enough]
 
 
+def own_sources() -> Iterator[str]:
+    """Python that every installation has: bitfold's own modules, one after the other."""
+    folder = Path(__file__).parents[1]
+    for file in sorted(folder.rglob("*.py")):
+        yield f"# {file.relative_to(folder.parent).as_posix()}\n{file.read_text(encoding='utf-8')}\n\n"
+
+
 def text_digest(text: str) -> str:
     """Hash that changes with the part of a text that is read: of the name itself, where that is no file.
 
     Windows are taken from the start; of a file larger than 64 MiB the rest counts by its size.
     """
-    named, column = split_column(text)
+    if len(parts := parts_of(text)) > 1:
+        return JOINT.join(f"{text_digest(part.spec)}:{part.weight}" for part in parts)
+    named, column = split_column(parts[0].spec)
     path = Path(named).expanduser()
     if is_text(text) or not path.is_file():
-        return text
+        return parts[0].spec
     with path.open("rb") as stream:
         digest = hashlib.sha256(f"{path.stat().st_size} ".encode() + stream.read(_DIGESTED)).hexdigest()
     return digest if column is None else f"{digest}#{column}"

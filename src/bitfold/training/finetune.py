@@ -26,6 +26,7 @@ from bitfold.models.opening import open_skeleton
 from bitfold.records.record import carry_record
 from bitfold.records.run_report import peak_memory
 from bitfold.system import memory, progress
+from bitfold.text.mixes import without_folders
 from bitfold.text.windows import text_digest
 from bitfold.training.adapters import add_adapters, require_peft, save_adapter, start_from, trained
 from bitfold.training.course import Course, Learned, Pace
@@ -213,7 +214,11 @@ class _Task:
         end = None if how.minutes is None else started + 60 * how.minutes
         learned = course.run(lambda: None if end is None else end - time.monotonic(), ceiling.check)
         save_adapter(tuner.model, learned.values, work.result)
-        facts = {"data": Path(how.data).name, "data_digest": text_digest(how.data), "start_token": how.start_token}
+        facts = {
+            "data": without_folders(how.data),
+            "data_digest": text_digest(how.data),
+            "start_token": how.start_token,
+        }
         facts |= {"windows": windows, "held_out": held_out, "tokens": ids.shape[1]}
         return {**facts, **_facts_of(learned), "rank": how.rank, "dtype": str(dtype).removeprefix("torch.")}
 
