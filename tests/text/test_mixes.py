@@ -61,6 +61,8 @@ def test_windows_of_all_spread_evenly(folder: Path) -> None:
     a, b = (int(calibration_tokens(folder, str(folder / n), nsamples=1, seqlen=8)[0, 0]) for n in ("a.txt", "b.txt"))
     assert (kinds.count(a), kinds.count(b)) == (12, 4)
     assert all(kinds[i : i + 4].count(b) == 1 for i in range(0, 16, 4))
+    ids = calibration_tokens(folder, spec, nsamples=10_000, seqlen=20)
+    assert len(ids) == 133  # all 100 windows of the first, and a third as many of the second
     single = calibration_tokens(folder, f"{folder / 'a.txt'}:0.3", nsamples=4, seqlen=20)
     assert torch.equal(single, calibration_tokens(folder, str(folder / "a.txt"), nsamples=4, seqlen=20))
 

@@ -14,7 +14,7 @@ import bitfold
 import tiny_lm
 from bitfold.checkpoints.bitfold_folder import QuantizedSource
 from bitfold.checkpoints.manifest import verify
-from bitfold.errors import CheckpointError, UsageError
+from bitfold.errors import CheckpointError, ResourceError, UsageError
 from bitfold.models.load import load_folder
 from bitfold.run.merging import merge
 from bitfold.training.finetune import finetune
@@ -127,6 +127,8 @@ def test_what_is_refused(source: Path, base: Path, adapter: Path, tmp_path: Path
             out,
             text,
         )
+    with pytest.raises(ResourceError, match="are allowed"):
+        merge(base, adapter, out, text, max_memory=1 << 20)
     with pytest.raises(CheckpointError, match="was not written by bitfold"):
         merge(source, adapter, out, text)
     assert not out.exists()

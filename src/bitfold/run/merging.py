@@ -24,7 +24,8 @@ from bitfold.checkpoints.manifest import carry_manifest
 from bitfold.checkpoints.schema import Entry
 from bitfold.checkpoints.staging import open_output, written_aside
 from bitfold.checkpoints.targets import FOLDER, open_target
-from bitfold.errors import BitfoldError, UsageError
+from bitfold.errors import BitfoldError, ResourceError, UsageError
+from bitfold.forecast.ceiling import MemoryChooser, MemoryUse
 from bitfold.methods.fits import get_fit
 from bitfold.methods.solvers import get_solver
 from bitfold.models.load import load_folder
@@ -37,7 +38,8 @@ from bitfold.recipes.scheme import DEFAULTS, Scheme
 from bitfold.records.card import carry_card
 from bitfold.records.record import carry_record, read_record
 from bitfold.system import progress
-from bitfold.text.mixes import without_folders
+from bitfold.system.units import size_text
+from bitfold.text.mixes import parts_of, without_folders
 from bitfold.text.windows import text_digest
 from bitfold.training.adapter_folder import MergedSource, read_adapter
 from bitfold.training.adapters import require_peft
@@ -101,7 +103,8 @@ def merge(
         adapter: of `bitfold finetune`, or another LoRA adapter of PEFT's that was trained on this base.
         out: the folder to make; must not exist, or be empty.
         data: the text that it was trained on, see `Finetuning`.
-        max_memory: bytes that the process may take.
+        max_memory: ceiling on the resident memory while it is rounded, bytes: kept by solving wide layers in ranges of
+            their inputs, or refused.
 
     Raises:
         BitfoldError: what is wrong, where, and what to do.
@@ -116,13 +119,15 @@ def merge(
     said = _trained_with(Path(adapter), data)
     seqlen, start = int(said.get("tokens") or _SEQLEN), bool(said.get("start_token", True))
     ids, held_out = held_out_first(local, data, skeleton, 1 << 16, seqlen, start_token=start)
-    windows = min(len(ids) - held_out, math.ceil(_TOKENS / ids.shape[1]))
+    # Of a mix, what is learned from is so many windows of each text to within one.
+    windows = max(1, min(len(ids) - held_out - (len(parts_of(data)) - 1), math.ceil(_TOKENS / ids.shape[1])))
     plan, seed = _plan(source, skeleton)
     calibration = Calibration(data, windows, ids.shape[1], start_token=start)
+    use = _affordable(MemoryChooser(source, skeleton, plan, calibration), max_memory)
     before, together = (_loss(local, ids[:held_out], path) for path in (None, Path(adapter)))
     with written_aside(place) as aside:
-        session = Session(source, skeleton, plan, calibration, seed, max_memory)
-        fallbacks = _write(session, source, aside)
+        session = Session(source, skeleton, plan, use.calibration or calibration, seed, max_memory)
+        fallbacks = _write(session, source, aside, use.hessian_bytes)
         losses = before, together, _loss(aside, ids[:held_out], None)
         names = local.name, Path(adapter).name, str(place), without_folders(data)
         counts = len(source.changed), windows, held_out, int(ids.shape[1])
@@ -181,7 +186,16 @@ def _scheme(entry: Entry, rule: Rule | None) -> Scheme:
     return Scheme(entry.format, solver, fit, basis, read_act(entry.act))
 
 
-def _write(session: Session, source: MergedSource, folder: Path) -> list[str]:
+def _affordable(chooser: MemoryChooser, limit: int | None) -> MemoryUse:
+    """How it is gone about; ResourceError where a named ceiling is too low for every way."""
+    use = chooser.choose(limit)
+    if limit is not None and use.peak > limit:
+        what = f"merging needs {size_text(use.peak)} of memory, {size_text(limit)} are allowed"
+        raise ResourceError(what, where="--max-memory", hint="a higher ceiling")
+    return use
+
+
+def _write(session: Session, source: MergedSource, folder: Path, hessian_bytes: int) -> list[str]:
     """The folder; and where calibration failed, in words."""
     target, entries = open_target(FOLDER, folder, _SHARD), dict(source.entries)
     wanted = {d.tensor: d for d in session.plan.quantized}
@@ -191,7 +205,7 @@ def _write(session: Session, source: MergedSource, folder: Path) -> list[str]:
         entries[name] = entry
     target.layout({name: entries.get(name) or source.content(name) for name in source.names()})
     fallbacks, done = list[str](), set[str]()
-    for one in _solved(session, source):
+    for one in _solved(session, source, hessian_bytes):
         if isinstance(one, Fallback):
             fallbacks.append(f"{one.where}: {one.instead}: {one.why}")
             continue
@@ -210,10 +224,10 @@ def _write(session: Session, source: MergedSource, folder: Path) -> list[str]:
     return fallbacks
 
 
-def _solved(session: Session, source: MergedSource) -> Iterator[Solved | Fallback]:
+def _solved(session: Session, source: MergedSource, hessian_bytes: int) -> Iterator[Solved | Fallback]:
     """Everything that is rounded again; without data what calibration has left."""
     left = {d.tensor: d for d in session.plan.quantized}
-    for one in solve_blocks(session, source.path):
+    for one in solve_blocks(session, source.path, None, hessian_bytes):
         if isinstance(one, Solved):
             left.pop(one.decision.tensor, None)
         if isinstance(one, Solved | Fallback):

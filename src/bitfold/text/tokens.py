@@ -27,7 +27,7 @@ def calibration_tokens(
         folder: where the tokenizer is.
         spec: "default" for the text that comes with bitfold, or a file or data set, see `documents.text_pieces` (split
             `train` where the name says no other); its start is taken, and no more of it read. Or several, see `mixes`:
-            their windows come spread evenly.
+            their windows come spread evenly, in these shares.
         nsamples: windows wanted; fewer if the text is shorter.
         seqlen: tokens of a window.
         start_token: windows begin as the tokenizer begins a text (see `start`).
@@ -42,6 +42,9 @@ def calibration_tokens(
     found = [_windows_of(part.spec, tokenizer, start, n, seqlen) for part, n in zip(parts, counts, strict=True)]
     if len(found) == 1:
         return found[0]
+    # Where one is too short for its share, there is less of the others as well.
+    scale = min(len(ids) / count for ids, count in zip(found, counts, strict=True))
+    found = [ids[: max(1, round(scale * count))] for ids, count in zip(found, counts, strict=True)]
     # The last windows, which training holds out, are of all texts as well.
     places = [(i + 0.5) / len(ids) for ids in found for i in range(len(ids))]
     return torch.cat(found)[torch.tensor(places, dtype=torch.float64).argsort(stable=True)]
