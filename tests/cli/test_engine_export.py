@@ -18,6 +18,7 @@ from cli_runs import Bitfold, keys_are_documented
 CALIBRATED = ("--nsamples", "2", "--seqlen", "32", "--no-fisher")
 WAYS: dict[str, tuple[str, ...]] = {
     "compressed-tensors, 4 bits": ("--bits", "4", *CALIBRATED),
+    "compressed-tensors, by energy": ("--bits", "4", "--method", "gptq", "--group-size", "32", *CALIBRATED[:4]),
     "compressed-tensors, zero points": ("--format", "int4-asym-g32", "--method", "rtn"),
     "compressed-tensors, W8A8": ("--bits", "8", "--act", "int8"),
     "compressed-tensors, static": ("--method", "smoothquant", "--bits", "8", "--act", "int8-static", *CALIBRATED[:4]),
@@ -41,6 +42,9 @@ def test_a_folder_that_its_reader_runs(bitfold: Bitfold, model: Path, tmp_path: 
     assert said["preflight"]["output_bytes"] == sum(f.stat().st_size for f in out.glob("*.safetensors"))
     settings: dict[str, Any] = json.loads((out / "config.json").read_text())["quantization_config"]
     assert settings["quant_method"] == kind
+    if kind == "compressed-tensors":  # in which order columns were coded: groups stay where they are
+        weights = settings["config_groups"]["group_0"]["weights"]
+        assert weights.get("actorder") == ("weight" if "gptq" in WAYS[way] else None)
     source, original = open_source(out), open_source(model)
     assert isinstance(source, PackedSource)
     w, q = original.read(UP).float(), source.read(UP).float()

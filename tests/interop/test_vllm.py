@@ -25,6 +25,13 @@ import json, sys
 def main():
     asked = json.loads(sys.argv[1])
     from vllm import LLM, SamplingParams
+    if asked["elsewhere"]:  # in this very process: the plug-in takes the machine for one without its kernels
+        import bitfold.integrations.vllm as own
+        class Elsewhere:
+            device_type = "cpu"
+            def is_cpu(self):
+                return False
+        own.current_platform = Elsewhere()
     llm = LLM(asked["folder"], dtype=asked["dtype"], enforce_eager=asked["eager"], max_model_len=128, max_num_seqs=2,
               tensor_parallel_size=asked["ranks"], skip_tokenizer_init=True)
     wanted = SamplingParams(temperature=0, max_tokens=8, prompt_logprobs=1, detokenize=False, ignore_eos=True)
@@ -60,13 +67,17 @@ def plugin(place: Path) -> str:
     return f"{SOURCES}{os.pathsep}{info.parent}"
 
 
-def ask(folder: Path, place: Path, *, dtype: str, ranks: int = 1, eager: bool = True) -> dict[str, Any]:
+def ask(
+    folder: Path, place: Path, *, dtype: str, ranks: int = 1, eager: bool = True, elsewhere: bool = False
+) -> dict[str, Any]:
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < ranks:
         pytest.skip(f"{ranks} ranks want as many cores")
     bound = "|".join(str(core) for core in cores[:ranks])
     settings = {"folder": str(folder), "ids": IDS, "dtype": dtype, "ranks": ranks, "eager": eager}
-    environment = {**ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": bound, "PYTHONPATH": plugin(place)}
+    settings["elsewhere"] = elsewhere
+    one = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if elsewhere else {}
+    environment = {**ENVIRONMENT, **one, "VLLM_CPU_OMP_THREADS_BIND": bound, "PYTHONPATH": plugin(place)}
     return run(python_of("vllm"), ASK, settings, place, **environment)
 
 
@@ -96,6 +107,16 @@ def test_own_folders_through_the_plugin(tmp_path: Path, way: str) -> None:
     python_of("vllm")
     bitfold.quantize(model(tmp_path / "m"), tmp_path / "q", **OWN[way])
     found = ask(tmp_path / "q", tmp_path, dtype="float32")
+    same(found, tmp_path / "q", "float32")
+    assert found["text"] == greedy(tmp_path / "q")
+
+
+@pytest.mark.parametrize("way", OWN)
+def test_own_folders_decoded_as_they_are_loaded(tmp_path: Path, way: str) -> None:
+    """As on a GPU, of which this machine has none: vLLM's own products of what the weights decode to."""
+    python_of("vllm")
+    bitfold.quantize(model(tmp_path / "m"), tmp_path / "q", **OWN[way])
+    found = ask(tmp_path / "q", tmp_path, dtype="float32", elsewhere=True)
     same(found, tmp_path / "q", "float32")
     assert found["text"] == greedy(tmp_path / "q")
 

@@ -48,6 +48,13 @@ class CompressedFolder(PackedFolder):
     """compressed-tensors: a group of modules for each kind of weights."""
 
     program = "compressed-tensors"
+    _by_energy = False  # columns were coded by the size of their inputs, groups staying where they are
+
+    def finish(self, config: Mapping[str, Any], quantization: Mapping[str, Any] | None = None) -> None:
+        """See `PackedFolder`; `actorder` is said where the recipe has no other method than gptq."""
+        rules = [rule for rule in (quantization or {}).get("recipe", ()) if rule["format"] != "keep"]
+        self._by_energy = bool(rules) and all(rule["method"].partition(":")[0] == "gptq" for rule in rules)
+        super().finish(config, quantization)
 
     def check_together(self, found: Mapping[str, Held]) -> None:
         """See `PackedFolder`: all go together."""
@@ -125,7 +132,7 @@ class CompressedFolder(PackedFolder):
         groups = {
             f"group_{i}": {
                 "targets": ["Linear"] if len(kinds) == 1 else modules,
-                "weights": _weights(what),
+                "weights": _weights(what, by_energy=self._by_energy),
                 "input_activations": _ACTIVATIONS[what.act],
                 "output_activations": None,
                 "format": formats[what],
@@ -156,13 +163,15 @@ def _format_of(what: Held) -> str:
     return _FORMATS[what.kind]
 
 
-def _weights(what: Held) -> dict[str, Any]:
+def _weights(what: Held, *, by_energy: bool) -> dict[str, Any]:
     """The arguments of the weights of a group of modules."""
     strategy: dict[str, Any] = {"strategy": "tensor" if what.group < 0 else "channel"}
     if what.group > 0:
         strategy = {"strategy": "tensor_group" if what.kind == NVFP4 else "group", "group_size": what.group}
     if what.kind in _BYTES:
         strategy |= {"scale_dtype": _BYTES[what.kind], "zp_dtype": _BYTES[what.kind]}
+    if by_energy and what.kind == INT and what.group > 0:
+        strategy |= {"actorder": "weight"}
     kind = "int" if what.kind == INT else "float"
     return {"num_bits": what.bits, "type": kind, "symmetric": not what.zeros, **strategy, "dynamic": False}
 
