@@ -142,7 +142,9 @@ def test_two_ranks(tmp_path: Path) -> None:
 def test_openai_endpoint(tmp_path: Path) -> None:
     """`vllm serve FOLDER`, asked once."""
     python = python_of("vllm")
-    bitfold.quantize(model(tmp_path / "m"), tmp_path / "q", export="compressed-tensors", bits=4, method="rtn")
+    bitfold.quantize(
+        model(tmp_path / "m"), tmp_path / "q", export="compressed-tensors", bits=4, group_size=32, method="rtn"
+    )
     tiny_lm.tokenizer().save_pretrained(tmp_path / "q")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -154,7 +156,15 @@ def test_openai_endpoint(tmp_path: Path) -> None:
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen([python, *words], env=env, stdout=log, stderr=log)
     try:
-        body = json.dumps({"model": str(tmp_path / "q"), "prompt": "abc", "max_tokens": 5, "temperature": 0}).encode()
+        # A first prompt of three tokens ended vLLM 0.32's worker by an illegal instruction (AMX, most likely).
+        body = json.dumps(
+            {
+                "model": str(tmp_path / "q"),
+                "prompt": "The tower is as high as a house of 81 floors.",
+                "max_tokens": 5,
+                "temperature": 0,
+            }
+        ).encode()
         asked = urllib.request.Request(
             f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"}
         )
