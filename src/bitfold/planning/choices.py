@@ -109,8 +109,19 @@ def weigh(decision: Quantized, entry: Importance, w: torch.Tensor, seed: int) ->
     coders = [_coder(rule, site, seed) for rule in rules]
     plain = Importance(torch.ones(matrix.shape[1]), torch.ones(matrix.shape[1]) / max(1e-30, _energy(matrix)))
     sizes = [replace(decision, scheme=rule.scheme).nbytes() for rule in rules if rule.scheme is not None]
-    costs = error_costs(matrix, entry, coders)
-    return Weight(site, tuple(costs), tuple(error_costs(some_rows(matrix), plain, coders)), tuple(sizes))
+    errors = error_costs(some_rows(matrix), plain, coders)
+    costs = [
+        _rotated(matrix, entry) * error if candidate.rotated else error_costs(matrix, entry, [coder])[0]
+        for candidate, coder, error in zip(CANDIDATES, coders, errors, strict=True)
+    ]
+    return Weight(site, tuple(costs), tuple(errors), tuple(sizes))
+
+
+def _rotated(matrix: torch.Tensor, entry: Importance) -> float:
+    """What the loss of a weight on rotated inputs would cost: errors there are alike in all inputs."""
+    assert entry.costs is not None
+    energy = matrix.float().square().sum(1)
+    return float(entry.costs.mean() * (energy.sum() if entry.rows is None else energy @ entry.rows))
 
 
 def _energy(matrix: torch.Tensor) -> float:
