@@ -90,5 +90,10 @@ def test_what_is_reckoned() -> None:
     assert found.sizes[1] == 96 * 64 * 3 // 8 + 2 * 96
     energy = float((0.5 * rows * w.square().sum(1)).sum())
     assert found.costs == pytest.approx([energy * e for e in found.errors], rel=1e-5)
+    # On rotated inputs an error is in all of them alike, however much more one of them matters; on plain ones not.
+    uneven = Importance(torch.ones(64), torch.cat([torch.full((1,), 32.0), torch.zeros(63)]), rows)
+    again = weigh(decision, uneven, w, 0)
+    assert again.costs[:4] == pytest.approx(found.costs[:4], rel=1e-5)
+    assert again.costs[4] != pytest.approx(found.costs[4], rel=1e-3)
     stack = replace(site, kind=EMBEDDING)
     assert weigh(replace(decision, site=stack), entry, w, 0).sizes == found.sizes
