@@ -227,3 +227,14 @@ def test_windows_are_not_weighed_again(
     assert len(seen) == 4 - window
     digests = [hashlib.sha256((tmp_path / n / "model.safetensors").read_bytes()).digest() for n in ("out", "whole")]
     assert digests[0] == digests[1]
+
+
+def test_a_weight_that_was_moved_on_purpose_is_not_flagged(source: Path, tmp_path: Path) -> None:
+    """8 bits behind 2: the drift correction moves the weight by far more than its codes lose."""
+    rules = bitfold.Recipe(
+        (bitfold.Rule("*.layers.0.*", "int2-g32", "ldlq"), bitfold.Rule("*_proj.weight", "int8", "ldlq"))
+    )
+    report = bitfold.quantize(source, tmp_path / "out", recipe=rules, calibration=text(source, drift=1.0, fisher=False))
+    fine = [t for t in report.quantized if ".layers.1." in t.tensor]
+    assert max(t.error for t in fine if t.error is not None) > 1e-3
+    assert not [t.flags for t in fine if t.flags]

@@ -32,6 +32,7 @@ from bitfold.transforms.activations import ACT_SCALE
 
 _RIDGE = 0.02  # of the mean diagonal, in the drift correction
 _WIDEST = 256.0  # factor of a row before whose scales are stored in 16 bits
+_PIECE = 1 << 18  # weights compared at a time
 _FEW = 4  # fewer tokens than a layer's inputs divided by this say too little about them
 
 
@@ -46,6 +47,7 @@ class Solved:
         output_error: relative square error of its output under the calibration text; None without data.
         sides: tensors stored beside it.
         flags: what went otherwise than it should.
+        coded: relative square error of the codes, where they aim at another weight than it was (drift correction).
     """
 
     decision: Quantized
@@ -54,6 +56,7 @@ class Solved:
     output_error: float | None
     sides: Mapping[str, torch.Tensor] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
+    coded: float | None = None
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,18 @@ def _solve_alike(
         lost = None if few or hessian is None else proxy_loss(part, decoded, hessian)
         was = w if transform is None else transform.weights(w)
         _put(group.model, decision, decoded if transform is None else transform.inverse(decoded))
-        yield Solved(decision, q, was, lost, sides, (*few, *flags))
+        coded = _apart(part, decoded) if options.drift > 0 else None
+        yield Solved(decision, q, was, lost, sides, (*few, *flags), coded)
+
+
+def _apart(aim: torch.Tensor, decoded: torch.Tensor) -> float:
+    """|a - d|^2 / |a|^2, some rows at a time."""
+    step = max(1, _PIECE // aim.shape[1])
+    lost = whole = 0.0
+    for a, d in zip(torch.split(aim, step), torch.split(decoded, step), strict=True):
+        lost += float(torch.linalg.vector_norm(a - d, dtype=torch.float64)) ** 2
+        whole += float(torch.linalg.vector_norm(a, dtype=torch.float64)) ** 2
+    return lost / whole if whole > 0 else 0.0
 
 
 def _stacked(weights: list[torch.Tensor], transform: Transform | None) -> torch.Tensor:

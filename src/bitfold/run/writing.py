@@ -212,7 +212,7 @@ class Writing:
         error = relative_error(solved.weight, q)
         flags = (
             *weight_flags(solved.weight, table=decision.site.is_table),
-            *_error_flags(decision, error),
+            *_error_flags(decision, error if solved.coded is None else solved.coded),
             *solved.flags,
         )
         value = _value(decision, q, solved.sides)
