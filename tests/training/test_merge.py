@@ -138,3 +138,10 @@ def test_another_text_is_said(source: Path, base: Path, adapter: Path, tmp_path:
     (tmp_path / "other.txt").write_text(tiny_lm.TEXT[::-1], encoding="utf-8")
     with pytest.warns(UserWarning, match="is another text"):
         merge(base, adapter, tmp_path / "out", str(tmp_path / "other.txt"))
+
+
+def test_another_base_is_said(source: Path, adapter: Path, tmp_path: Path) -> None:
+    """Of the same shapes, so that it can be done."""
+    bitfold.quantize(source, tmp_path / "other", format="nf4-g32")
+    with pytest.warns(UserWarning, match="was trained on another base \\(base\\)"):
+        merge(tmp_path / "other", adapter, tmp_path / "out", str(source / "text.txt"))

@@ -6,6 +6,7 @@ became of the source's tensors. The model card and the record of measurements ar
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -63,6 +64,15 @@ def write_manifest(folder: Path, source: Mapping[str, Any]) -> None:
         write_json(folder / FILE, {"version": VERSION, "files": files, "source": source})
     except OSError as error:
         raise written_error(error, folder / FILE, "cannot be written") from error
+
+
+def weights_digest(folder: Path) -> str | None:
+    """Hash of the weights of a folder, out of its manifest; None where it has none."""
+    files = read_json_object(folder / FILE).get("files") if (folder / FILE).is_file() else None
+    if not isinstance(files, dict):
+        return None
+    known = {name: fact.get("sha256") for name, fact in files.items() if name.endswith(".safetensors")}
+    return hashlib.sha256(repr(sorted(known.items())).encode()).hexdigest()
 
 
 def carry_manifest(source: Path, folder: Path) -> None:

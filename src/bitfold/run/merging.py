@@ -20,7 +20,7 @@ from bitfold.calibration.fallback import Fallback
 from bitfold.calibration.options import Calibration
 from bitfold.calibration.session import Session, runnable, solve_blocks
 from bitfold.calibration.shared_input import Solved
-from bitfold.checkpoints.manifest import carry_manifest
+from bitfold.checkpoints.manifest import carry_manifest, weights_digest
 from bitfold.checkpoints.schema import Entry
 from bitfold.checkpoints.staging import open_output, written_aside
 from bitfold.checkpoints.targets import FOLDER, open_target
@@ -116,7 +116,7 @@ def merge(
     source = MergedSource(local, read_adapter(adapter))
     place = open_output(out, local)
     skeleton = runnable(open_skeleton(source), source)
-    said = _trained_with(Path(adapter), data)
+    said = _trained_with(local, Path(adapter), data)
     seqlen, start = int(said.get("tokens") or _SEQLEN), bool(said.get("start_token", True))
     ids, held_out = held_out_first(local, data, skeleton, 1 << 16, seqlen, start_token=start)
     # Of a mix, what is learned from is so many windows of each text to within one.
@@ -138,12 +138,15 @@ def merge(
     return found
 
 
-def _trained_with(adapter: Path, data: str) -> Mapping[str, Any]:
-    """How `finetune` trained it, where it did; a word of caution where that was on another text."""
+def _trained_with(base: Path, adapter: Path, data: str) -> Mapping[str, Any]:
+    """How `finetune` trained it, where it did; a word of caution where that was on another text, or another base."""
     said = read_record(adapter).get(PART) or {}
     if said and said.get("data_digest") != text_digest(data):
         what = f"was trained on {said.get('data')}, and {without_folders(data)} is another text"
         warnings.warn(f"{adapter}: {what}: windows that are held out now may have been learned from", stacklevel=3)
+    if said.get("base_digest") not in (None, weights_digest(base)):
+        what = f"was trained on another base ({said.get('base')}): what it makes up for there is not what {base} lacks"
+        warnings.warn(f"{adapter}: {what}", stacklevel=3)
     return dict(said)
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from bitfold.calibration.tail import recomputed
 from bitfold.checkpoints.bitfold_folder import QuantizedSource
+from bitfold.checkpoints.manifest import weights_digest
 from bitfold.checkpoints.staging import open_output
 from bitfold.errors import UsageError
 from bitfold.models.load import load_folder
@@ -49,6 +50,7 @@ class Finetuned:
 
     Args:
         base, output, original: names of folders; the last is what the adapters started from, or None.
+        base_digest: of the base's weights; None where it has no manifest.
         data, data_digest: what was learned.
         loss_before, loss_after: mean negative log-probability over the windows held out, nats a token.
         steps, planned, best: steps that were done, that were planned, and after how many the best was found.
@@ -61,6 +63,7 @@ class Finetuned:
     """
 
     base: str
+    base_digest: str | None
     output: str
     original: str | None
     data: str
@@ -126,7 +129,7 @@ def finetune(
     with kept_after_failure(work):
         facts = task.learn(work, started)
         found = Finetuned(
-            **{"base": local.name, "output": str(place), **facts},
+            **{"base": local.name, "base_digest": weights_digest(local), "output": str(place), **facts},
             original=None if original is None else Path(original.name).name,
             seconds=time.monotonic() - started,
             peak_memory=peak_memory(),
