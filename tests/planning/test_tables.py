@@ -16,8 +16,12 @@ from bitfold.checkpoints.repack import repack
 from bitfold.checkpoints.safetensors import SafetensorsSource
 from bitfold.engine.generation import Writer
 from bitfold.engine.sampling import Sampling
+from bitfold.models.sites import EMBEDDING as EMBEDDING_KIND
+from bitfold.models.sites import Site
+from bitfold.models.swap import quantize_site_tensor, transform_of
 from bitfold.planning import tables
-from bitfold.planning.tables import vocabulary_size
+from bitfold.planning.tables import naming_tables, vocabulary_size
+from bitfold.recipes.recipe import Recipe, Rule
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -104,3 +108,21 @@ def test_the_vocabulary_of_a_model_of_text_and_pictures() -> None:
     assert vocabulary_size({"text_config": {"vocab_size": 7}}) == 7
     assert vocabulary_size({"vocab_size": 9}) == 9
     assert vocabulary_size({"vocab_size": None}) is None
+
+
+def test_large_columns_do_not_set_the_scale_of_all_others() -> None:
+    """One column of forty times the others: rotated, the table's error stays that of 8 bits."""
+    torch.manual_seed(0)
+    w = torch.randn(300, 64)
+    w[:, 5] *= 40
+    site = Site("embed.weight", EMBEDDING_KIND, (300, 64), "embedding")
+    rule = naming_tables(Recipe.of("int4"), [site], {"vocab_size": 300}).rules[-1]
+    assert rule.scheme is not None
+    basis = transform_of(rule.scheme, site, 0)
+    assert basis is not None
+    back = basis.inverse(quantize_site_tensor(w, site, rule.scheme, 0).dequantize())
+    unrotated = Rule("*", rule.format).scheme
+    assert unrotated is not None
+    plain = quantize_site_tensor(w, site, unrotated, 0).dequantize()
+    others = [i for i in range(64) if i != 5]
+    assert (back - w)[:, others].square().mean() < 0.2 * (plain - w)[:, others].square().mean()

@@ -37,10 +37,14 @@ class Candidate:
     rotated: bool
     method: str
 
+    def turns(self, site: Site) -> bool:
+        """Whether inputs are rotated: of embeddings and output heads always, where large columns are common."""
+        return self.rotated or site.is_table
+
     def rule(self, site: Site, *, calibrated: bool, act: str | None) -> Rule:
         """What makes it of a weight; embeddings and output heads are rounded to nearest."""
         method = self.method if calibrated and not site.is_table else "rtn"
-        rotation = "hadamard" if self.rotated else "none"
+        rotation = "hadamard" if self.turns(site) else "none"
         # Activations are left to measurement where those of `--bits` are.
         usual = "auto" if method != "rtn" else "float"
         return Rule(site.tensor, self.format, method, transform=rotation, act=usual if site.is_table else act or usual)
@@ -111,7 +115,7 @@ def weigh(decision: Quantized, entry: Importance, w: torch.Tensor, seed: int) ->
     sizes = [replace(decision, scheme=rule.scheme).nbytes() for rule in rules if rule.scheme is not None]
     errors = error_costs(some_rows(matrix), plain, coders)
     costs = [
-        _rotated(matrix, entry) * error if candidate.rotated else error_costs(matrix, entry, [coder])[0]
+        _rotated(matrix, entry) * error if candidate.turns(site) else error_costs(matrix, entry, [coder])[0]
         for candidate, coder, error in zip(CANDIDATES, coders, errors, strict=True)
     ]
     return Weight(site, tuple(costs), tuple(errors), tuple(sizes))

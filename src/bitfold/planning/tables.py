@@ -1,7 +1,8 @@
 """Tables with a row for every word, embeddings and output heads: what becomes of them where only bits are asked for.
 
 In a small model they are a third of all weights, and in most recipes they stay in 16 bits. In 8 bits with a scale for
-each row they cost 0.00002 to 0.001 nats a token, in 6 bits seven times as much (docs/log.md).
+each row, their inputs rotated, they cost less than 0.001 nats a token; unrotated 0.006 where a few columns are large
+(Gemma 3), in 6 bits ten to sixteen times as much (docs/log.md).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from bitfold.planning.decisions import Kept
 from bitfold.planning.plan import Plan, make_plan
 from bitfold.recipes.recipe import Recipe, Rule
 
-FORMAT = "int8"
+FORMAT, TRANSFORM = "int8", "hadamard"
 _VOCABULARY = "vocab_size"
 
 
@@ -61,7 +62,7 @@ def naming_tables(recipe: Recipe, sites: Iterable[Site], config: Mapping[str, An
     tables = [
         site for site in sites if _has_all_words(site, words) and recipe.find(site.tensor, default_keep=True) is None
     ]
-    return Recipe((*recipe.rules, *(Rule(site.tensor, FORMAT) for site in tables)))
+    return Recipe((*recipe.rules, *(Rule(site.tensor, FORMAT, transform=TRANSFORM) for site in tables)))
 
 
 def _has_all_words(site: Site, words: int | None) -> bool:
