@@ -159,8 +159,8 @@ def test_what_cannot_be_done_is_said():
     with pytest.raises(Unsupported, match="not among its families"):
         Decoder(hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=32, n_layer=1, n_head=2)), 64)
     other = copy.deepcopy(model)
-    bitfold.quantize_(other, "e8p")
-    with pytest.raises(Unsupported, match="no loops for e8p"):
+    bitfold.quantize_(other, "fp8-e4m3")
+    with pytest.raises(Unsupported, match="no loops for fp8-e4m3"):
         Decoder(other, 64)
     model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: None)
     with pytest.raises(Unsupported, match="hooks"):
