@@ -20,6 +20,7 @@ CACHES = ("auto", "f16", "bf16", "int8", "int4")
 _SHORT = 4096  # tokens up to which memory and reading of 16 bits matter little
 _LEAST_FOR_INT4 = 10**9  # weights
 _INT4_LOSS = "0.2"  # nats a token
+_GATHERED = 8 << 20  # bytes: stacks of threads, what libraries set up when they first work, the token ids themselves
 CHUNK = 256  # tokens in one call: between calls Ctrl-C is heard
 
 
