@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = (
     ("errors", "version"),
     ("system",),
-    ("formats", "text", "transforms"),
+    ("executors", "formats", "text", "transforms"),
     ("qtensor",),
     ("kernels", "methods"),
     ("nn", "recipes"),

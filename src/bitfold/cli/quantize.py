@@ -132,6 +132,12 @@ MaxShardSizeOption = Annotated[
 UploadRepoOption = Annotated[
     str | None, typer.Option(help="Publish the folder as this Hub repository when it is complete.")
 ]
+ExecutorOption = Annotated[
+    str, typer.Option(help="Where the work is done: local, or processes (of this machine); see docs/scaling.md.")
+]
+WorkersOption = Annotated[
+    int | None, typer.Option(help="How many processes (default: one for each core).", show_default=False)
+]
 LowDiskOption = Annotated[
     bool,
     typer.Option("--low-disk", help="Fetch and send file by file, keeping neither: repository to --upload-repo."),
@@ -179,26 +185,33 @@ def quantize(
     revision: Revision = None,
     upload_repo: UploadRepoOption = None,
     low_disk: LowDiskOption = False,
+    executor: ExecutorOption = "local",
+    workers: WorkersOption = None,
     json: Json = False,
 ) -> None:
     """Quantize a model into a new folder, one tensor in memory at a time."""
     if output_dir is None and not dry_run:
         raise UsageError("say where to write", where="--output-dir", hint="or try --dry-run first")
+    from bitfold.run.options import MethodOptions, Request, RunOptions
+
+    said = (bits, format, group_size, fit, method, transform, act, prune, tuple(ignore or ()), recipe)
+    sizes = (nsamples, seqlen, drift, fisher, columns, refit, start_token)
+    how = (seed, _bytes(max_shard_size, "--max-shard-size"), _bytes(max_memory, "--max-memory"))
+    kind: dict[str, Any] = {"upload_repo": upload_repo, "pre_tokenizer": pre_tokenizer, "low_disk": low_disk}
+    kind |= {"executor": executor, "workers": workers}
+    options = RunOptions(*how, dry_run, restart, strict, events, revision, **kind)
+    text, size = _text(method, calibration, text_column, sizes), _bytes(target_size, "--target-size")
+    what = (MethodOptions(*said, keep_embeddings), text, export, size, imatrix, target_bpw)
+    _go(Request(model, output_dir or Path("unused"), *what), options, distill, tensors=tensors, json=json)
+
+
+def _text(method: str | None, given: list[str] | None, column: str | None, sizes: Any) -> Any:
+    """The calibration."""
     from bitfold.calibration.options import settings
-    from bitfold.recipes.options import MethodOptions
-    from bitfold.run.options import Request, RunOptions
     from bitfold.text.documents import with_column
     from bitfold.text.mixes import joined
 
-    said = (bits, format, group_size, fit, method, transform, act, prune, tuple(ignore or ()), recipe)
-    wanted = MethodOptions(*said, keep_embeddings)
-    sizes = (nsamples, seqlen, drift, fisher, columns, refit, start_token)
-    text = settings(method, with_column(joined(calibration), text_column), *sizes)
-    shard_bytes = _bytes(max_shard_size, "--max-shard-size")
-    how = (seed, shard_bytes, _bytes(max_memory, "--max-memory"), dry_run, restart, strict, events, revision)
-    options = RunOptions(*how, upload_repo=upload_repo, pre_tokenizer=pre_tokenizer, low_disk=low_disk)
-    what = (wanted, text, export, _bytes(target_size, "--target-size"), imatrix, target_bpw)
-    _go(Request(model, output_dir or Path("unused"), *what), options, distill, tensors=tensors, json=json)
+    return settings(method, with_column(joined(given), column), *sizes)
 
 
 def _go(request: Any, options: Any, minutes: float | None, *, tensors: bool, json: bool) -> None:

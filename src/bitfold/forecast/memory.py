@@ -30,7 +30,7 @@ from bitfold.planning.row_slices import WEIGHTS, in_pieces
 from bitfold.qtensor import ALIGNED as ROWS
 from bitfold.text.tokens import SELF
 
-_LIBRARIES = 60_000_000  # what PyTorch and tokenizers take when they first really work
+LIBRARIES = 60_000_000  # what PyTorch and tokenizers take when they first really work
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def stages(
     source: Source, plan: Plan, calibration: Calibration | None, model: nn.Module | None, hessian_bytes: int = HESSIANS
 ) -> list[Stage]:
     """All stages, the largest first; `hessian_bytes`: bytes of those of experts that are in memory at a time."""
-    found = [_data_free(source, item, d) for item in plan.items for d in item.decisions.values()]
+    found = [data_free(source, item, d) for item in plan.items for d in item.decisions.values()]
     if calibration is not None and model is not None:
         found += calibrated_stages(plan, calibration, model, hessian_bytes)
     return sorted(found, key=lambda stage: -stage.nbytes)
@@ -53,10 +53,11 @@ def stages(
 
 def peak(found: Sequence[Stage], base: int) -> int:
     """The largest stage on top of `base`."""
-    return base + _LIBRARIES + (found[0].nbytes if found else 0)
+    return base + LIBRARIES + (found[0].nbytes if found else 0)
 
 
-def _data_free(source: Source, item: Item, decision: Decision) -> Stage:
+def data_free(source: Source, item: Item, decision: Decision) -> Stage:
+    """Reading and quantizing, or keeping, one tensor; nothing for what is calibrated."""
     if isinstance(decision, Tied) or (isinstance(decision, Quantized) and decision.scheme.needs_text):
         return Stage(decision.tensor, 0)
     pieces = in_pieces(source, item, decision)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bitfold.calibration.options import Calibration
 from bitfold.errors import ResourceError
+from bitfold.executors.opening import LOCAL, open_executor
 from bitfold.recipes.options import MethodOptions
 from bitfold.recipes.recipe import Recipe
 from bitfold.records.run_report import QuantizeReport
@@ -24,15 +25,16 @@ def run(request: Request, options: RunOptions) -> QuantizeReport:
     """One run: open, plan, forecast, execute, record. See `quantize`."""
     started = time.perf_counter()
     check(request, options)
-    with open_model(request, options) as opened:
+    name = LOCAL if options.dry_run else options.executor
+    with open_model(request, options) as opened, open_executor(name, options.workers) as executor:
         planned = plan(opened, request, options)
         try:
-            expected = forecast(planned, options)
+            expected = forecast(planned, options, executor)
         except ResourceError as error:
             if not (request.wanted.leaves_the_choice or request.budget_flag) or planned.job.calibration is None:
                 raise
-            expected = forecast(plan(opened, request, options, obstacle=error.what), options)
-        report = report_of(expected, options) if options.dry_run else execute(expected, options)
+            expected = forecast(plan(opened, request, options, obstacle=error.what), options, executor)
+        report = report_of(expected, options) if options.dry_run else execute(expected, options, executor)
     if not options.dry_run:
         forget_plans(request.out)
     return record(report, expected.run.job, options, started)
@@ -69,6 +71,8 @@ def quantize(
     upload_repo: str | None = None,
     max_shard_bytes: int | None = None,
     on_tensor: OnTensor | None = None,
+    executor: str = LOCAL,
+    workers: int | None = None,
 ) -> QuantizeReport:
     """Quantize a checkpoint into a new folder, streaming tensor by tensor.
 
@@ -80,21 +84,19 @@ def quantize(
         calibration: text for methods that need it (see `Calibration`, or just its `text`); default: bitfold's own.
         export, target_bytes, target_bpw, imatrix: another output than a bitfold folder, or its size, see `Request`.
         dry_run: plan and report only; write nothing.
-        max_memory: ceiling on the resident memory of the whole process, bytes: kept, if need be by solving wide layers
-            in ranges of their inputs, or refused; None = no more than what is free, with a word of caution beyond four
-            fifths of it.
-        restart, strict, events, seed, revision, token, upload_repo, max_shard_bytes, on_tensor: see `RunOptions`.
+        max_memory: ceiling on the resident memory of the process and its workers together, bytes: kept, if need be by
+            solving wide layers in ranges of their inputs, or refused; None = no more than what is free, with a word of
+            caution beyond four fifths of it.
+        restart, strict, events, seed, revision, token, upload_repo, max_shard_bytes, on_tensor, executor, workers: see
+            `RunOptions`. Scripts call this below `if __name__ == "__main__":` where other processes do the work.
 
     Raises:
         BitfoldError: what is wrong, where, and what to do. Nothing that looks whole is left behind; finished work stays
             beside `out`, and the same call goes on with it.
     """
-    wanted = MethodOptions(
-        *(bits, format, group_size, fit, method, transform, act, prune, tuple(ignore), recipe), keep_embeddings
-    )
-    log = None if events is None else Path(events)
-    options = RunOptions(
-        seed, max_shard_bytes, max_memory, dry_run, restart, strict, log, revision, token, upload_repo, on_tensor
-    )
-    costs = None if imatrix is None else Path(imatrix)
+    said = (bits, format, group_size, fit, method, transform, act, prune, tuple(ignore), recipe)
+    wanted = MethodOptions(*said, keep_embeddings)
+    log, costs = (None if path is None else Path(path) for path in (events, imatrix))
+    how = (seed, max_shard_bytes, max_memory, dry_run, restart, strict, log, revision, token, upload_repo, on_tensor)
+    options = RunOptions(*how, executor=executor, workers=workers)
     return run(Request(str(src), Path(out), wanted, calibration, export, target_bytes, costs, target_bpw), options)

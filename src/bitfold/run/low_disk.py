@@ -17,6 +17,7 @@ from bitfold.checkpoints.hub.on_demand import KEPT, OnDemand, hollow
 from bitfold.checkpoints.hub.upload import open_repo, send_file, send_rest
 from bitfold.checkpoints.shards import SHARD_BYTES
 from bitfold.errors import UsageError
+from bitfold.executors.opening import LOCAL
 from bitfold.forecast.preflight import Preflight
 from bitfold.planning.plan import Plan
 from bitfold.run.options import Request, RunOptions
@@ -31,6 +32,8 @@ def check_low_disk(request: Request, options: RunOptions) -> None:
     """UsageError for what cannot be done that way."""
     if options.upload_repo is None:
         raise UsageError("the result has to go somewhere", where="--low-disk", hint="--upload-repo org/name")
+    if options.executor != LOCAL:
+        raise UsageError("files that come and go are for one process", where="--executor", hint="drop --low-disk")
     if request.export is not None:
         raise UsageError("only bitfold's own folders are sent file by file", where="--export", hint="drop --low-disk")
 

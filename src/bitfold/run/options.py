@@ -10,11 +10,14 @@ from pathlib import Path
 from bitfold.calibration.options import Calibration, settings
 from bitfold.checkpoints.targets import FOLDER
 from bitfold.errors import UsageError
+from bitfold.executors.opening import LOCAL
 from bitfold.recipes.options import MethodOptions
 from bitfold.recipes.recipe import Recipe
 from bitfold.records.run_report import TensorReport
 from bitfold.system.outputs import real_path
 from bitfold.text.tokens import BUNDLED
+
+__all__ = ["MethodOptions", "OnTensor", "Request", "RunOptions"]
 
 OnTensor = Callable[[TensorReport], None]
 
@@ -109,6 +112,8 @@ class RunOptions:
         upload_repo: push the finished folder there.
         low_disk: fetch and send file by file, keeping neither; from a repository to `upload_repo`.
         on_tensor: called with the report of each tensor as it is written.
+        executor: where the work is done: "local", this process; "processes", others of this machine.
+        workers: how many of those; None: one for each core.
     """
 
     seed: int = 0
@@ -124,3 +129,5 @@ class RunOptions:
     on_tensor: OnTensor | None = None
     pre_tokenizer: str | None = None
     low_disk: bool = False
+    executor: str = LOCAL
+    workers: int | None = None

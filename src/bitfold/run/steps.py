@@ -19,8 +19,10 @@ from bitfold.calibration.shape import LONGEST
 from bitfold.checkpoints import Source, open_source
 from bitfold.checkpoints.schema import QUANT_METHOD
 from bitfold.checkpoints.staging import open_output, partial_of
-from bitfold.checkpoints.targets import ENGINES, open_target
+from bitfold.checkpoints.targets import open_target
 from bitfold.errors import CheckpointError, UsageError
+from bitfold.executors.opening import check_executor
+from bitfold.executors.protocol import Executor
 from bitfold.forecast.ceiling import MemoryChooser
 from bitfold.forecast.preflight import Asked, Preflight, preflight, refuse_impossible
 from bitfold.models.opening import open_skeleton
@@ -32,7 +34,7 @@ from bitfold.recipes.options import choose_recipe
 from bitfold.records.record import write_record
 from bitfold.records.run_report import QuantizeReport, TensorReport, peak_memory
 from bitfold.run.budget import Budget, budget_rules, check_budget
-from bitfold.run.engine_export import held_by_engine
+from bitfold.run.crew import Crew, Share, share_memory
 from bitfold.run.export import check_export, export_rules, single_file
 from bitfold.run.low_disk import (
     WHY,
@@ -44,12 +46,13 @@ from bitfold.run.low_disk import (
     with_little_disk,
 )
 from bitfold.run.options import Request, RunOptions
+from bitfold.run.order import Order, as_text, as_the_output_has_it, decisive
 from bitfold.run.writing import Job, PlannedRun, Writing, Written
 from bitfold.system import progress
 from bitfold.system.outputs import try_file
 from bitfold.text.windows import text_digest
 from bitfold.workspace.events import Events
-from bitfold.workspace.folder import Workspace, kept_after_failure, size_of, software
+from bitfold.workspace.folder import Workspace, kept_after_failure, size_of
 from bitfold.workspace.journal import recorded
 
 
@@ -63,16 +66,18 @@ class Opened:
 
 @dataclass(frozen=True)
 class Forecast:
-    """A run as it will be gone about, and what it will need."""
+    """A run as it will be gone about, what it will need, and memory of each worker; None: there are none."""
 
     run: PlannedRun
     preflight: Preflight
+    share: Share | None = None
 
 
 def check(request: Request, options: RunOptions) -> None:
     """Raise what can be known before anything is opened: options, places to write to, the login."""
     from bitfold.checkpoints.hub.upload import check_login
 
+    check_executor(options.executor, options.workers)
     if options.low_disk:
         check_low_disk(request, options)
     if request.export is not None:
@@ -161,25 +166,25 @@ def plan(opened: Opened, request: Request, options: RunOptions, obstacle: str | 
         if calibration is not None:  # a choice has read it
             source.tokenizer()
             runnable(opened.model, source)
-    decided = make_plan(source, opened.model, rules, shorten_groups=wanted.shortens_groups)
+    shorten, named = wanted.shortens_groups, rules
+    decided = make_plan(source, opened.model, rules, shorten_groups=shorten)
     if wanted.packs_tables and request.export is None:
         rules, decided, more = with_tables(source, opened.model, rules, decided, options.seed)
+        shorten = shorten or rules != named
     job = Job(request.source, request.out, rules, options.seed, calibration, options.max_shard_bytes, request.kind)
     chosen = request.export is None and request.budget_flag is not None
-    target = open_target(job.kind, request.out, options.max_shard_bytes, source)
-    if request.export in ENGINES:
-        decided, said = held_by_engine(decided, target)
-        more = (*more, *said)
-    decided = decided.kept_as(target.plain)
+    decided, said = as_the_output_has_it(decided, job.kind, source)
+    more = (*more, *said)
     if options.low_disk:
         require_data_free(decided)
         decided = by_file(decided, on_demand_of(source))
+    account = account_for(source, decided)
     return PlannedRun(
-        source, opened.model, decided, job, account_for(source, decided), why, substitutes=more, chosen=chosen
+        source, opened.model, decided, job, account, why, substitutes=more, chosen=chosen, shorten=shorten
     )
 
 
-def forecast(run: PlannedRun, options: RunOptions) -> Forecast:
+def forecast(run: PlannedRun, options: RunOptions, executor: Executor) -> Forecast:
     """What it will need, and how it keeps under its ceiling: as an interrupted run did that it goes on with.
 
     Raises:
@@ -197,10 +202,11 @@ def forecast(run: PlannedRun, options: RunOptions) -> Forecast:
         refuse_impossible(found, run.job.out, options.max_memory, has=size_of(partial_of(run.job.out)))
         for line in (found.summary(), *found.cautions()):
             progress.say(line)
-    return Forecast(run, found)
+    share = None if executor.here else share_memory(run.source, run.plan, executor, options.max_memory)
+    return Forecast(run, found, share)
 
 
-def execute(expected: Forecast, options: RunOptions) -> QuantizeReport:
+def execute(expected: Forecast, options: RunOptions, executor: Executor) -> QuantizeReport:
     """Do the work, or go on with it; after a failure, what is finished stays for the next time."""
     run = expected.run
     single = open_target(run.job.kind, run.job.out, None, run.source).single
@@ -212,7 +218,8 @@ def execute(expected: Forecast, options: RunOptions) -> QuantizeReport:
     with kept_after_failure(work), Events(options.events) as events:
         facts = report_of(expected, options).to_dict()
         events.write("begin", totals=facts["account"], **{key: facts[key] for key in _FACTS})
-        writing = Writing(run, work, events, options, expected.preflight.times)
+        crew = _crew(expected, options, executor, work)
+        writing = Writing(run, work, events, options, expected.preflight.times, crew)
         report = report_of(expected, options, writing.tensors())
         report = replace(report, output=str(writing.folder(report)))
         events.write("end", peak_memory=peak_memory(), **report.sums())
@@ -220,6 +227,17 @@ def execute(expected: Forecast, options: RunOptions) -> QuantizeReport:
 
 
 _FACTS = ("source", "output", "recipe", "preflight")
+
+
+def _crew(expected: Forecast, options: RunOptions, executor: Executor, work: Workspace) -> Crew | None:
+    """Other processes that make what needs no data; None: this one does."""
+    if expected.share is None:
+        return None
+    run, job = expected.run, expected.run.job
+    decides = decisive(run.source, run.plan, job.rules, job.seed, job.kind)
+    where = str(run.source.path.absolute())
+    order = Order(where, options.pre_tokenizer, job.rules.dumps(), run.shorten, job.kind, job.seed, as_text(decides))
+    return Crew(executor, order, run.source, run.plan, expected.share, work.parts)
 
 
 def report_of(expected: Forecast, options: RunOptions, written: Written | None = None) -> QuantizeReport:
@@ -272,13 +290,9 @@ def _identity(run: PlannedRun, options: RunOptions) -> dict[str, Any]:
     if calibration is not None:
         calibration["text"] = text_digest(calibration["text"])
     return {
+        **decisive(run.source, run.plan, job.rules, job.seed, job.kind),
         "source": {"name": Path(job.source).name, "files": run.source.fingerprint()},
-        "recipe": job.rules.to_dict(),
-        "seed": job.seed,
         "calibration": calibration,
         "shard size": job.max_shard_bytes,
-        "kind": job.kind,
-        "formats": {name: entry.to_dict() for name, entry in run.plan.entries(job.seed).items()},
-        "version": software(),
         **({} if options.pre_tokenizer is None else {"pre-tokenizer": options.pre_tokenizer}),
     }

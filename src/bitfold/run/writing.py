@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from bitfold.calibration.fallback import Fallback
@@ -27,22 +26,20 @@ from bitfold.checkpoints.shards import written_error
 from bitfold.checkpoints.side_files import tokenizer_folder
 from bitfold.checkpoints.targets import FOLDER, open_target
 from bitfold.errors import AccountingError
-from bitfold.methods.anomalies import error_flags, kept_flags, weight_flags
+from bitfold.methods.anomalies import weight_flags
 from bitfold.models import skeleton
-from bitfold.models.swap import in_basis, quantize_site_tensor, transform_of
 from bitfold.planning.accounting import Account, check_written
-from bitfold.planning.decisions import Decision, Quantized, Tied
-from bitfold.planning.plan import Item, Plan
-from bitfold.planning.row_slices import in_pieces, quantize_pieces, read_pieces
-from bitfold.qtensor import QTensor
+from bitfold.planning.decisions import Decision
+from bitfold.planning.plan import Plan
 from bitfold.recipes.recipe import Recipe
 from bitfold.records.card import write_card
 from bitfold.records.run_report import QuantizeReport, TensorReport, relative_error
+from bitfold.run.crew import Crew
+from bitfold.run.items import Made, flags_of_error, left_of, make_item, stored_value
 from bitfold.run.low_disk import Sender
 from bitfold.run.options import RunOptions
 from bitfold.system import progress
 from bitfold.system.memory import Ceiling
-from bitfold.transforms.activations import ACT_SCALE
 from bitfold.workspace.events import Events
 from bitfold.workspace.folder import Workspace
 
@@ -72,6 +69,7 @@ class PlannedRun:
         hessian_bytes: bytes of the Hessians of experts in memory at a time.
         substitutes: what gets another format than was asked for, in words.
         chosen: the rules were chosen for a size; they go into the folder, as --recipe takes them.
+        shorten: whether rows shorter than a group got one scale a row.
     """
 
     source: Source
@@ -83,6 +81,7 @@ class PlannedRun:
     hessian_bytes: int = HESSIANS
     substitutes: tuple[str, ...] = ()
     chosen: bool = False
+    shorten: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,12 +111,20 @@ class Writing:
         events: who is told, as JSON lines.
         options: how.
         times: seconds that each tensor will take, by the forecast; empty = nobody knows.
+        crew: other processes that make what needs no data; None: this one does.
     """
 
     def __init__(
-        self, run: PlannedRun, work: Workspace, events: Events, options: RunOptions, times: Mapping[str, float]
+        self,
+        run: PlannedRun,
+        work: Workspace,
+        events: Events,
+        options: RunOptions,
+        times: Mapping[str, float],
+        crew: Crew | None = None,
     ) -> None:
         self.run, self.work, self._events, self._options, self._times = run, work, events, options, times
+        self._crew = crew
         self._target = open_target(run.job.kind, work.result, run.job.max_shard_bytes, run.source)
         self._target.layout(run.plan.contents())
         self._sender: Sender | None = None
@@ -171,13 +178,13 @@ class Writing:
                 elif isinstance(solved, Fallback):
                     self._fell_back(solved)
                 elif isinstance(solved, Folded):
-                    yield self._finish(solved.decision, solved.value)
+                    yield self._finish(Made(solved.decision, [solved.value]))
                 else:
                     yield self._write_solved(solved)
                 del solved  # it holds the weight as it was
-        for item in self.run.plan.items:
-            if any(not isinstance(d, Tied) and name not in self.done.reports for name, d in item.decisions.items()):
-                yield from self._write_item(item)
+        for made in self._data_free():
+            yield self._finish(made)
+            del made  # it holds the weight as it is stored
 
     def _calibrated(self, calibration: Calibration) -> Iterator[Outcome]:
         run = self.run
@@ -210,80 +217,35 @@ class Writing:
     def _write_solved(self, solved: Solved) -> TensorReport:
         decision, q = solved.decision, solved.qtensor
         error = relative_error(solved.weight, q)
-        flags = (
+        flags = [
             *weight_flags(solved.weight, table=decision.site.is_table),
-            *_error_flags(decision, error if solved.coded is None else solved.coded),
+            *flags_of_error(decision, error if solved.coded is None else solved.coded),
             *solved.flags,
-        )
-        value = _value(decision, q, solved.sides)
-        return self._finish(decision, value, error=error, output_error=solved.output_error, flags=flags)
+        ]
+        return self._finish(Made(decision, stored_value(decision, q, solved.sides), error, flags), solved.output_error)
 
-    def _write_item(self, item: Item) -> Iterator[TensorReport]:
-        only = next(iter(item.decisions.values()))
-        if in_pieces(self.run.source, item, only):
-            yield self._write_pieces(item, only)
+    def _data_free(self) -> Iterator[Made]:
+        """What is left, in the source's order; from other processes as it comes."""
+        run, done = self.run, self.done.reports
+        left = [item for item in run.plan.items if left_of(item, done)]
+        if self._crew is not None:
+            yield from self._crew.made(left, self._times, done)
             return
-        tensors = item.target.read(self.run.source.read, self.run.model)
-        for name in list(tensors):
-            w, decision = tensors.pop(name), item.decisions[name]
-            if isinstance(decision, Tied) or name in self.done.reports:
-                continue
-            if isinstance(decision, Quantized):
-                yield self._write_quantized(decision, w)
-            else:
-                w = w.to(decision.info.dtype)
-                yield self._finish(decision, w, flags=tuple(kept_flags(w)))
+        for item in left:
+            yield from make_item(run.source, run.model, item, run.job.seed, done)
 
-    def _write_pieces(self, item: Item, decision: Decision) -> TensorReport:
-        """A tensor that is too large to be in memory at once without need."""
-        if isinstance(decision, Quantized):
-            q, error, odd = quantize_pieces(self.run.source, item, decision, self.run.job.seed)
-            return self._finish_quantized(decision, q, error, odd)
-        found: list[str] = []
-
-        def rows() -> Iterator[torch.Tensor]:
-            for w in read_pieces(self.run.source, item, decision):
-                found.extend(kept_flags(w))
-                yield w.to(decision.info.dtype)
-
-        hashes = self._target.write(decision.tensor, rows())
-        return self._note(decision, hashes, decision.info.nbytes, {"flags": tuple(found[:1])})
-
-    def _write_quantized(self, decision: Quantized, w: torch.Tensor) -> TensorReport:
-        scheme, site, seed = decision.scheme, decision.site, self.run.job.seed
-        q = quantize_site_tensor(w, site, scheme, seed)
-        original = in_basis(w, site, transform_of(scheme, site, seed))
-        odd = weight_flags(original, table=site.is_table)
-        return self._finish_quantized(decision, q, relative_error(original, q), odd)
-
-    def _finish_quantized(self, decision: Quantized, q: QTensor, error: float, odd: list[str]) -> TensorReport:
-        entry = decision.entry(self.run.job.seed)
-        flags = (*odd, *_error_flags(decision, error))
-        sides = {} if entry is None or entry.transform is None else entry.transform.fields()
-        if decision.scheme.activations.static:
-            sides = {**sides, ACT_SCALE: torch.zeros(1)}  # no data: each token by itself
-        return self._finish(decision, _value(decision, q, sides), error=error, flags=flags)
-
-    def _finish(
-        self,
-        decision: Decision,
-        value: torch.Tensor | Mapping[str, torch.Tensor],
-        *,
-        error: float | None = None,
-        output_error: float | None = None,
-        flags: tuple[str, ...] = (),
-    ) -> TensorReport:
+    def _finish(self, made: Made, output_error: float | None = None) -> TensorReport:
         """Write a plain tensor, or the fields of a packed one; note it in the journal, tell of it."""
-        if isinstance(value, torch.Tensor):
-            hashes = self._target.write(decision.tensor, [value])
-        else:
+        decision, value = made.decision, made.value
+        if isinstance(value, Mapping):
             hashes = self._target.pack(decision.tensor, value)
-        facts = {"error": error, "output_error": output_error, "flags": flags}
-        return self._note(decision, hashes, decision.nbytes(), facts)
+        else:
+            hashes = self._target.write(decision.tensor, value)
+        return self._note(decision, hashes, {**made.facts(), "output_error": output_error})
 
-    def _note(self, decision: Decision, hashes: dict[str, str], nbytes: int, facts: dict[str, Any]) -> TensorReport:
+    def _note(self, decision: Decision, hashes: dict[str, str], facts: dict[str, Any]) -> TensorReport:
         """In the journal, and to whom it may concern."""
-        report = decision.report(nbytes, **facts)
+        report = decision.report(decision.nbytes(), **facts)
         self.work.journal.append(
             {"kind": "tensor", "tensor": decision.tensor, "hashes": hashes, "report": asdict(report)}
         )
@@ -326,20 +288,6 @@ class Writing:
             write_card(result, report)
             if run.chosen:
                 (result / _RECIPE).write_text(run.job.rules.dumps(), encoding="utf-8")
-
-
-def _value(
-    decision: Quantized, q: QTensor, sides: Mapping[str, torch.Tensor]
-) -> torch.Tensor | Mapping[str, torch.Tensor]:
-    """What is stored: fields and what stands beside them, the model's tensor for plain formats."""
-    return decision.site.restored(q.fields["values"]) if q.format.plain else {**q.fields, **sides}
-
-
-def _error_flags(decision: Quantized, error: float) -> list[str]:
-    scheme = decision.scheme
-    if scheme.sparsity is not None:
-        return []
-    return error_flags(error, scheme.format, scheme.fit.name, feedback=scheme.solver.needs_hessian)
 
 
 def refuse_flagged(report: QuantizeReport) -> None:

@@ -3,6 +3,7 @@
 journal.jsonl    what is finished, see `Journal`
 result/          the folder to be; it gets its name last, in one step
 state/           what a calibrated run needs to go on: activations, token weights
+parts/           what other processes have made, until it is in the result
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Workspace:
             refuse_existing(out, single=single is not None)
         self.journal = Journal(self.folder, identity, restart=restart)
         self.result, self.state = self.folder / "result", self.folder / "state"
+        self.parts = self.folder / "parts"
         try:
             for folder in () if self.published is not None else (self.result, self.state):
                 folder.mkdir(exist_ok=True)

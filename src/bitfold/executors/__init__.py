@@ -1,0 +1,3 @@
+"""Where tasks run: here, in other processes, on other machines."""
+
+from __future__ import annotations
