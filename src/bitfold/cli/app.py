@@ -10,13 +10,16 @@ import traceback
 import warnings
 from collections.abc import Mapping
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
 from bitfold.errors import BitfoldError, UsageError
 from bitfold.system import progress
+
+if TYPE_CHECKING:
+    from bitfold.system.team import Team
 
 INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h
 INTERRUPTED = 130  # 128 + SIGINT
@@ -156,6 +159,17 @@ def _one_line_warning(message: Warning | str, category: type[Warning], *_: Any, 
     """Warnings of the library are for the user; those of others about their own future are not."""
     if not issubclass(category, (DeprecationWarning, FutureWarning, PendingDeprecationWarning)):
         print(f"warning: {message}", file=sys.stderr)
+
+
+def joined() -> Team:
+    """The processes that `torchrun` started with this one; only the first of them shows how far it is."""
+    from bitfold.system.team import gathered
+
+    team = gathered()
+    if team.rank > 0:
+        progress.enable(False)
+        warnings.simplefilter("ignore")
+    return team
 
 
 def print_json(data: Mapping[str, Any]) -> None:

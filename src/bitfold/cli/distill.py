@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bitfold.cli.app import Json, Revision, app, print_json
+from bitfold.cli.app import Json, Revision, app, joined, print_json
 from bitfold.system.units import parse_size
 
 
@@ -48,7 +48,10 @@ def distill(
 
     spec = with_column(text, text_column) or "default"
     how = Distillation(spec, minutes, steps, seqlen, batch, rate, plain_rate, seed=seed)
-    found = run(folder, teacher, output_dir, how, max_memory=ceiling, restart=restart, revision=revision)
+    team = joined()
+    found = run(folder, teacher, output_dir, how, max_memory=ceiling, restart=restart, revision=revision, team=team)
+    if team.rank > 0:
+        return
     if json:
         print_json(found.to_dict())
         return

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bitfold.cli.app import Json, Revision, app, print_json
+from bitfold.cli.app import Json, Revision, app, joined, print_json
 from bitfold.system.units import parse_size
 
 
@@ -61,8 +61,11 @@ def finetune(
     text = with_column(data, text_column) or data
     targets = tuple(target or ["all-linear"])
     how = Finetuning(text, epochs, steps, minutes, seqlen, batch, rate, rank, alpha, targets, seed=seed)
+    team = joined()
     options = RunOptions(seed=seed, max_memory=ceiling, restart=restart, revision=revision)
-    found = finetune_model(model, output_dir, how, base_format, start_from, options)
+    found = finetune_model(model, output_dir, how, base_format, start_from, options, team)
+    if team.rank > 0:
+        return
     if json:
         print_json(found.to_dict())
         return

@@ -1,4 +1,8 @@
-"""A course of learning: steps, a look at the windows held out now and then, the best kept."""
+"""A course of learning: steps, a look at the windows held out now and then, the best kept.
+
+Several processes share the windows of a step, and those of a look: gradients and losses are summed over all of them, so
+that every process takes the same step; the first one keeps what is finished.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from bitfold.checkpoints.safetensors import digest_of
 from bitfold.checkpoints.shards import sync_file
-from bitfold.errors import ModelError
+from bitfold.errors import ModelError, UsageError
 from bitfold.system import progress
+from bitfold.system.team import Team, alone
 from bitfold.training.masters import Group, Masters, share_of
-from bitfold.workspace.folder import Workspace
+from bitfold.workspace.shared import Work
 
 _WARM = 5  # steps over which rates rise, and by which the pace is known
 _LOOKS = 20  # at the windows held out, in all, if that takes no more
@@ -98,11 +103,20 @@ class Course:
         pace: how many steps of how many windows.
         windows: how many are held out, the first ones; how many there are.
         work: where finished steps are noted.
+        team: the processes at it.
+
+    Raises:
+        UsageError: more processes than windows of a step.
     """
 
-    def __init__(self, learner: Learner, pace: Pace, windows: tuple[int, int], work: Workspace) -> None:
-        self._learner, self._pace, self._work = learner, pace, work
+    def __init__(
+        self, learner: Learner, pace: Pace, windows: tuple[int, int], work: Work, team: Team | None = None
+    ) -> None:
+        self._learner, self._pace, self._work, self._team = learner, pace, work, team or alone()
         self._held_out, self._windows = windows
+        if self._team.size > pace.batch:
+            what = f"{self._team.size} processes cannot share the {pace.batch} windows of a step"
+            raise UsageError(what, where="--batch", hint="larger steps, or fewer processes")
         self._masters = Masters(learner.groups())
         self._initial = {name: w.clone() for name, w in self._masters.values.items()}
 
@@ -136,7 +150,7 @@ class Course:
         if steps is None:
             pace = warm / _WARM
             steps = _WARM + max(1, int(((left or 0.0) - _LOOKS * look) / max(pace, 1e-9)))
-        plan = {"kind": "course", "steps": steps, "before": before}
+        plan: dict[str, Any] = self._team.told({"kind": "course", "steps": steps, "before": before})
         self._work.journal.append(plan)
         progress.say(f"{steps} steps of {self._pace.batch} windows; held-out {self._pace.measure} {before:.4f}")
         return plan
@@ -159,18 +173,21 @@ class Course:
 
     def _step(self, step: int, steps: int) -> None:
         """The windows of one step, one after the other; their order is drawn anew each time all were read."""
-        count = self._windows - self._held_out
-        for i in range(step * self._pace.batch, (step + 1) * self._pace.batch):
+        count, first = self._windows - self._held_out, step * self._pace.batch
+        for i in range(first + self._team.rank, first + self._pace.batch, self._team.size):
             generator = torch.Generator().manual_seed(self._pace.seed + i // count)
             number = self._held_out + int(torch.randperm(count, generator=generator)[i % count])
             if not self._learner.learn(number, 1 / self._pace.batch) < float("inf"):
                 raise ModelError(f"NaN or infinity in step {step + 1}", hint="smaller steps: --rate")
+        self._team.sum(self._masters.gradients())
         self._masters.step(share_of(step, steps, _WARM))
 
     def _look(self) -> float:
         """Mean loss of the windows held out."""
-        found = [self._learner.loss(number) for number in range(self._held_out)]
-        return sum(found) / len(found)
+        mine = range(self._team.rank, self._held_out, self._team.size)
+        total = torch.tensor([sum(self._learner.loss(number) for number in mine)], dtype=torch.float64)
+        self._team.sum([total])
+        return float(total) / self._held_out
 
     def _judge(self, state: _State) -> None:
         loss = self._look()
@@ -182,6 +199,8 @@ class Course:
 
     def _keep(self, state: _State) -> None:
         """On the disk, for a process that goes on; the one before is not needed any more."""
+        if self._team.rank > 0:
+            return
         file = self._work.state / _FILE.format(state.step)
         best = {f"best/{name}": w for name, w in state.values.items()}
         save_file({**self._masters.state(), **best}, file)
@@ -197,7 +216,7 @@ class Course:
         """The last state whose file is as it was written; the beginning where there is none."""
         for record in reversed(self._work.journal.of_kind("step")):
             file = self._work.state / record["file"]
-            if file.is_file() and digest_of(file) == record["sha256"]:
+            if all(self._team.collected(file.is_file() and digest_of(file) == record["sha256"])):
                 return self._restored(file, record)
         state = _State(0, 0, float(plan["before"]), self._initial)
         for step in range(min(_WARM, plan["steps"])):

@@ -18,13 +18,13 @@ from typing import Any
 
 from bitfold.checkpoints.bitfold_folder import QuantizedSource
 from bitfold.checkpoints.staging import open_output
-from bitfold.errors import UsageError
 from bitfold.models.load import load_folder
 from bitfold.models.model_ref import ModelRef
 from bitfold.models.opening import open_skeleton
 from bitfold.models.vocabulary import embedding_rows
 from bitfold.records.run_report import peak_memory
 from bitfold.system import memory, progress
+from bitfold.system.team import Team, alone
 from bitfold.text.windows import text_digest
 from bitfold.training.course import Course, Learned, Pace
 from bitfold.training.masters import Group
@@ -33,7 +33,8 @@ from bitfold.training.result import write_result
 from bitfold.training.student import Student, blocks_of, fast_dtype, fitting
 from bitfold.training.teacher import Lessons
 from bitfold.training.texts import held_out_first
-from bitfold.workspace.folder import Workspace, kept_after_failure, software
+from bitfold.workspace.folder import Workspace, software
+from bitfold.workspace.shared import Work, shared_work
 
 _TEACHER = 0.2  # of the time at most
 _BATCHES = 4  # of windows to learn from that there are at least, however little time there is
@@ -87,6 +88,7 @@ def distill(
     restart: bool = False,
     revision: str | None = None,
     token: str | None = None,
+    team: Team | None = None,
 ) -> Distilled:
     """Train the scales of a quantized folder on its original's predictions, and write the folder anew.
 
@@ -99,6 +101,7 @@ def distill(
             weights again and again, or refused; None = four fifths of what is free.
         restart: forget what an earlier run that was cut short has finished.
         revision, token: of the Hub repository.
+        team: the processes that call this together, each on a share of the windows; they see the same folders.
 
     Raises:
         BitfoldError: what is wrong, where, and what to do; finished work stays, and the same call goes on with it.
@@ -110,20 +113,17 @@ def distill(
     source, original = QuantizedSource(local), ModelRef.of(teacher)
     original.require_causal("a causal language model can be distilled")
     place = open_output(out, local)
-    task = _Task(source, original, how, max_memory)
-    work = Workspace(place, task.identity(), restart=restart)
-    if work.published is not None:
-        work.journal.discard()
-        raise UsageError("is finished already", where=str(place))
-    with kept_after_failure(work):
+    task = _Task(source, original, how, max_memory, team or alone())
+    with shared_work(place, task.identity(), task.team, restart=restart) as work:
         learned, facts = task.learn(work, started)
         found = Distilled(
             **{"source": local.name, "output": str(place), "teacher": Path(original.name).name, **facts},
             seconds=time.monotonic() - started,
             peak_memory=peak_memory(),
         )
-        write_result(source, work.result, learned, found.to_dict())
-        work.publish()
+        if isinstance(work, Workspace):
+            write_result(source, work.result, learned, found.to_dict())
+            work.publish()
     return found
 
 
@@ -153,6 +153,7 @@ class _Task:
     teacher: ModelRef
     how: Distillation
     max_memory: int | None
+    team: Team
 
     def identity(self) -> dict[str, Any]:
         """What decides the bytes of the result."""
@@ -161,17 +162,18 @@ class _Task:
             "teacher": self.teacher.fingerprint(),
             "distillation": {**asdict(self.how), "text": text_digest(self.how.text)},
             "dtype": str(fast_dtype()),
+            "processes": self.team.size,
             "version": software(),
         }
 
-    def learn(self, work: Workspace, started: float) -> tuple[Learned, dict[str, Any]]:
+    def learn(self, work: Work, started: float) -> tuple[Learned, dict[str, Any]]:
         """The trained numbers, and facts about how they came about."""
         skeleton: Any = open_skeleton(self.source)
         how = self.how
         ids, held_out = held_out_first(
             self.source.path, how.text, skeleton, how.windows, how.seqlen, start_token=how.start_token
         )
-        lessons, dtype = Lessons(work, ids, self.how.likeliest), fast_dtype()
+        lessons, dtype = Lessons(work, ids, self.how.likeliest, self.team), fast_dtype()
         ceiling = memory.Ceiling(self.max_memory)
         windows = lessons.write(
             self.teacher, dtype, self._enough(held_out, len(ids), started), embedding_rows(skeleton)
@@ -183,7 +185,7 @@ class _Task:
         student = Student(model, blocks, fit)
         seconds = None if self.how.steps is not None else 60 * self.how.minutes
         pace = Pace(self.how.steps, self.how.batch, self.how.seed, "distill", "KL")
-        course = Course(_Pupil(student, lessons, self.how), pace, (held_out, windows), work)
+        course = Course(_Pupil(student, lessons, self.how), pace, (held_out, windows), work, self.team)
         learned = course.run(lambda: None if seconds is None else seconds - (time.monotonic() - started), ceiling.check)
         scales = sum(w.numel() for name, w in learned.values.items() if name in student.layers)
         plain = sum(w.numel() for w in learned.values.values()) - scales

@@ -20,13 +20,13 @@ from bitfold.calibration.tail import recomputed
 from bitfold.checkpoints.bitfold_folder import QuantizedSource
 from bitfold.checkpoints.manifest import weights_digest
 from bitfold.checkpoints.staging import open_output
-from bitfold.errors import UsageError
 from bitfold.models.load import load_folder
 from bitfold.models.model_ref import ModelRef
 from bitfold.models.opening import open_skeleton
 from bitfold.records.record import carry_record
 from bitfold.records.run_report import peak_memory
 from bitfold.system import memory, progress
+from bitfold.system.team import Team, alone
 from bitfold.text.mixes import without_folders
 from bitfold.text.windows import text_digest
 from bitfold.training.adapters import add_adapters, require_peft, save_adapter, start_from, trained
@@ -38,7 +38,8 @@ from bitfold.training.options import Finetuning
 from bitfold.training.reading import Loss, Reading
 from bitfold.training.student import blocks_of, fast_dtype, fitting
 from bitfold.training.texts import held_out_first
-from bitfold.workspace.folder import Workspace, kept_after_failure, software
+from bitfold.workspace.folder import Workspace, software
+from bitfold.workspace.shared import Work, shared_work
 
 _STATE = 5 * 4  # bytes a trained number takes: itself, its master, two moments, a gradient
 PART = "finetune"  # of the record of the adapter's folder
@@ -99,6 +100,7 @@ def finetune(
     restart: bool = False,
     revision: str | None = None,
     token: str | None = None,
+    team: Team | None = None,
 ) -> Finetuned:
     """Train adapters on a quantized folder, and write them as PEFT does.
 
@@ -110,6 +112,7 @@ def finetune(
         max_memory: ceiling on the resident memory of the process, bytes, kept as `distill` keeps it.
         restart: forget what an earlier run that was cut short has finished.
         revision, token: of the Hub repository.
+        team: the processes that call this together, each on a share of the windows; they see the same folders.
 
     Raises:
         BitfoldError: what is wrong, where, and what to do; finished work stays, and the same call goes on with it.
@@ -121,12 +124,8 @@ def finetune(
     source, original = QuantizedSource(local), None if start is None else ModelRef.of(start)
     ModelRef.of(local).require_causal("a causal language model can be finetuned")
     place = open_output(out, local)
-    task = _Task(source, original, how, max_memory)
-    work = Workspace(place, task.identity(), restart=restart)
-    if work.published is not None:
-        work.journal.discard()
-        raise UsageError("is finished already", where=str(place))
-    with kept_after_failure(work):
+    task = _Task(source, original, how, max_memory, team or alone())
+    with shared_work(place, task.identity(), task.team, restart=restart) as work:
         facts = task.learn(work, started)
         found = Finetuned(
             **{"base": local.name, "base_digest": weights_digest(local), "output": str(place), **facts},
@@ -134,8 +133,9 @@ def finetune(
             seconds=time.monotonic() - started,
             peak_memory=peak_memory(),
         )
-        carry_record(local, work.result, {PART: {**found.to_dict(), "output": None}})
-        work.publish()
+        if isinstance(work, Workspace):
+            carry_record(local, work.result, {PART: {**found.to_dict(), "output": None}})
+            work.publish()
     return found
 
 
@@ -190,6 +190,7 @@ class _Task:
     original: ModelRef | None
     how: Finetuning
     max_memory: int | None
+    team: Team
 
     def identity(self) -> dict[str, Any]:
         """What decides the bytes of the result."""
@@ -198,10 +199,11 @@ class _Task:
             "original": None if self.original is None else self.original.fingerprint(),
             "finetuning": {**asdict(self.how), "data": text_digest(self.how.data)},
             "dtype": str(fast_dtype()),
+            "processes": self.team.size,
             "version": software(),
         }
 
-    def learn(self, work: Workspace, started: float) -> dict[str, Any]:
+    def learn(self, work: Work, started: float) -> dict[str, Any]:
         """Train, write the adapter into the workspace, and say how it went."""
         skeleton, how, dtype = open_skeleton(self.source), self.how, fast_dtype()
         ids, held_out = held_out_first(
@@ -213,10 +215,12 @@ class _Task:
         steps = how.steps
         if steps is None and how.minutes is None:
             steps = math.ceil(how.epochs * windows / how.batch)
-        course = Course(tuner, Pace(steps, how.batch, how.seed, "finetune", "loss"), (held_out, len(ids)), work)
+        pace = Pace(steps, how.batch, how.seed, "finetune", "loss")
+        course = Course(tuner, pace, (held_out, len(ids)), work, self.team)
         end = None if how.minutes is None else started + 60 * how.minutes
         learned = course.run(lambda: None if end is None else end - time.monotonic(), ceiling.check)
-        save_adapter(tuner.model, learned.values, work.result)
+        if self.team.rank == 0:
+            save_adapter(tuner.model, learned.values, work.result)
         facts = {
             "data": without_folders(how.data),
             "data_digest": text_digest(how.data),

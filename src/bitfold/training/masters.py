@@ -61,6 +61,13 @@ class Masters:
             self.values[name].addcdiv_(m, (v / second).sqrt_().add_(_TINY), value=-length)
             p.copy_(self.values[name])
 
+    def gradients(self) -> list[torch.Tensor]:
+        """Those that the parameters have, zeros where they have none."""
+        for p in self._live.values():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        return [p.grad for p in self._live.values() if p.grad is not None]
+
     @torch.no_grad()
     def set(self, values: Mapping[str, torch.Tensor]) -> None:
         """Give the parameters these values."""

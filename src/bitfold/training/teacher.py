@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from bitfold.evaluation.predictions import TopRows
 from bitfold.models.model_ref import ModelRef
 from bitfold.models.vocabulary import refuse_unknown_tokens
 from bitfold.system import memory, progress
+from bitfold.system.team import Team, alone
 from bitfold.training.reading import Reading
-from bitfold.workspace.folder import Workspace
+from bitfold.workspace.shared import Work
 
 _FILE = "teacher-{}.safetensors"
 
@@ -30,10 +32,11 @@ class Lessons:
         work: the workspace of the run.
         ids: int64 (windows, tokens), in the order in which they are written.
         likeliest: words of each prediction that are kept.
+        team: the processes at it, which share the windows.
     """
 
-    def __init__(self, work: Workspace, ids: torch.Tensor, likeliest: int) -> None:
-        self._work, self.ids, self._likeliest = work, ids, likeliest
+    def __init__(self, work: Work, ids: torch.Tensor, likeliest: int, team: Team | None = None) -> None:
+        self._work, self.ids, self._likeliest, self._team = work, ids, likeliest, team or alone()
 
     def window(self, number: int) -> TopRows:
         """Of one window, a row for each token but the last."""
@@ -48,8 +51,10 @@ class Lessons:
         for number in range(len(self.ids)):
             file = self._file(number)
             if number not in known or not file.is_file() or digest_of(file) != known[number]:
-                return number
-        return len(self.ids)
+                break
+        else:
+            number = len(self.ids)
+        return int(self._team.told(number))
 
     def write(self, teacher: ModelRef, dtype: torch.dtype, enough: Callable[[int], bool], words: int | None) -> int:
         """Write what is not there; the number of windows that are there then.
@@ -65,24 +70,27 @@ class Lessons:
             ModelError: it predicts NaN.
         """
         done = self.written()
-        if done == len(self.ids) or enough(done):
+        if self._team.told(done == len(self.ids) or enough(done)):
             return done
         model: Any = teacher.load("AutoModelForCausalLM", dtype)
         refuse_unknown_tokens(model, self.ids)
         reading = Reading(model)
         with progress.bar("teacher", len(self.ids)) as bar:
             bar.skip(done)
-            while done < len(self.ids) and not enough(done):
-                self._write(reading, done, teacher.name, words)
-                done += 1
-                bar.advance(1)
+            while done < len(self.ids) and not self._team.told(enough(done)):
+                some = range(done, min(done + self._team.size, len(self.ids)))
+                mine = [self._write(reading, number, teacher.name, words) for number in some[self._team.rank :][:1]]
+                for record in chain.from_iterable(self._team.collected(mine)):
+                    self._work.journal.append(record)
+                done += len(some)
+                bar.advance(len(some))
         del model, reading
         gc.collect()
         memory.trim()  # before the student comes
         return done
 
     @torch.no_grad()
-    def _write(self, reading: Reading, number: int, name: str, words: int | None) -> None:
+    def _write(self, reading: Reading, number: int, name: str, words: int | None) -> dict[str, Any]:
         ids, pieces = self.ids[number], []
         states = reading.states(ids)
         for some in reading.pieces(ids):
@@ -98,4 +106,4 @@ class Lessons:
         file = self._file(number)
         save_file({"words": rows.words, "codes": rows.codes, "top": rows.top}, file)
         sync_file(file)
-        self._work.journal.append({"kind": "teacher", "window": number, "sha256": digest_of(file)})
+        return {"kind": "teacher", "window": number, "sha256": digest_of(file)}
