@@ -37,10 +37,11 @@ def python_of(engine: str) -> str:
     return found
 
 
-def model(path: Path, **more: Any) -> Path:
-    """A small random Llama in bfloat16."""
+def model(path: Path, family: str = "llama", **more: Any) -> Path:
+    """A small random model in bfloat16."""
     torch.manual_seed(0)
-    made = hf.LlamaForCausalLM(hf.LlamaConfig(**{**SIZES, **more}))
+    config = hf.AutoConfig.for_model(family, **{**SIZES, **more})
+    made = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     made.to(torch.bfloat16).save_pretrained(path)
     return path
 
