@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from bitfold.checkpoints.base import Source, Target
 from bitfold.errors import AccountingError
-from bitfold.planning.decisions import Decision, Kept, Quantized, Tied, Unused
+from bitfold.planning.decisions import Decision, Kept, Packed, Quantized, Tied, Unused
 from bitfold.planning.plan import Item, Plan
 from bitfold.records.run_report import TensorReport
 
@@ -63,7 +63,7 @@ def account_for(source: Source, plan: Plan) -> Account:
     stored = source.stored_bytes()
     fates: dict[str, Fate] = {}
     for item in plan.items:
-        for name in item.target.sources:
+        for name in _stored_names(item):
             if name in fates:
                 raise AccountingError("is used twice", where=name, hint=_REPORT)
             if name not in stored:
@@ -81,6 +81,12 @@ def account_for(source: Source, plan: Plan) -> Account:
 
 
 _REPORT = "this is a mistake of bitfold, not of yours: please report it"
+
+
+def _stored_names(item: Item) -> list[str]:
+    """Tensors in the files: of one that is packed already its fields."""
+    packed = [d for d in item.decisions.values() if isinstance(d, Packed)]
+    return [field for d in packed for field in d.stored.stored(d.tensor)] or item.target.sources
 
 
 def _fate(name: str, nbytes: int, item: Item) -> Fate:
@@ -122,7 +128,7 @@ def rules_of(decisions: Iterable[Decision]) -> dict[str, dict[str, int]]:
     """How many tensors and bytes each reason kept, largest first."""
     count, size = Counter[str](), Counter[str]()
     for decision in decisions:
-        if isinstance(decision, Kept | Unused):
+        if isinstance(decision, Kept | Unused | Packed):
             count[decision.reason] += 1
-            size[decision.reason] += decision.info.nbytes
+            size[decision.reason] += decision.nbytes()
     return {reason: {"tensors": count[reason], "bytes": nbytes} for reason, nbytes in size.most_common()}

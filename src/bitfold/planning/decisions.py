@@ -1,4 +1,4 @@
-"""What becomes of one tensor of a model: it is kept, tied to another, not used, or quantized. One of these four."""
+"""What becomes of one tensor of a model: it is kept, tied to another, not used, packed already, or quantized."""
 
 from __future__ import annotations
 
@@ -79,6 +79,26 @@ class Tied(_Decided):
 
 
 @dataclass(frozen=True)
+class Packed(_Decided):
+    """It is quantized in the source, and goes into the output code by code.
+
+    Args:
+        stored: what the source says of it.
+    """
+
+    stored: Entry
+
+    @property
+    def format_name(self) -> str:
+        """The format it is stored in."""
+        return self.stored.format.name
+
+    def content(self) -> Content:
+        """As it is."""
+        return self.stored
+
+
+@dataclass(frozen=True)
 class Quantized(_Decided):
     """It is quantized.
 
@@ -115,4 +135,4 @@ class Quantized(_Decided):
         return TensorInfo(self.scheme.format.layout(self.site.qshape)["values"].dtype, self.info.shape)
 
 
-Decision = Kept | Tied | Unused | Quantized
+Decision = Kept | Tied | Unused | Packed | Quantized

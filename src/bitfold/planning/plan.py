@@ -19,7 +19,7 @@ from bitfold.models.mapping import Target, map_names
 from bitfold.models.sites import LINEAR, Site, find_sites, guess_sites
 from bitfold.models.skeleton import tied_names
 from bitfold.models.swap import decide
-from bitfold.planning.decisions import Decision, Kept, Quantized, Tied, Unused
+from bitfold.planning.decisions import Decision, Kept, Packed, Quantized, Tied, Unused
 from bitfold.recipes.recipe import Recipe
 from bitfold.system.tensorinfo import TensorInfo
 from bitfold.transforms import TransformSpec
@@ -47,7 +47,7 @@ class Plan:
         return [d for item in self.items for d in item.decisions.values()]
 
     @property
-    def written(self) -> list[Kept | Unused | Quantized]:
+    def written(self) -> list[Kept | Unused | Packed | Quantized]:
         """What is stored: all but tied tensors."""
         return [d for d in self.decisions if not isinstance(d, Tied)]
 
@@ -77,8 +77,9 @@ class Plan:
 
     def entries(self, seed: int, auto: str = "float") -> dict[str, Entry]:
         """Entries of the quantized tensors; `auto` stands for activations that were left to measurement."""
+        packed = {d.tensor: d.stored for d in self.decisions if isinstance(d, Packed)}
         found = ((d.tensor, d.entry(seed, auto)) for d in self.quantized)
-        return {name: entry for name, entry in found if entry is not None}
+        return {**packed, **{name: entry for name, entry in found if entry is not None}}
 
     def unused(self) -> list[str]:
         """Tensors that are carried along although the model class has no place for them."""
@@ -99,7 +100,7 @@ def make_plan(source: Source, model: nn.Module | None, recipe: Recipe, *, shorte
         ModelError: the checkpoint lacks tensors of the model.
     """
     targets = map_names(source.names(), model)
-    infos = _infos(source, targets, model)
+    infos, packed = _infos(source, targets, model), _packed(source, targets)
     sites = find_sites(model) if model is not None else guess_sites(infos, source.config)
     by_name = {site.tensor: site for site in sites}
     aliases = {alias: site.tensor for site in sites for alias in site.aliases}
@@ -109,6 +110,9 @@ def make_plan(source: Source, model: nn.Module | None, recipe: Recipe, *, shorte
     for target in targets:
         decisions: dict[str, Decision] = {}
         for name in target.names:
+            if name in packed:
+                decisions[name] = Packed(name, infos[name], "packed already", packed[name])
+                continue
             decision = _decide(name, infos, by_name, aliases, recipe, target.used)
             decisions[name] = _fitting(decision, shorten_groups) if isinstance(decision, Quantized) else decision
         items.append(Item(target, decisions))
@@ -140,6 +144,22 @@ def _warn_of_idle_rules(plan: Plan, recipe: Recipe) -> None:
     for rule in recipe.rules:
         if not any(rule.matches(name) for name in names):
             warnings.warn(f"the rule {rule.match!r} matches no tensor of this model", stacklevel=3)
+
+
+def _packed(source: Source, targets: list[Target]) -> dict[str, Entry]:
+    """What is quantized in the source, by the name of the model's tensor."""
+    if source.quantization is None:
+        return {}
+    found: dict[str, Entry] = {}
+    for target in targets:
+        for name, content in ((name, source.content(name)) for name in target.sources):
+            if not isinstance(content, Entry):
+                continue
+            if target.converter is not None:
+                hint = "quantize the original as a whole"
+                raise ModelError("is packed, and its model has it as part of a stack", where=name, hint=hint)
+            found[target.names[0]] = content
+    return found
 
 
 def _infos(source: Source, targets: list[Target], model: nn.Module | None) -> dict[str, TensorInfo]:

@@ -12,7 +12,7 @@ from torch import nn
 from bitfold.checkpoints import Source
 from bitfold.methods.anomalies import error_flags, kept_flags, weight_flags
 from bitfold.models.swap import in_basis, quantize_site_tensor, transform_of
-from bitfold.planning.decisions import Decision, Quantized, Tied
+from bitfold.planning.decisions import Decision, Packed, Quantized, Tied
 from bitfold.planning.plan import Item
 from bitfold.planning.row_slices import in_pieces, quantize_pieces, read_pieces
 from bitfold.qtensor import QTensor
@@ -51,6 +51,9 @@ def make_item(source: Source, model: nn.Module | None, item: Item, seed: int, do
         done: names of those that are written already.
     """
     only = next(iter(item.decisions.values()))
+    if isinstance(only, Packed):
+        yield Made(only, source.fields(item.target.sources[0]))
+        return
     if in_pieces(source, item, only):
         yield _in_pieces(source, item, only, seed)
         return

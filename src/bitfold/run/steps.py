@@ -105,7 +105,7 @@ def open_model(request: Request, options: RunOptions) -> Iterator[Opened]:
     """Open the checkpoint, fetched first where it is of the Hub; only headers are read.
 
     Raises:
-        CheckpointError: it cannot be read, or is quantized already.
+        CheckpointError: it cannot be read.
     """
     from bitfold.checkpoints.hub.fetch import resolve
 
@@ -122,9 +122,6 @@ def open_model(request: Request, options: RunOptions) -> Iterator[Opened]:
 
 
 def _skeleton(source: Source) -> nn.Module | None:
-    if source.quantization is not None:
-        hint = "quantize the original; quantizing twice loses twice"
-        raise CheckpointError(f"is quantized already ({QUANT_METHOD})", where=str(source.path), hint=hint)
     model = open_skeleton(source)
     if model is None:
         warnings.warn(
@@ -141,11 +138,16 @@ def plan(opened: Opened, request: Request, options: RunOptions, obstacle: str | 
     Args:
         opened, request, options: of the run.
         obstacle: what was found to stand in the way of calibration, where the method is left open.
+
+    Raises:
+        CheckpointError: all that the rules name is quantized already.
     """
     wanted, why, source = request.wanted, "", opened.source
     obstacle = WHY if options.low_disk else obstacle
     more: tuple[str, ...] = ()
     why_not = partial(why_not_calibrated, source, opened.model)
+    if request.export is not None or request.budget_flag is not None:
+        _require_original(source)
     if request.export is not None:
         rules, why, more = export_rules(request, source, opened.model, options, why_not)
         calibration = request.calibration_of(rules)
@@ -171,6 +173,8 @@ def plan(opened: Opened, request: Request, options: RunOptions, obstacle: str | 
     if wanted.packs_tables and request.export is None:
         rules, decided, more = with_tables(source, opened.model, rules, decided, options.seed)
         shorten = shorten or rules != named
+    if not decided.quantized:
+        _require_original(source)
     job = Job(request.source, request.out, rules, options.seed, calibration, options.max_shard_bytes, request.kind)
     chosen = request.export is None and request.budget_flag is not None
     decided, said = as_the_output_has_it(decided, job.kind, source)
@@ -182,6 +186,12 @@ def plan(opened: Opened, request: Request, options: RunOptions, obstacle: str | 
     return PlannedRun(
         source, opened.model, decided, job, account, why, substitutes=more, chosen=chosen, shorten=shorten
     )
+
+
+def _require_original(source: Source) -> None:
+    if source.quantization is not None:
+        hint = "quantize the original; of a folder that is partly packed, a recipe quantizes what is left"
+        raise CheckpointError(f"is quantized already ({QUANT_METHOD})", where=str(source.path), hint=hint)
 
 
 def forecast(run: PlannedRun, options: RunOptions, executor: Executor) -> Forecast:
