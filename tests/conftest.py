@@ -1,10 +1,25 @@
-"""What every run of the tests ends with: how many were skipped, for which reasons."""
+"""Devices to test on; and what every run of the tests ends with: how many were skipped, for which reasons."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
+import torch
+
+import elsewhere
+from bitfold.system import backend
+
+
+@pytest.fixture(params=[*backend.present(), elsewhere.NAME])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """The CPU, what accelerators there are, and the pretended one."""
+    if request.param != elsewhere.NAME:
+        yield torch.device(request.param)
+        return
+    with elsewhere.device() as pretended:
+        yield pretended
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -18,6 +18,7 @@ from bitfold.errors import FormatError
 from bitfold.formats.columns import GridCoder
 from bitfold.formats.grids import Grid
 from bitfold.formats.scale_blocks import Block, Blocks
+from bitfold.system import backend
 from bitfold.system.parallel import parallel_map
 from bitfold.system.tensorinfo import TensorInfo
 
@@ -171,6 +172,8 @@ class Format:
             slices = [self.decode({f: t[i] for f, t in fields.items()}, shape[1:]) for i in range(shape[0])]
             return torch.stack(slices)
         params = self.load_params(fields, shape)
+        if backend.at_once(fields["codes"]):
+            return self.values_of(self.grid.unpack(fields["codes"], shape[1]), params)
         out = torch.empty(shape, dtype=torch.float32)
         blocks = self.blocks(shape)
 
@@ -197,7 +200,7 @@ class Format:
         if params is None:
             return points
         blocks = self.blocks(shape)
-        where = torch.arange(shape[0])[:, None] // blocks.rows, index // blocks.cols
+        where = torch.arange(shape[0], device=index.device)[:, None] // blocks.rows, index // blocks.cols
         zero = 0.0 if params.zero_point is None else params.zero_point[where]
         return (points - zero) * params.scale[where]
 

@@ -165,7 +165,7 @@ class Grid:
         """float32 values of uint8 codes of any shape."""
         if self.uniform:
             return codes.to(torch.float32).add_(self.points[0])
-        return torch.tensor(self.points, dtype=torch.float32)[codes.int()]
+        return torch.tensor(self.points, dtype=torch.float32).to(codes.device)[codes.int()]
 
     def nearest(self, x: torch.Tensor) -> torch.Tensor:
         """The value that `decode(encode(x))` gives; may overwrite x, which fits try thousands of times."""

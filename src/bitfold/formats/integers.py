@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bitfold.system import native
+from bitfold.system import backend, native
 
 AT_ONCE = 64  # columns that `feed` takes: more would leave the caches, fewer would leave too much to small products
 _SUMS = 16  # in which the core adds up squares
@@ -18,8 +18,8 @@ _SUMS = 16  # in which the core adds up squares
 
 def available(*tensors: torch.Tensor | None) -> bool:
     """Whether the core is there and these are what it takes: float32 in the memory of the CPU."""
-    fit = all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensors)
-    return fit and native.core() is not None
+    narrow = all(t is None or t.dtype == torch.float32 for t in tensors)
+    return narrow and backend.core_for(*tensors) is not None
 
 
 def block_errors(

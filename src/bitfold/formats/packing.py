@@ -10,13 +10,13 @@ Codes in 0..2 (trits) fit five to a byte, since 3**5 = 243 <= 256; the first is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from bitfold.errors import PackingError
-from bitfold.system import native
+from bitfold.system import backend, native
 
 _INTEGERS = (
     torch.uint8,
@@ -56,7 +56,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     out = torch.empty((*small.shape[:-1], packed_length(length, bits)), dtype=torch.uint8, device=small.device)
     if not small.numel():
         return out
-    core = native.core() if small.device.type == "cpu" else None
+    core = backend.core_for(small)
     rows = small.numel() // length
     if core is not None:
         seen = core.pack(small.data_ptr(), rows, length, bits, out.data_ptr(), native.threads())
@@ -83,10 +83,13 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
         uint8 tensor (..., length) on the device of `packed`.
 
     Raises:
-        PackingError: not uint8, bits outside 1..8, a row of the wrong length, or padding bits that are not zero.
+        PackingError: not uint8, bits outside 1..8, a row of the wrong length, or padding bits that are not zero
+            (accelerators do not look at these: each look would wait for the device).
     """
     _check_bits(bits)
     _check_packed(packed, packed_length(_check_length(length), bits), f"{length} codes of {bits} bits")
+    if backend.at_once(packed):
+        return packed if bits == 8 else _all(packed, length, lambda rows, index: take(rows, bits, index))
     used = length * bits % 8
     if used and packed.numel() and bool((packed[..., -1] >> used).any()):
         raise PackingError(f"the padding after {length} codes of {bits} bits is not zero", hint="corrupt data")
@@ -94,7 +97,7 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
     out = torch.empty((*packed.shape[:-1], length), dtype=torch.uint8, device=packed.device)
     if not out.numel():
         return out
-    core = native.core() if packed.device.type == "cpu" else None
+    core = backend.core_for(packed)
     rows = out.numel() // length
     if core is not None:
         core.unpack(packed.data_ptr(), rows, length, bits, out.data_ptr(), native.threads())
@@ -102,6 +105,12 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
         whole = length % 8 == 0
         _torch_unpack(packed.view(-1, bits if whole else packed.shape[-1]), bits, out.view(-1, 8 if whole else length))
     return out
+
+
+def _all(packed: Tensor, length: int, take: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """All codes of all rows, taken at once."""
+    rows = packed[None].flatten(0, -2)
+    return take(rows, torch.arange(length, device=packed.device)).view(*packed.shape[:-1], length)
 
 
 def pack_trits(codes: Tensor) -> Tensor:
@@ -138,9 +147,12 @@ def unpack_trits(packed: Tensor, length: int) -> Tensor:
         uint8 tensor (..., length) with values in 0..2.
 
     Raises:
-        PackingError: not uint8, a row of the wrong length, a byte above 242, or padding that is not zero.
+        PackingError: not uint8, a row of the wrong length, a byte above 242, or padding that is not zero (accelerators
+            do not look at these two).
     """
     _check_packed(packed, -(-_check_length(length) // _TRITS), f"{length} trits")
+    if backend.at_once(packed):
+        return _all(packed, length, take_trits)
     if packed.numel() and int(packed.max()) >= 3**_TRITS:
         raise PackingError(f"a byte of packed trits is {int(packed.max())}, above 242", hint="corrupt data")
     digits = torch.empty((*packed.shape, _TRITS), dtype=torch.uint8, device=packed.device)

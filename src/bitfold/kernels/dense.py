@@ -20,7 +20,7 @@ from torch import Tensor
 from bitfold.kernels.base import Kernel
 from bitfold.kernels.layout import Layout, read_layout, read_spec, with_slack, write_spec
 from bitfold.qtensor import QTensor
-from bitfold.system import native
+from bitfold.system import backend, native
 
 _FLOAT_ROWS = 16  # rows of activations up to which decoding in registers beats decoding to memory
 _CHUNK = 1 << 21  # weights decoded at a time for many rows: 8 MB of float32
@@ -38,9 +38,7 @@ class State:
 
 def accepts(q: QTensor, act: str) -> bool:
     """Whether the native core is there and can multiply by that weight."""
-    if native.core() is None or any(field.device.type != "cpu" for field in q.fields.values()):
-        return False
-    return read_layout(q) is not None
+    return backend.core_for(*q.fields.values()) is not None and read_layout(q) is not None
 
 
 def prepack(q: QTensor, act: str) -> State:

@@ -15,7 +15,7 @@ from torch import Tensor
 from bitfold.kernels.base import Kernel
 from bitfold.kernels.reference import reference
 from bitfold.qtensor import QTensor
-from bitfold.system import native
+from bitfold.system import backend, native
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class State:
 
 def accepts(q: QTensor, act: str) -> bool:
     """Whether the native core is there and knows the type of blocks."""
-    core = native.core()
+    core = None if q.format.ggml is None else backend.core_for(q.fields["blocks"])
     if core is None or q.format.ggml not in core.ggml_types():
         return False
-    return len(q.shape) == 2 and 0 not in q.shape and q.fields["blocks"].device.type == "cpu"
+    return len(q.shape) == 2 and 0 not in q.shape
 
 
 def prepack(q: QTensor, act: str) -> State:

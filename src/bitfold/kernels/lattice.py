@@ -15,7 +15,7 @@ from bitfold.kernels.base import Kernel
 from bitfold.kernels.layout import with_slack
 from bitfold.kernels.reference import reference
 from bitfold.qtensor import QTensor
-from bitfold.system import native
+from bitfold.system import backend, native
 
 _FLOAT_ROWS = 16  # rows of activations up to which this beats decoding to memory
 
@@ -37,9 +37,8 @@ class State:
 
 def accepts(q: QTensor, act: str) -> bool:
     """Whether the native core is there and the weight is on a lattice."""
-    on_cpu = all(field.device.type == "cpu" for field in q.fields.values())
     lattice = len(q.shape) == 2 and q.format.magnitudes is not None
-    return lattice and on_cpu and hasattr(native.core(), "LatticeWeight")
+    return lattice and hasattr(backend.core_for(*q.fields.values()), "LatticeWeight")
 
 
 def prepack(q: QTensor, act: str) -> State:

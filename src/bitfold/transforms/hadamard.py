@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from bitfold.system.backend import CPU
 from bitfold.system.tensorinfo import TensorInfo
 from bitfold.transforms.rotation import rotate, rotates
 
@@ -42,7 +43,9 @@ class Hadamard:
         if rotates(x):
             return rotate(x, self.size, self.seed, inverse=False)
         wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-        return _kronecker(wide * signs(self.size, self.seed).to(wide.dtype), factors(self.size)).to(x.dtype)
+        return _kronecker(wide * signs(self.size, self.seed, x.device).to(wide.dtype), factors(self.size, x.device)).to(
+            x.dtype
+        )
 
     def weights(self, w: torch.Tensor) -> torch.Tensor:
         """Weights (..., k) in the new basis, W R."""
@@ -52,9 +55,9 @@ class Hadamard:
         """x R -> x, W R -> W: the transposed factors, then the signs."""
         if rotates(x):
             return rotate(x, self.size, self.seed, inverse=True)
-        transposed = tuple(h.T.contiguous() for h in factors(self.size))
+        transposed = tuple(h.T.contiguous() for h in factors(self.size, x.device))
         wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-        return (_kronecker(wide, transposed) * signs(self.size, self.seed).to(wide.dtype)).to(x.dtype)
+        return (_kronecker(wide, transposed) * signs(self.size, self.seed, x.device).to(wide.dtype)).to(x.dtype)
 
     def hessian(self, h: torch.Tensor) -> torch.Tensor:
         """Second moment of the inputs (k, k) -> that of the rotated ones, R^T H R."""
@@ -83,7 +86,7 @@ class Hadamard:
 
 
 @lru_cache(maxsize=64)
-def signs(size: int, seed: int) -> torch.Tensor:
+def signs(size: int, seed: int, device: torch.device = CPU) -> torch.Tensor:
     """float32 +1 and -1, one for each input: the top bits of splitmix64 of (seed, index), the same everywhere."""
     mask = (1 << 64) - 1
     out, state = [], (seed * 0x9E3779B97F4A7C15) & mask
@@ -93,7 +96,7 @@ def signs(size: int, seed: int) -> torch.Tensor:
         z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
         out.append(-1.0 if (z ^ (z >> 31)) >> 63 else 1.0)
-    return torch.tensor(out)
+    return torch.tensor(out).to(device)
 
 
 def _kronecker(x: torch.Tensor, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -107,7 +110,7 @@ def _kronecker(x: torch.Tensor, parts: tuple[torch.Tensor, ...]) -> torch.Tensor
 
 
 @lru_cache(maxsize=64)
-def factors(size: int) -> tuple[torch.Tensor, ...]:
+def factors(size: int, device: torch.device = CPU) -> tuple[torch.Tensor, ...]:
     """Orthogonal factors whose Kronecker product, repeated in blocks if need be, rotates `size` inputs."""
     odd, twos = size, 0
     while odd % 2 == 0:
@@ -123,7 +126,7 @@ def factors(size: int) -> tuple[torch.Tensor, ...]:
         used = min(twos, int(math.log2(_LARGEST)))
         parts.append(_sylvester(used) / math.sqrt(1 << used))
         twos -= used
-    return tuple(parts)
+    return tuple(part.to(device) for part in parts)
 
 
 def _sylvester(log2: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfold.system import native
+from bitfold.system import backend, native
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,10 @@ def rotation_plan(size: int, seed: int) -> RotationPlan:
     return RotationPlan(rotation(matrix, False), rotation(transposed, True), (matrix, transposed, sign))
 
 
-def _available() -> bool:
-    return native.core() is not None
-
-
-# What torch.compiler.assume_constant_result sets. It would import all of the compiler, a second at every start.
-_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def rotates(x: Tensor) -> bool:
     """Whether the core can do it: on the CPU, in at most 32 bits."""
     narrow = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return x.device.type == "cpu" and narrow and _available()
+    return narrow and backend.has_core(x.device)
 
 
 def rotate(x: Tensor, size: int, seed: int, *, inverse: bool) -> Tensor:

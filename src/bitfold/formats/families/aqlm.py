@@ -22,6 +22,7 @@ from bitfold.formats import packing
 from bitfold.formats.base import Params, Scale
 from bitfold.formats.families.codebooks import WIDTH, beam_search, train_books, values_of
 from bitfold.formats.families.rowscale import check_rows, gaussian_row_scale, store_row_scale
+from bitfold.system import backend
 from bitfold.system.tensorinfo import TensorInfo
 
 __all__ = ["ADDITIVE", "Additive", "parse_additive", "read_additive"]
@@ -120,19 +121,22 @@ class Additive:
         if len(shape) > 2:
             parts = [self.decode({f: t[i] for f, t in fields.items()}, shape[1:]) for i in range(shape[0])]
             return torch.stack(parts)
-        return self.decode_rows(fields, shape, torch.arange(shape[0]))
+        return self.decode_rows(fields, shape, torch.arange(shape[0], device=fields["codes"].device))
 
     def decode_rows(self, fields: Mapping[str, Tensor], shape: tuple[int, ...], index: Tensor) -> Tensor:
         """float32 rows (len(index), k) of an (n, k) weight."""
         books, k = fields["codebooks"].float(), shape[1]
-        out = torch.empty(len(index), k, dtype=torch.float32)
+        if backend.at_once(index):
+            return self._rows_of(books, fields, index, k)
+        out = torch.empty(len(index), k, dtype=torch.float32, device=index.device)
         step = max(1, _CHUNK // max(1, k))
         for at in range(0, len(index), step):
-            rows = index[at : at + step]
-            codes = self.codes_of({"codes": fields["codes"][rows]}, (len(rows), k)).view(-1, self.books)
-            values = values_of(books, codes).view(len(rows), -1)[:, :k]
-            torch.mul(values, fields["scale"][rows].float(), out=out[at : at + step])
+            out[at : at + step] = self._rows_of(books, fields, index[at : at + step], k)
         return out
+
+    def _rows_of(self, books: Tensor, fields: Mapping[str, Tensor], rows: Tensor, k: int) -> Tensor:
+        codes = self.codes_of({"codes": fields["codes"][rows]}, (len(rows), k)).view(-1, self.books)
+        return values_of(books, codes).view(len(rows), -1)[:, :k] * fields["scale"][rows].float()
 
     def describe(self) -> dict[str, Any]:
         """JSON-able description, complete enough to decode by."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from bitfold.errors import FormatError, WeightError
 from bitfold.formats.base import Params, Scale
 from bitfold.formats.families.rowscale import check_rows, gaussian_row_scale, store_row_scale
-from bitfold.system import native
+from bitfold.system import backend, native
 from bitfold.system.parallel import parallel_map
 from bitfold.system.tensorinfo import TensorInfo
 
@@ -63,6 +63,17 @@ def points() -> Tensor:
     last = (size.sum(1).long() + negative.sum(1)) & 1  # the sum of a vector of D8 + 1/2 is even
     signs = 1 - 2 * torch.cat([negative, last[:, None]], 1)
     return (4 * size * signs + (1 - 2 * (code >> 15))[:, None]).to(torch.int8)
+
+
+@backend.constant
+def _words(device: torch.device) -> Tensor:
+    """int64 (65536): each point as one number."""
+    return _words_on(device)
+
+
+@functools.cache
+def _words_on(device: torch.device) -> Tensor:
+    return points().view(torch.int64)[:, 0].to(device)
 
 
 @functools.cache
@@ -249,9 +260,11 @@ class E8PFormat:
         """float32 weight of that shape: point times scale."""
         k = shape[-1]
         codes = fields["codes"].reshape(-1, fields["codes"].shape[-1])
-        if codes.device.type == "cpu" and hasattr(native.core(), "LatticeWeight"):
-            return _decode_native(codes, fields["scale"], k).view(shape)
         scale = fields["scale"].reshape(-1, 1).float()
+        if backend.at_once(codes):
+            return (_decode_rows(codes)[:, :k] * scale).view(shape)
+        if hasattr(backend.core_for(codes), "LatticeWeight"):
+            return _decode_native(codes, fields["scale"], k).view(shape)
         out = torch.empty(len(codes), k, dtype=torch.float32)
         step = max(1, _CHUNK * BLOCK // max(1, k))
 
@@ -327,7 +340,8 @@ def _bytes(codes: Tensor) -> Tensor:
 def _decode_rows(packed: Tensor) -> Tensor:
     """int8 (n, 8 c) of uint8 (n, 2 c)."""
     pairs = packed.view(len(packed), -1, 2).int()
-    return points().view(torch.int64)[:, 0][pairs[..., 0] | pairs[..., 1] << 8].view(torch.int8).view(len(packed), -1)
+    table = _words(packed.device)
+    return table[pairs[..., 0] | pairs[..., 1] << 8].view(torch.int8).view(len(packed), -1)
 
 
 def _decode_native(codes: Tensor, scale: Tensor, k: int) -> Tensor:

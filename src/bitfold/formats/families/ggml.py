@@ -173,7 +173,7 @@ class Ggml:
 
     def _map(self, blocks: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         raw = blocks.reshape(-1, self.block[1])
-        out = torch.empty(len(raw), self.block[0], dtype=torch.float32)
+        out = torch.empty(len(raw), self.block[0], dtype=torch.float32, device=raw.device)
         for part in self._chunks(len(raw)):
             out[part] = function(raw[part])
         return out

@@ -39,7 +39,7 @@ class Parts:
 
 def planes(raw: Tensor, group: int, bits: int) -> Tensor:
     """uint8 (b, bytes) -> uint8 (b, bytes * 8 / bits): of each run of `group` bytes the lowest bits, then the next."""
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)[:, None]
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=raw.device)[:, None]
     runs = raw.reshape(raw.shape[0], -1, 1, group)
     return ((runs >> shifts) & ((1 << bits) - 1)).reshape(raw.shape[0], -1)
 
@@ -211,7 +211,7 @@ def join_q6_k(codes: Tensor, scale: Tensor, d: Tensor) -> Tensor:
 
 
 def _lookup(codes: Tensor, values: tuple[int, ...]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32)[codes.long()]
+    return torch.tensor(values, dtype=torch.float32).to(codes.device)[codes.long()]
 
 
 def split_iq4_nl(raw: Tensor) -> Parts:
@@ -250,7 +250,7 @@ def split_tq2_0(raw: Tensor) -> Parts:
 
 def _trits(raw: Tensor, group: int, count: int) -> Tensor:
     """The `count` leading base-3 digits of bytes that hold a fraction of 256; runs of `group` bytes as in `planes`."""
-    powers = torch.tensor([3**i for i in range(count)], dtype=torch.int32)[:, None]
+    powers = torch.tensor([3**i for i in range(count)], dtype=torch.int32).to(raw.device)[:, None]
     shifted = (raw.to(torch.int32).reshape(raw.shape[0], -1, 1, group) * powers) & 255
     return (shifted * 3 >> 8).reshape(raw.shape[0], -1)
 

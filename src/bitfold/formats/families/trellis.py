@@ -26,6 +26,7 @@ from bitfold.formats.base import Params, Scale
 from bitfold.formats.families.rowscale import check_rows, gaussian_row_scale, store_row_scale
 from bitfold.formats.families.trellis_tables import CODES
 from bitfold.formats.families.viterbi import TILE, TILE_COLS, TILE_ROWS, TrellisCode, decode_tiles, encode_tiles
+from bitfold.system import backend
 from bitfold.system.tensorinfo import TensorInfo
 
 __all__ = ["TRELLIS", "Trellis", "read_trellis"]
@@ -157,6 +158,8 @@ class Trellis:
         *lead, n, k = shape
         down, across = self.layout((n, k))["tiles"].shape[:2]
         tiles = fields["tiles"].reshape(-1, across, self.code.tile_bytes)
+        if backend.at_once(tiles):
+            return self._decode_at_once(tiles, shape) * fields["scale"].float()
         out = torch.empty(len(tiles) * TILE_ROWS, k, dtype=torch.float32)
         step = max(1, _CHUNK // TILE // max(1, across))
         for row in range(0, len(tiles), step):
@@ -166,6 +169,13 @@ class Trellis:
             out[row * TILE_ROWS : (row + step) * TILE_ROWS] = _from_tiles(values, (len(part), across), whole)
         rows = out.view(prod(lead), down * TILE_ROWS, k)[:, :n].reshape(shape)
         return rows * fields["scale"].float()
+
+    def _decode_at_once(self, tiles: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """float32 table values of a weight of that shape, tiles (bands, across, bytes)."""
+        values = decode_tiles(self.code, tiles.reshape(-1, self.code.tile_bytes))
+        *lead, n, k = shape
+        whole = _from_tiles(values, tiles.shape[:2], (len(tiles) * TILE_ROWS, k)).float()
+        return whole.view(prod(lead), -1, k)[:, :n].reshape(shape)
 
     def decode_rows(self, fields: Mapping[str, Tensor], shape: tuple[int, ...], index: Tensor) -> Tensor:
         """float32 rows (len(index), k) of an (n, k) weight; decodes the 32 rows of each tile that is met.

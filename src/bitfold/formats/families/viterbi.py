@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bitfold.errors import FormatError
-from bitfold.system import native
+from bitfold.system import backend, native
 
 TILE = 128  # weights in a tile
 TILE_ROWS, TILE_COLS = 32, 4
@@ -107,18 +107,29 @@ def positions(bits: int) -> Tensor:
     return t // turn % 2 * 64 + t // (2 * turn) * turn + t % turn
 
 
+@backend.constant
+def _windows(code: TrellisCode, device: torch.device) -> tuple[Tensor, Tensor]:
+    """int64 (128): at which bit the window of each place of the tile begins; the table value of every window."""
+    return _starts(code.bits, device), _values(code, device)
+
+
 @functools.cache
-def _values(code: TrellisCode) -> Tensor:
+def _starts(bits: int, device: torch.device) -> Tensor:
+    return (torch.argsort(positions(bits)) * bits).to(device)
+
+
+@functools.cache
+def _values(code: TrellisCode, device: torch.device = backend.CPU) -> Tensor:
     """int8 (2**L): the table value of every window."""
-    return torch.tensor(code.table, dtype=torch.int8)[_indices(code)]
+    return torch.tensor(code.table, dtype=torch.int8).to(device)[_indices(code, device)]
 
 
 @functools.cache
-def _indices(code: TrellisCode) -> Tensor:
+def _indices(code: TrellisCode, device: torch.device = backend.CPU) -> Tensor:
     index = torch.zeros(1, dtype=torch.int64)
     for column in code.columns:
         index = torch.cat([index, index ^ column])
-    return index
+    return index.to(device)
 
 
 @functools.cache
@@ -173,7 +184,7 @@ def decode_tiles(code: TrellisCode, tiles: Tensor) -> Tensor:
         raise FormatError(
             f"trellis tiles must be uint8 (tiles, {code.tile_bytes}), not {tiles.dtype} {tuple(tiles.shape)}"
         )
-    core = native.core() if tiles.device.type == "cpu" else None
+    core = None if backend.at_once(tiles) else backend.core_for(tiles)
     if core is None:
         return _torch_decode(code, tiles)
     tiles = tiles.contiguous()
@@ -183,15 +194,13 @@ def decode_tiles(code: TrellisCode, tiles: Tensor) -> Tensor:
 
 
 def _torch_decode(code: TrellisCode, tiles: Tensor) -> Tensor:
-    bit = torch.arange(TILE, device=tiles.device) * code.bits
+    """Each place of a tile looks up its window, by PyTorch's operations alone: what accelerators run."""
+    bit, table = _windows(code, tiles.device)
     byte = bit // 8
     circle = torch.cat([tiles, tiles[:, :2]], 1).int()
     word = circle[:, byte] | circle[:, byte + 1] << 8 | circle[:, (byte + 2) % circle.shape[1]] << 16
     windows = word >> (bit % 8) & (1 << code.window) - 1
-    stream = _values(code).to(tiles.device)[windows]
-    values = torch.empty_like(stream)
-    values[:, positions(code.bits).to(tiles.device)] = stream
-    return values
+    return table[windows]
 
 
 def _torch_encode(code: TrellisCode, x: Tensor, thorough: bool) -> tuple[Tensor, Tensor]:
