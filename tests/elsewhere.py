@@ -18,7 +18,24 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_map
 
 NAME = "npy"  # of PyTorch's own place for devices written in Python
-torch.utils.backend_registration._setup_privateuseone_for_python_backend(NAME)
+
+
+class _Nobody(torch.utils.backend_registration._DummyBackendModule):
+    """Says that there is no such device, so that no library takes it for an accelerator."""
+
+    def is_available(self) -> bool:
+        return False
+
+    def device_count(self) -> int:
+        return 0
+
+
+class _NoHook(torch.utils.backend_registration._DummyPrivateUse1Hook):
+    def is_available(self) -> bool:
+        return False
+
+
+torch.utils.backend_registration._setup_privateuseone_for_python_backend(NAME, _Nobody(), _NoHook())
 DEVICE = torch.device(NAME)
 _aten = torch.ops.aten
 _MOVES = (_aten._to_copy.default, _aten.copy_.default, _aten._local_scalar_dense.default)

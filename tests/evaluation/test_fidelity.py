@@ -137,7 +137,9 @@ def test_cached_predictions_are_used_and_kept_apart(
     first = run(original)
     loaded = []
     load = subjects.ModelRef.load
-    monkeypatch.setattr(subjects.ModelRef, "load", lambda self, *a: (loaded.append(self.path), load(self, *a))[1])
+    monkeypatch.setattr(
+        subjects.ModelRef, "load", lambda self, *a, **k: (loaded.append(self.path), load(self, *a, **k))[1]
+    )
     assert run(original) == first
     assert loaded == [changed]
     assert run(changed) == pytest.approx(0, abs=1e-6)  # another reference

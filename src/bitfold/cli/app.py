@@ -17,6 +17,10 @@ from typer.core import TyperGroup
 
 from bitfold.errors import BitfoldError, UsageError
 from bitfold.system import progress
+from bitfold.system.units import parse_size
+
+if TYPE_CHECKING:
+    import torch
 
 if TYPE_CHECKING:
     from bitfold.system.team import Team
@@ -131,9 +135,22 @@ PreTokenizer = Annotated[
         help="Of a GGUF file: the rule by which its tokenizer cuts text, such as llama-bpe.", show_default=False
     ),
 ]
+Device = Annotated[
+    str, typer.Option(help="Where to compute: cpu, cuda, mps, xpu, or auto (an accelerator, if PyTorch sees one).")
+]
+MaxGpuMemory = Annotated[
+    str | None, typer.Option(help="Ceiling on the memory of the accelerator, such as 8GB.", show_default=False)
+]
 ModelArgument = Annotated[
     str, typer.Argument(help="A model folder, a GGUF file, or a Hub repository (org/name).", show_default=False)
 ]
+
+
+def the_device(name: str, limit: str | None) -> torch.device:
+    """What `--device` and `--max-gpu-memory` mean."""
+    from bitfold.system.backend import open_device
+
+    return open_device(name, None if limit is None else parse_size(limit, where="--max-gpu-memory"))
 
 
 def _version(asked: bool) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitfold.cli.app import Json, ModelArgument, Revision, app, print_json
+from bitfold.cli.app import Device, Json, MaxGpuMemory, ModelArgument, Revision, app, print_json, the_device
 from bitfold.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Metric(str, Enum):
@@ -104,6 +107,8 @@ def evaluate(
     cache_dir: CacheDirOption = None,
     save: SaveOption = False,
     update_card: UpdateCardOption = False,
+    device: Device = "cpu",
+    max_gpu_memory: MaxGpuMemory = None,
     revision: Revision = None,
     json: Json = False,
 ) -> None:
@@ -115,7 +120,7 @@ def evaluate(
     if metric is Metric.embedding:
         if tasks or save or update_card or any(limit is not None for limit in limits.values()):
             raise UsageError("embeddings have no limits, no tasks and no record", where="--metric embedding")
-        _embedding(model, reference, text, batch, json=json)
+        _embedding(model, reference, text, batch, the_device(device, max_gpu_memory), json=json)
         return
     if reference is None and (max_kl is not None or min_top1 is not None):
         raise UsageError("a limit on the KL divergence or agreement needs a reference", hint="give --reference")
@@ -131,6 +136,7 @@ def evaluate(
         "tasks": [name for group in tasks or () for name in group.split(",")],
         "limit": limit,
         "start_token": start_token,
+        "device": the_device(device, max_gpu_memory),
     }
     _language(model, reference, text, options, _After(save, update_card, limits), json=json)
 
@@ -169,13 +175,15 @@ def _language(
     result.require(**after.limits)
 
 
-def _embedding(model: str, reference: str | None, text: str | None, batch: int, *, json: bool) -> None:
+def _embedding(
+    model: str, reference: str | None, text: str | None, batch: int, device: torch.device, *, json: bool
+) -> None:
     if reference is None:
         raise UsageError("embeddings are compared with those of another model", where="--reference")
     from bitfold.evaluation import embedding_cosine
     from bitfold.text.windows import read_lines, text_name
 
-    result = embedding_cosine(model, reference, read_lines(text), batch=batch)
+    result = embedding_cosine(model, reference, read_lines(text), batch=batch, device=device)
     if json:
         print_json({"model": model, "reference": reference, "text": text_name(text), **result.to_dict()})
         return
@@ -200,6 +208,8 @@ def layers(
     start_token: StartTokenOption = True,
     dtype: DtypeOption = "float32",
     save: SaveOption = False,
+    device: Device = "cpu",
+    max_gpu_memory: MaxGpuMemory = None,
     json: Json = False,
 ) -> None:
     """Measure what each quantized tensor lost: error of the weight, of its output, KL of swapping it alone."""
@@ -218,6 +228,7 @@ def layers(
         swap_tokens=swap_tokens,
         dtype=dtype,
         start_token=start_token,
+        device=the_device(device, max_gpu_memory),
     )
     if json:
         print_json({"model": model, "reference": reference, **result.to_dict()})

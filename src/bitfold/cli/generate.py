@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitfold.cli.app import Json, ModelArgument, Revision, app, print_json
+from bitfold.cli.app import Device, Json, MaxGpuMemory, ModelArgument, Revision, app, print_json, the_device
 from bitfold.errors import UsageError
 
 if TYPE_CHECKING:
+    import torch
+
     from bitfold.engine import Grammar
 
 MaxNewTokens = Annotated[int, typer.Option(help="When to stop at the latest.")]
@@ -101,6 +103,15 @@ def _grammar(schema: Path | None, regex: str | None, grammar: Path | None) -> Gr
     return None if grammar is None else Grammar.read("grammar", grammar)
 
 
+def _place(device: str, max_gpu_memory: str | None, *, native_only: bool) -> torch.device:
+    """Where to write; `native_only`: flags of the native engine are given."""
+    place = the_device(device, max_gpu_memory)
+    if native_only and place.type != "cpu":
+        what = f"--speculate, --cache and --prompt-cache are of the native engine, which does not run on {place}"
+        raise UsageError(what, where="--device", hint="leave them out, or --device cpu")
+    return place
+
+
 def _show(text: str) -> None:
     print(text, end="", flush=True)
 
@@ -132,6 +143,8 @@ def generate(
     prompt_cache: PromptCache = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
+    device: Device = "cpu",
+    max_gpu_memory: MaxGpuMemory = None,
     revision: Revision = None,
     json: Json = False,
 ) -> None:
@@ -145,7 +158,8 @@ def generate(
     asked = _grammar(json_schema, regex, grammar)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed, top_k, min_p, typical_p, *penalties, asked)
     guesses, kind = guesses_of(speculate), _cache(cache)
-    writer = Writer.open(model, dtype=dtype, revision=revision, chat=chat)
+    place = _place(device, max_gpu_memory, native_only=(speculate, cache, prompt_cache) != ("auto", "auto", None))
+    writer = Writer.open(model, dtype=dtype, revision=revision, chat=chat, device=place)
     writer.guesses, writer.cache, writer.prompt_cache = guesses, kind, prompt_cache
     write = writer.say if chat else writer.write
     if json:

@@ -24,6 +24,7 @@ from bitfold.errors import BitfoldError, ModelError, UsageError
 from bitfold.models.model_ref import Model, ModelRef, read_dtype
 from bitfold.models.vocabulary import refuse_unknown_tokens
 from bitfold.system import progress
+from bitfold.system.backend import CPU, find_device, within_memory
 from bitfold.text.start import text_start
 from bitfold.text.tokenizer import require_chat
 from bitfold.text.windows import tokenize
@@ -103,27 +104,31 @@ class Writer:
         dtype: str = "auto",
         revision: str | None = None,
         chat: bool = False,
+        device: str | torch.device = "cpu",
     ) -> Writer:
-        """Load a folder or Hub repository, or take a module (then with its tokenizer).
+        """Load a folder or Hub repository, or take a module (then with its tokenizer), to write on that device.
+
+        On an accelerator, transformers' own loop runs the model: the native engine is for the CPU.
 
         Raises:
             ModelError: it writes no text.
             CheckpointError, HubError, UsageError: it cannot be found, read or fetched; with `chat`, a chat
                 template that is missing or cannot be used.
         """
-        subject = ModelRef.of(model, revision=revision)
+        subject, place = ModelRef.of(model, revision=revision), find_device(device)
         found = open_model(
             subject,
             read_dtype(dtype),
             tokenizer=tokenizer,
             check=lambda tokenizer, _: require_chat(tokenizer, subject.name) if chat else None,
             require=lambda ref: ref.require_generation("generate takes causal language models and encoder-decoders"),
+            device=place,
         )
         if isinstance(found.model, Bare):
             made = _Opened(found.model, found.tokenizer, found.longest)
             made.whole = found.whole
             return made
-        return cls(found.model, found.tokenizer, found.longest)
+        return cls(found.model, found.tokenizer, found.longest, native=place.type == "cpu")
 
     @property
     def running(self) -> Any:
@@ -204,7 +209,9 @@ class Writer:
                 progress.say(f"text comes from transformers' own loop, which is slower: {reason}{own}")
         with _in_words(self.model):
             model = self.model
-            by_transformers(model, ids, self._config(model, config.max_new_tokens), sampler, on_token)
+            by_transformers(
+                model, ids.to(_device_of(model)), self._config(model, config.max_new_tokens), sampler, on_token
+            )
 
     def _sampler(self, ids: torch.Tensor, sampling: Sampling) -> Sampler:
         config, matcher = self.running.generation_config, None
@@ -262,11 +269,16 @@ class _Opened(Writer):
         return self._given
 
 
+def _device_of(model: nn.Module) -> torch.device:
+    return next((t.device for t in (*model.parameters(), *model.buffers())), CPU)
+
+
 @contextlib.contextmanager
 def _in_words(model: nn.Module) -> Iterator[None]:
     """What a family raises that wants a picture or a sound beside the text, or has no token to begin with."""
     try:
-        yield
+        with within_memory(_device_of(model)):
+            yield
     except (BitfoldError, MemoryError):
         raise
     except Exception as error:

@@ -173,13 +173,13 @@ def by_transformers(model: Any, ids: Tensor, config: Any, sampler: Sampler, on_t
     class Chooses(LogitsProcessor):
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
             chosen = torch.full_like(scores, float("-inf"))
-            chosen[0, sampler.choose(scores[0].float())] = 0
+            chosen[0, sampler.choose(scores[0].float().cpu())] = 0
             return chosen
 
     class Ends(StoppingCriteria):
         def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
             ended = on_token(int(input_ids[0, -1])) or sampler.complete
-            return torch.tensor([ended])
+            return torch.tensor([ended]).to(input_ids.device)
 
     model.generate(
         input_ids=ids,

@@ -12,6 +12,7 @@ from torch import nn
 from bitfold.engine import bare
 from bitfold.models.load import load_folder, load_packed, load_plain
 from bitfold.models.model_ref import ModelRef, is_bitfold
+from bitfold.system.backend import CPU
 
 _CAUSAL, _ANSWERING = "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"
 
@@ -40,6 +41,7 @@ def open_model(
     tokenizer: Any = None,
     check: Callable[[Any, int | None], None] = lambda tokenizer, longest: None,
     require: Callable[[ModelRef], None] = lambda ref: None,
+    device: torch.device = CPU,
 ) -> Opened:
     """Load a model to write with.
 
@@ -49,11 +51,12 @@ def open_model(
         tokenizer: in place of its own.
         check: looks at the tokenizer and at the longest text before minutes of loading.
         require: refuses a model that is of another kind.
+        device: where it runs; the engine, and so a bare model, on the CPU only.
 
     Raises:
         ModelError, CheckpointError: it cannot be loaded, or is refused.
     """
-    empty = empty_model(ref, dtype)
+    empty = empty_model(ref, dtype) if device.type == "cpu" else None
     if empty is None:
         require(ref)
     tokenizer = ref.tokenizer(plain=empty is not None) if tokenizer is None else tokenizer
@@ -61,7 +64,7 @@ def open_model(
     check(tokenizer, longest)
 
     def whole() -> nn.Module:
-        return ref.load(_ANSWERING if ref.encodes_first() else _CAUSAL, dtype)
+        return ref.load(_ANSWERING if ref.encodes_first() else _CAUSAL, dtype, device=device)
 
     return Opened(whole() if empty is None else fill(empty, ref, dtype), tokenizer, longest, whole)
 

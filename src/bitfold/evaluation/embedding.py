@@ -15,6 +15,7 @@ from bitfold.errors import ModelError, UsageError
 from bitfold.models.model_ref import Model, ModelRef
 from bitfold.models.vocabulary import refuse_unknown_tokens
 from bitfold.system import progress
+from bitfold.system.backend import find_device, within_memory
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def embedding_cosine(
     tokenizer: Any = None,
     max_length: int = 512,
     dtype: torch.dtype | None = torch.float32,
+    device: str | torch.device = "cpu",
 ) -> EmbeddingAgreement:
     """Compare two encoders by the mean over tokens of the last hidden state, for each text.
 
@@ -60,6 +62,7 @@ def embedding_cosine(
         tokenizer: needed when both are modules; otherwise the reference's (the model's) own is used.
         max_length: longer texts are cut to this many tokens.
         dtype: what plain weights are computed in; None: as they are stored.
+        device: where the models run, see `evaluate`.
 
     Raises:
         UsageError: no texts, or no tokenizer.
@@ -67,7 +70,7 @@ def embedding_cosine(
     """
     if not texts or not all(t.strip() for t in texts):
         raise UsageError("there is nothing to embed, or an empty text among the texts", where="texts")
-    start = time.monotonic()
+    start, place = time.monotonic(), find_device(device)
     judged, against = ModelRef.of(model), ModelRef.of(reference)
     if tokenizer is None:
         tokenizer = (against if against.path is not None else judged).tokenizer()
@@ -75,8 +78,8 @@ def embedding_cosine(
         tokenizer(list(texts[i : i + batch]), return_tensors="pt", padding=True, truncation=True, max_length=max_length)
         for i in range(0, len(texts), batch)
     ]
-    b = _embeddings(against, "reference", batches, dtype, tokenizer)
-    a = _embeddings(judged, "evaluating", batches, dtype, tokenizer)
+    b = _embeddings(against, "reference", batches, tokenizer, (dtype, place))
+    a = _embeddings(judged, "evaluating", batches, tokenizer, (dtype, place))
     if a.shape != b.shape:
         raise ModelError(f"embeddings of {a.shape[1]} and {b.shape[1]} numbers cannot be compared", where=judged.name)
     cosines = torch.cosine_similarity(a.double(), b.double(), dim=-1)
@@ -87,15 +90,16 @@ def embedding_cosine(
 
 
 def _embeddings(
-    subject: ModelRef, label: str, batches: list[Any], dtype: torch.dtype | None, tokenizer: Any
+    subject: ModelRef, label: str, batches: list[Any], tokenizer: Any, how: tuple[torch.dtype | None, torch.device]
 ) -> torch.Tensor:
     """float32 (texts, width)."""
-    model = subject.load("AutoModel", dtype)
+    dtype, device = how
     parts = []
-    with progress.bar(label, len(batches)) as bar:
+    with within_memory(device), progress.bar(label, len(batches)) as bar:
+        model = subject.load("AutoModel", dtype, device=device)
         for tokens in batches:
             refuse_unknown_tokens(model, tokens["input_ids"], tokenizer)
-            parts.append(_embed(model, tokens))
+            parts.append(_embed(model, tokens.to(device)).cpu())
             bar.advance()
     del model
     gc.collect()

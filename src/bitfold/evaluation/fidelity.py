@@ -39,6 +39,7 @@ from bitfold.evaluation.scoring import TOP, Beside, Scores, Setting, perplexity,
 from bitfold.evaluation.tasks import check_tasks, run_tasks
 from bitfold.models.model_ref import Model, ModelRef, read_dtype, weight_files
 from bitfold.records.run_report import peak_memory
+from bitfold.system.backend import find_device, within_memory
 from bitfold.system.outputs import real_path, try_folder
 from bitfold.text import windows as texts
 from bitfold.text.start import start_name, text_start
@@ -138,6 +139,7 @@ def evaluate(
     tasks: Sequence[str] = (),
     limit: int | None = None,
     start_token: bool = True,
+    device: str | torch.device = "cpu",
 ) -> Evaluation:
     """Judge a language model, alone or against the model it was made from.
 
@@ -156,24 +158,22 @@ def evaluate(
         dtype: "float32", "bfloat16", "float16", or "auto" for the dtype of the checkpoint.
         cache_dir: keep the reference's predictions in this folder, for the next model to be compared with it.
         revision: branch, tag or commit of the model's Hub repository.
-        tasks: of lm-eval, run on the loaded model as well (needs the extra `tasks`).
-        limit: documents of each task; None: all.
+        tasks, limit: of lm-eval (extra `tasks`), run on the loaded model as well; documents of each, None: all.
         start_token: windows begin as the tokenizer begins a text (masked models': always).
+        device: where the models run: "cpu", "cuda", "mps", "xpu" or "auto". Predictions are compared on the CPU.
 
     Raises:
         UsageError: a text that is missing or too short, sizes that do not fit, tokenizers that differ.
         ModelError: not a language model of the kind, or one that predicts NaN.
         CheckpointError, HubError: a model that cannot be read or fetched.
     """
-    start = time.monotonic()
-    _check(metric, tasks)
-    if cache_dir is not None:
-        try_folder(real_path(cache_dir))
+    start, place = time.monotonic(), find_device(device)
+    _check(metric, tasks, cache_dir)
     judged, against = _subjects(model, revision, reference, metric)
     sizes = _Sizes(metric, context, stride, max_tokens, start_token)
     passages, tokenizer = _passages(judged, against, text, tokenizer, sizes)
-    setting = Setting(passages, batch, read_dtype(dtype), _AUTO[metric], tokenizer)
-    with _workspace(cache_dir) as folder:
+    setting = Setting(passages, batch, read_dtype(dtype), _AUTO[metric], tokenizer, place)
+    with _workspace(cache_dir) as folder, within_memory(place):
         scores, reference_nll, loaded = _run(judged, against, setting, folder)
     facts = {"metric": metric, "text": texts.text_name(text), "bpw": stored_bpw(loaded), **_file_facts(judged)}
     facts["start_token"] = start_name(passages.start, tokenizer)
@@ -183,14 +183,16 @@ def evaluate(
     return _summary(scores, reference_nll, passages, facts)
 
 
-def _check(metric: str, tasks: Sequence[str]) -> None:
-    """UsageError, before anything is run, for an unknown metric and for tasks that cannot be run."""
+def _check(metric: str, tasks: Sequence[str], cache_dir: str | Path | None) -> None:
+    """UsageError, before anything is run, for an unknown metric, tasks that cannot be run, a folder that is none."""
     if metric not in _AUTO:
         raise UsageError(f"unknown metric {metric!r}", hint=" or ".join(_AUTO))
     if tasks and metric != CAUSAL:
         raise UsageError("tasks of lm-eval are for causal language models", where="tasks")
     if tasks:
         check_tasks(tasks)
+    if cache_dir is not None:
+        try_folder(real_path(cache_dir))
 
 
 def _subjects(
@@ -267,12 +269,12 @@ def _run(
     """Scores, the negative log-likelihood of the reference, and the model that was judged."""
     if against is not None and against.module is None:
         predictions, nll = reference_on_disk(against, setting, folder)
-        model = judged.load(setting.auto_class, setting.dtype)
+        model = setting.load(judged)
         return score(model, setting, predictions), nll, model
-    model = judged.load(setting.auto_class, setting.dtype)
+    model = setting.load(judged)
     if against is None:
         return score(model, setting, None), None, model
-    beside = Beside(against.load(setting.auto_class, setting.dtype), setting)
+    beside = Beside(setting.load(against), setting)
     return score(model, setting, beside), beside.nll, model
 
 

@@ -28,7 +28,7 @@ from bitfold.evaluation.scoring import divergence
 from bitfold.models.model_ref import Model, ModelRef, read_dtype
 from bitfold.models.sites import LINEAR, Site, find_sites
 from bitfold.models.vocabulary import refuse_unknown_tokens
-from bitfold.system import progress
+from bitfold.system import backend, progress
 from bitfold.text import windows as texts
 from bitfold.text.start import start_name, text_start
 
@@ -94,6 +94,7 @@ def layer_errors(
     dtype: str = "float32",
     tokenizer: Any = None,
     start_token: bool = True,
+    device: str | torch.device = "cpu",
 ) -> LayerErrors:
     """Compare every quantized tensor of a folder with the original one.
 
@@ -107,12 +108,15 @@ def layer_errors(
         dtype: of the original's arithmetic.
         tokenizer: for a reference that is a module.
         start_token: windows begin as the tokenizer begins a text.
+        device: where the original runs and errors are added up, in numbers of 64 bits.
 
     Raises:
         CheckpointError: nothing in it is quantized.
         ModelError: the reference does not have the tensors of the model.
         UsageError: too little text.
     """
+    place = backend.find_device(device)
+    backend.require_doubles(place, "the sum of errors")
     subject, against = ModelRef.of(model), ModelRef.of(reference)
     assert subject.path is not None
     source = open_source(subject.path)
@@ -125,16 +129,17 @@ def layer_errors(
     start = text_start(tokenizer, start_token)
     context = min(context, max_tokens, against.longest or context)
     windows = texts.cut(ids, context, None, max_tokens, start)
-    original = against.load("AutoModelForCausalLM", read_dtype(dtype), decoded=True)
+    original = against.load("AutoModelForCausalLM", read_dtype(dtype), decoded=True, device=place)
     refuse_unknown_tokens(original, windows.ids, tokenizer)
     sites = _matching(original, source, subject.name)
     result = LayerErrors(texts.text_name(text), start_name(start, tokenizer), windows.ids.numel())
-    result.layers = list(_weight_errors(original, source, sites))
-    outputs = _output_errors(original, source, sites, windows.ids)
-    for layer in result.layers:
-        layer.output_error = outputs.get(layer.tensor)
-    if swaps:
-        result.swap_tokens = _swap(original, source, result.layers, (swaps, windows.head(swap_tokens)))
+    with backend.within_memory(place):
+        result.layers = list(_weight_errors(original, source, sites))
+        outputs = _output_errors(original, source, sites, windows.ids)
+        for layer in result.layers:
+            layer.output_error = outputs.get(layer.tensor)
+        if swaps:
+            result.swap_tokens = _swap(original, source, result.layers, (swaps, windows.head(swap_tokens)))
     return result
 
 
@@ -160,7 +165,7 @@ def _weight_errors(original: nn.Module, source: Source, sites: dict[str, Site]) 
     with progress.bar("weights", len(stored)) as bar:
         for name, how in stored.items():
             w = _parameter(original, sites[name])
-            square, norm = _square(w - source.read(name).to(w.dtype)), _square(w)
+            square, norm = _square(w - source.read(name).to(w)), _square(w)
             error = square / norm if norm > 0 else 0.0
             yield LayerError(name, how.format, tuple(w.shape), how.bpw, error)
             bar.advance(1, name)
@@ -189,7 +194,7 @@ def _measuring(
 ) -> Callable[..., None]:
     def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         x, w = inputs[0].reshape(-1, inputs[0].shape[-1]), _parameter(original, site)
-        change = w - source.read(site.tensor).to(w.dtype)
+        change = w - source.read(site.tensor).to(w)
         for i, matrix in enumerate((change, w)):
             sums[i] += _square(x @ (matrix if site.transposed else matrix.T))
         bar.advance(1, site.tensor)
@@ -229,7 +234,7 @@ def _swap(original: nn.Module, source: Source, layers: list[LayerError], how: tu
 def _swapped(model: nn.Module, name: str, w: torch.Tensor) -> Iterator[None]:
     parameter = model.get_parameter(name)
     kept = parameter.data
-    parameter.data = w.to(kept.dtype)
+    parameter.data = w.to(kept)
     try:
         yield
     finally:

@@ -21,6 +21,7 @@ from bitfold.evaluation.reading import Passages, Piece
 from bitfold.models.model_ref import ModelRef
 from bitfold.models.vocabulary import refuse_unknown_tokens
 from bitfold.system import memory, progress
+from bitfold.system.backend import CPU
 
 TOP = 5
 Floats = np.ndarray[Any, np.dtype[np.float32]]
@@ -36,6 +37,7 @@ class Setting:
         dtype: what to compute in; None: as stored.
         auto_class: the kind of model, as transformers calls it.
         tokenizer: for the names of tokens; may be None.
+        device: where models run.
     """
 
     passages: Passages
@@ -43,6 +45,11 @@ class Setting:
     dtype: torch.dtype | None
     auto_class: str
     tokenizer: Any = None
+    device: torch.device = CPU
+
+    def load(self, model: ModelRef) -> nn.Module:
+        """The model as it is to be read. Errors as `ModelRef.load`."""
+        return model.load(self.auto_class, self.dtype, device=self.device)
 
     def read(self, model: nn.Module) -> Iterator[Piece]:
         """Run a model over the text; ModelError for tokens that it has no row for."""
@@ -178,7 +185,7 @@ def reference_on_disk(reference: ModelRef, setting: Setting, folder: Path) -> tu
 
 
 def _write_predictions(reference: ModelRef, setting: Setting, path: Path) -> dict[str, Any]:
-    model = reference.load(setting.auto_class, setting.dtype)
+    model = setting.load(reference)
     writer = Writer(path, setting.passages.total)
     nll, vocabulary, complete = 0.0, 0, False
     try:

@@ -23,6 +23,7 @@ from bitfold.models.sites import Site, find_sites
 from bitfold.models.swap import swap, swap_entries
 from bitfold.nn import set_tensor
 from bitfold.qtensor import QTensor
+from bitfold.system import backend
 
 
 def load(
@@ -30,6 +31,7 @@ def load(
     *,
     module: nn.Module | None = None,
     dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
     revision: str | None = None,
     token: str | None = None,
 ) -> nn.Module:
@@ -42,6 +44,7 @@ def load(
         module: the skeleton to fill, for models that transformers does not know; its weights are replaced. For
             bitfold's own folders.
         dtype: of the tensors that are not quantized, and so of the activations; default: as stored.
+        device: "cpu", "cuda", "mps", "xpu" or "auto", where it runs; `model.to(device)` moves it later, still packed.
         revision, token: of the repository.
 
     Returns:
@@ -51,15 +54,29 @@ def load(
         CheckpointError: the folder is not one of ours, or damaged.
         ModelError: tensors are missing, superfluous or misshapen; they are named.
         HubError: the repository cannot be fetched.
+        UsageError, ResourceError: the device is not there, or its memory is not enough.
     """
+    place = backend.find_device(device)
     found = resolve(str(path), revision=revision, token=token)
     if module is None and (found.is_file() or quantization_config(found) is None):
         source = GgufSource(found, weights_alone=True) if found.is_file() else open_source(found)
         try:
-            return load_packed(source, dtype)
+            return placed(load_packed(source, dtype), place)
         finally:
             source.close()
-    return load_folder(found, module=module, dtype=dtype)
+    return placed(load_folder(found, module=module, dtype=dtype), place)
+
+
+def placed(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model on that device; packed weights stay packed on the way.
+
+    Raises:
+        ResourceError: the memory of the device is not enough.
+    """
+    if device.type == "cpu":
+        return model
+    with backend.within_memory(device):
+        return model.to(device)
 
 
 def load_folder(folder: Path, *, module: nn.Module | None = None, dtype: torch.dtype | None = None) -> nn.Module:

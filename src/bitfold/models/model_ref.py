@@ -19,7 +19,8 @@ from bitfold.checkpoints.safetensors import read_config
 from bitfold.errors import ModelError, UsageError
 from bitfold.models import skeleton
 from bitfold.models.limits import positions
-from bitfold.models.load import load_folder, load_packed, load_plain
+from bitfold.models.load import load_folder, load_packed, load_plain, placed
+from bitfold.system import backend
 
 Model = str | Path | nn.Module
 DTYPES: dict[str, torch.dtype | None] = {
@@ -156,29 +157,36 @@ class ModelRef:
             raise UsageError("a module has no tokenizer", where=self.name, hint="pass tokenizer=")
         return self.source().tokenizer(plain=plain)
 
-    def load(self, auto_class: str, dtype: torch.dtype | None, *, decoded: bool = False) -> nn.Module:
+    def load(
+        self, auto_class: str, dtype: torch.dtype | None, *, decoded: bool = False, device: torch.device = backend.CPU
+    ) -> nn.Module:
         """The model, in evaluation mode.
 
         Args:
             auto_class: how transformers calls the kind of model, such as "AutoModelForCausalLM".
             dtype: what plain weights are computed in; None: as they are stored.
             decoded: what is `packed` becomes a model of ordinary parameters.
+            device: where it is to run.
 
         Raises:
             ModelError: transformers cannot build it, or tensors are missing.
+            UsageError: a module that is to run somewhere else than it is.
         """
         if self.module is not None:
+            if device.type not in ("cpu", next(self.module.parameters()).device.type):
+                raise UsageError("a module runs where it is", where=self.name, hint=f"model.to({str(device)!r})")
             return self.module.eval()
         assert self.path is not None
         try:
             if is_bitfold(self.config):
-                return load_folder(self.path, dtype=dtype)
+                return placed(load_folder(self.path, dtype=dtype), device)
             if self.packed:
                 model = (load_plain if decoded else load_packed)(self.source(), dtype)
             else:
                 model = _load_plain(self.source(), auto_class, dtype)
         finally:
             self.close()
+        model = placed(model, device)
         if auto_class == _CAUSAL:
             _require_text_alone(model, self.name)
         return model

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bitfold.errors import ResourceError, UsageError
-from bitfold.system import native
+from bitfold.system import native, progress
 from bitfold.system.units import size_text
 
 Made = TypeVar("Made", bound=Callable[..., Any])
@@ -41,12 +41,14 @@ def _is_there(kind: str) -> bool:
     return module is not None and bool(module.is_available())
 
 
-def find_device(name: str) -> torch.device:
-    """The device of that name; "auto": the accelerator that PyTorch sees, else the CPU.
+def find_device(name: str | torch.device) -> torch.device:
+    """The device of that name, or the device itself; "auto": the accelerator that PyTorch sees, else the CPU.
 
     Raises:
         UsageError: an unknown name, or a device that is not there.
     """
+    if isinstance(name, torch.device):
+        return name
     kind, _, number = name.partition(":")
     here = present()
     if kind not in DEVICES or (number and not (kind in ("cuda", "xpu") and number.isdecimal())):
@@ -57,6 +59,19 @@ def find_device(name: str) -> torch.device:
         what = f"PyTorch {torch.__version__} sees no {name} here"
         raise UsageError(what, where="--device", hint=f"there is {', '.join(here)}")
     return torch.device(name)
+
+
+def open_device(name: str | torch.device, limit: int | None = None) -> torch.device:
+    """`find_device`, under a ceiling of its memory (see `set_ceiling`); says which it is, unless it is the CPU by name.
+
+    Raises:
+        UsageError, ResourceError: it is not there, or does not have the memory.
+    """
+    device = find_device(name)
+    set_ceiling(device, limit)
+    if name != "cpu":
+        progress.say(f"device: {describe(device)}")
+    return device
 
 
 def describe(device: torch.device) -> str:
