@@ -15,7 +15,7 @@ CSRC   := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
 
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-interop lint format bench bench-decode bench-methods bench-peers demo docs fuzz sanitize neon clean
+.PHONY: help setup test test-interop test-ray lint format bench bench-decode bench-methods bench-peers demo docs fuzz sanitize neon clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -42,6 +42,11 @@ test: setup ## all the tests
 # Each engine lives in an environment of its own: BITFOLD_INTEROP_VLLM=/path/to/python, and so on (docs/interop.md).
 test-interop: setup ## other engines on what bitfold writes; those without an environment are skipped, and named
 	OMP_NUM_THREADS=1 $(PY) -m pytest -rs tests/interop $(ARGS)
+
+# Ray is not among the developer tools: it is large, and its tests start clusters of three machines.
+test-ray: setup ## runs on a Ray cluster of three machines that are all this one (installs Ray into .venv)
+	$(PY) -c "import ray" 2> /dev/null || $(PIP) install --quiet 'ray>=2.40'
+	OMP_NUM_THREADS=1 $(PY) -m pytest -rs tests/run/test_ray.py $(ARGS)
 
 lint: setup ## ruff, mypy --strict, clang-format
 	$(BIN)/ruff check .

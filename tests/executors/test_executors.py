@@ -109,7 +109,9 @@ def test_leaving_ends_what_runs() -> None:
     assert time.monotonic() - began < 30
 
 
-@pytest.mark.parametrize(("text", "workers"), [("threads", None), ("local", 2), ("processes", 0)])
+@pytest.mark.parametrize(
+    ("text", "workers"), [("threads", None), ("local", 2), ("processes", 0), ("processes:2", None), ("ray:", None)]
+)
 def test_what_cannot_be_meant(text: str, workers: int | None) -> None:
     with pytest.raises(UsageError) as found:
         check_executor(text, workers)

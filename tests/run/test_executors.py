@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import bitfold
 from bitfold.checkpoints.staging import partial_of
 from bitfold.errors import CheckpointError, ResourceError, UsageError
-from bitfold.records.record import FILE as RECORD
+from executor_runs import children, content, model, started, wait_for, written
 
 METHODS: dict[str, dict[str, Any]] = {
     "rtn": {"bits": 3, "method": "rtn"},
@@ -33,20 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("source")
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
-
-
-def content(out: Path) -> dict[str, str]:
-    """Every file by its hash, but for the record of times and memory."""
-    files = [out] if out.is_file() else sorted(f for f in out.iterdir() if f.name != RECORD)
-    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+    return model(tmp_path_factory.mktemp("source"))
 
 
 @pytest.mark.parametrize("options", METHODS.values(), ids=METHODS.keys())
@@ -74,54 +55,22 @@ def test_what_cannot_be_meant(source: Path, tmp_path: Path) -> None:
 
 
 TRELLIS = {"format": "trellis-4", "method": "rtn", "transform": "hadamard"}
-
-
-def started(source: Path, out: Path) -> subprocess.Popen[str]:
-    options = [text for name, value in TRELLIS.items() for text in (f"--{name}", value)]
-    where = ["-o", str(out), "--executor", "processes", "--workers", "2"]
-    command = [sys.executable, "-m", "bitfold", "quantize", str(source), *options, *where]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def children(pid: int) -> list[int]:
-    """Workers of a process: those children that multiprocessing started."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            line = Path(f"/proc/{child}/cmdline").read_bytes()
-            found += [int(child)] if b"spawn_main" in line else []
-    return found
-
-
-def wait_for(truth: Any, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not truth():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
-
-
-def written(out: Path) -> list[str]:
-    """Tensors that the journal of an unfinished run holds."""
-    journal = partial_of(out) / "journal.jsonl"
-    if not journal.is_file():
-        return []
-    lines = (line.partition(" ")[2] for line in journal.read_text().splitlines())
-    records = [json.loads(line) for line in lines if line.endswith("}")]
-    return [record["tensor"] for record in records if record["kind"] == "tensor"]
+FLAGS = [text for name, value in TRELLIS.items() for text in (f"--{name}", value)]
+TWO = ("--executor", "processes", "--workers", "2")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_a_killed_driver_and_a_killed_worker(source: Path, tmp_path: Path) -> None:
     """Nothing that was finished is done again, no process stays, the bytes are those of an undisturbed run."""
     out, quiet = tmp_path / "out", tmp_path / "quiet"
-    driver = started(source, out)
+    driver = started(source, out, *FLAGS, *TWO)
     wait_for(lambda: len(written(out)) >= 2)
     workers = children(driver.pid)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     wait_for(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers), 10)
     before = written(out)
-    driver = started(source, out)
+    driver = started(source, out, *FLAGS, *TWO)
     wait_for(lambda: len(children(driver.pid)) == 2)
     os.kill(children(driver.pid)[0], signal.SIGKILL)
     said = driver.communicate(timeout=120)[1]

@@ -133,7 +133,8 @@ UploadRepoOption = Annotated[
     str | None, typer.Option(help="Publish the folder as this Hub repository when it is complete.")
 ]
 ExecutorOption = Annotated[
-    str, typer.Option(help="Where the work is done: local, or processes (of this machine); see docs/scaling.md.")
+    str,
+    typer.Option(help="Where the work is done: local, processes (of this machine), ray or ray:ADDRESS (a cluster)."),
 ]
 WorkersOption = Annotated[
     int | None, typer.Option(help="How many processes (default: one for each core).", show_default=False)

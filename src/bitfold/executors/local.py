@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,10 @@ class Local:
         """See `Executor`."""
         task = self._waiting.pop(0)
         return task, task.function(*task.arguments)
+
+    def blind(self, paths: Sequence[str]) -> list[str]:
+        """See `Executor`: it is this machine."""
+        return []
 
     def cancel(self) -> None:
         """See `Executor`."""

@@ -12,6 +12,7 @@ import signal
 import threading
 import traceback
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -136,6 +137,10 @@ class Processes:
         if self._tries[task.name] >= TRIES:
             raise died(task, TRIES, cause) from error
         self._waiting.append(task)
+
+    def blind(self, paths: Sequence[str]) -> list[str]:
+        """See `Executor`: it is this machine."""
+        return []
 
     def cancel(self) -> None:
         """See `Executor`."""

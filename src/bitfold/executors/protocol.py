@@ -8,7 +8,7 @@ a moment.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -72,6 +72,10 @@ class Executor(Protocol):
             ResourceError: a task died as often as it may; the error names it and the cause.
             Exception: what the task raised.
         """
+        ...
+
+    def blind(self, paths: Sequence[str]) -> list[str]:
+        """Names of machines that do not see some of these files or folders."""
         ...
 
     def cancel(self) -> None:

@@ -70,7 +70,10 @@ class Crew:
         order: what the run is.
         source, plan: as they are here.
         share: memory of each worker.
-        folder: where parts lie, seen by all; made if it is not there.
+        folder: where parts lie; made if it is not there.
+
+    Raises:
+        ResourceError: a machine does not see the source or that folder.
     """
 
     def __init__(
@@ -79,6 +82,10 @@ class Crew:
         self._executor, self._order, self._source, self._plan = executor, order, source, plan
         self._share, self._folder = share, folder
         self._folder.mkdir(exist_ok=True)
+        if blind := executor.blind([order.source, str(folder)]):
+            what = f"{', '.join(blind)} does not see {order.source} and {folder}"
+            hint = "source and output on storage that all machines share, under the same path"
+            raise ResourceError(what, where="--executor", hint=hint)
 
     def made(self, items: Sequence[Item], times: Mapping[str, float], done: Mapping[str, object]) -> Iterator[Made]:
         """The tensors of these items but for those that are done, in the order in which they come.

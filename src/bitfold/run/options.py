@@ -112,7 +112,8 @@ class RunOptions:
         upload_repo: push the finished folder there.
         low_disk: fetch and send file by file, keeping neither; from a repository to `upload_repo`.
         on_tensor: called with the report of each tensor as it is written.
-        executor: where the work is done: "local", this process; "processes", others of this machine.
+        executor: where the work is done: "local", this process; "processes", others of this machine; "ray", Ray on this
+            machine; "ray:ADDRESS", a Ray cluster.
         workers: how many of those; None: one for each core.
     """
 
