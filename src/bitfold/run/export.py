@@ -19,7 +19,7 @@ from bitfold.errors import UsageError
 from bitfold.models.mapping import map_names
 from bitfold.recipes.recipe import Recipe, Rule
 from bitfold.run.engine_export import check_engine_options, engine_rules
-from bitfold.run.importance import few, measured
+from bitfold.run.importance import few, measured, whole_reader
 from bitfold.run.mixture import own_mixture
 from bitfold.run.options import Request, RunOptions
 from bitfold.system import progress
@@ -139,16 +139,14 @@ def _own(
     options: RunOptions,
 ) -> tuple[dict[str, Typed], float]:
     """bitfold's own mixture of a size, and its reckoned loss."""
-    if any(len(shape) == 3 for shape in shapes.values()):
-        what, hint = "types of mixtures of experts cannot be chosen for a size", "name a mixture, as in gguf:Q4_K_M"
-        raise UsageError(what, where="--export", hint=hint)
     limit = _limit(request, shapes)
     budget = limit - parts_bytes(limit, options.max_shard_bytes)
     if request.imatrix is not None:
-        return own_mixture(source, shapes, read_imatrix(request.imatrix), budget)
-    text = few(request.text)
-    found = measured(source, model, text, options.seed, gradients=True)
-    return own_mixture(source, shapes, found, budget)
+        found = read_imatrix(request.imatrix)
+    else:
+        found = measured(source, model, few(request.text), options.seed, gradients=True)
+    read = source.read if model is None else whole_reader(source, model).read
+    return own_mixture(source, read, shapes, found, budget)
 
 
 def _limit(request: Request, shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -6,7 +6,8 @@ on some of its rows. The sum of costs is least, exactly, within the size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 
 import torch
@@ -29,13 +30,18 @@ _SHORT = ("iq4_nl", "q4_1", "q5_0", "q5_1", "q8_0")
 
 
 def own_mixture(
-    source: Source, shapes: Mapping[str, tuple[int, ...]], imatrix: Imatrix, budget: int
+    source: Source,
+    read: Callable[[str], torch.Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    imatrix: Imatrix,
+    budget: int,
 ) -> tuple[dict[str, Typed], float]:
     """The type of every tensor, and what errors will cost by this reckoning, in nats a token.
 
     Args:
         source: open.
-        shapes: of its tensors.
+        read: gives a tensor by the name that the model has for it, stacks of experts (e, n, k) whole.
+        shapes: of these tensors.
         imatrix: of this model, with costs.
         budget: bytes of the whole file.
 
@@ -53,9 +59,10 @@ def own_mixture(
         for name in chosen:
             entry = with_costs(imatrix.entries.get(known[name]), shapes[name], name)
             coders = [_coder(type, entry.weights) for type in choices[name]]
-            costs.append(error_costs(source.read(name), entry, coders))
+            costs.append(error_costs(read(name).reshape(-1, shapes[name][-1]), entry, coders))
             bar.advance(1, name)
-    sizes = [[_nbytes(t, shapes[name]) for t in choices[name]] for name in chosen]
+    parts = {name: max(1, len(model.arch.places(name))) for name in chosen}
+    sizes = [[_nbytes(t, shapes[name], parts[name]) for t in choices[name]] for name in chosen]
     trial = types | {name: Typed(choices[name][0]) for name in chosen}
     whole = open_target(f"{GGUF}:auto", Path("unused"), None, source).size(contents_of(trial, shapes))
     beside = whole - sum(few[0] for few in sizes)
@@ -69,9 +76,10 @@ def _choices(columns: int) -> list[str]:
     return list(types)
 
 
-def _nbytes(type: str, shape: tuple[int, ...]) -> int:
-    nbytes = 2 * shape[0] * shape[1] if type == "f16" else get_format(type).layout(shape)["blocks"].nbytes
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+def _nbytes(type: str, shape: tuple[int, ...], parts: int) -> int:
+    """Of a tensor that becomes so many alike in the file, as the gates and ups of experts do."""
+    nbytes = 2 * prod(shape) if type == "f16" else get_format(type).layout(shape)["blocks"].nbytes
+    return parts * -(-nbytes // parts // ALIGNMENT) * ALIGNMENT
 
 
 def _coder(type: str, costs: torch.Tensor) -> Coder | None:
