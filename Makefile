@@ -15,7 +15,7 @@ CSRC   := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
 
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-interop test-ray lint format bench bench-decode bench-methods bench-peers demo docs fuzz sanitize neon clean
+.PHONY: help setup test test-interop test-ray test-triton lint format bench bench-decode bench-methods bench-peers demo docs fuzz sanitize neon clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -47,6 +47,11 @@ test-interop: setup ## other engines on what bitfold writes; those without an en
 test-ray: setup ## runs on a Ray cluster of three machines that are all this one (installs Ray into .venv)
 	$(PY) -c "import ray" 2> /dev/null || $(PIP) install --quiet 'ray>=2.40'
 	OMP_NUM_THREADS=1 $(PY) -m pytest -rs tests/run/test_ray.py $(ARGS)
+
+test-triton: setup ## the kernels in Triton, in its interpreter where there is no device
+	$(PY) -c "import triton" 2> /dev/null || $(PIP) install --quiet 'triton>=3.2'
+	TRITON_INTERPRET=$$($(PY) -c 'import torch; print(int(not (torch.cuda.is_available() or torch.xpu.is_available())))') \
+	  OMP_NUM_THREADS=1 $(PY) -m pytest -rs tests/kernels/test_triton.py $(ARGS)
 
 lint: setup ## ruff, mypy --strict, clang-format
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bitfold.errors import UsageError
 from bitfold.kernels.base import ACTS, Kernel
 from bitfold.kernels.dense import cpu
+from bitfold.kernels.fused import triton
 from bitfold.kernels.ggml import ggml
 from bitfold.kernels.lattice import lattice
 from bitfold.kernels.reference import reference
@@ -12,7 +13,7 @@ from bitfold.qtensor import QTensor
 
 __all__ = ["ACTS", "KERNELS", "Kernel", "select"]
 
-KERNELS: dict[str, Kernel] = {k.name: k for k in (cpu, lattice, ggml, reference)}
+KERNELS: dict[str, Kernel] = {k.name: k for k in (cpu, lattice, ggml, triton, reference)}
 
 
 def select(q: QTensor, act: str = "float", *, name: str | None = None) -> Kernel:

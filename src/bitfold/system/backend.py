@@ -1,7 +1,8 @@
 """What a device does the work with: which packs, rounds, rotates and multiplies.
 
     cpu             the native core, where it is (`native`); without it, PyTorch
-    cuda, xpu       PyTorch; where Triton is, tiles of weights are decoded by code that `torch.compile` makes
+    cuda, xpu       PyTorch; where Triton is, tiles of weights are decoded by code that `torch.compile` makes, and a few
+                    rows of activations are multiplied by kernels of our own
     mps             PyTorch
 
 Who has tensors in hand asks here, and nowhere else, whether the core may take them.

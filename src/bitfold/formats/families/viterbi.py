@@ -110,7 +110,7 @@ def positions(bits: int) -> Tensor:
 @backend.constant
 def _windows(code: TrellisCode, device: torch.device) -> tuple[Tensor, Tensor]:
     """int64 (128): at which bit the window of each place of the tile begins; the table value of every window."""
-    return _starts(code.bits, device), _values(code, device)
+    return _starts(code.bits, device), window_values(code, device)
 
 
 @functools.cache
@@ -119,7 +119,7 @@ def _starts(bits: int, device: torch.device) -> Tensor:
 
 
 @functools.cache
-def _values(code: TrellisCode, device: torch.device = backend.CPU) -> Tensor:
+def window_values(code: TrellisCode, device: torch.device = backend.CPU) -> Tensor:
     """int8 (2**L): the table value of every window."""
     return torch.tensor(code.table, dtype=torch.int8).to(device)[_indices(code, device)]
 
@@ -213,7 +213,7 @@ def _torch_encode(code: TrellisCode, x: Tensor, thorough: bool) -> tuple[Tensor,
     path = _search(code, fixed, seam).flip(1)
     symbols = path & (1 << code.bits) - 1
     values = torch.empty(x.shape, dtype=torch.int8)
-    values[:, positions(code.bits)] = _values(code)[path]
+    values[:, positions(code.bits)] = window_values(code)[path]
     return _pack(symbols, code.bits), values
 
 
