@@ -81,6 +81,7 @@ def _statistics(walk: BlockWalk, decision: Quantized) -> Statistics:
     sums = Sums(torch.Size(decision.site.qshape), Wanted(cross=False))
     for inputs in walk.ends(name.rpartition(".")[0]):
         sums.add(inputs.reshape(-1, inputs.shape[-1]).float(), None, None)
+        sums.close()
     return sums.statistics()
 
 

@@ -23,7 +23,7 @@ from bitfold.workspace.events import Events
 from bitfold.workspace.folder import Workspace
 
 _INPUTS, _TEXT, _WINDOW = "inputs.safetensors", "text.safetensors", "weights-{}.safetensors"
-_IDS, _STATE = "ids", "generator"
+IDS, _STATE = "ids", "generator"
 
 
 class Walk(Protocol):
@@ -56,6 +56,7 @@ class Bookmarks:
         self._work, self._sync, self._events, self.done = work, sync, events, done
         for file in work.state.glob("*/scratch-*"):
             file.unlink()
+        self.inputs_file = work.state / _INPUTS
         records = work.journal.of_kind("block")
         whole = all(name in done for record in records for name in record["tensors"])
         self._last = {record["walk"]: record for record in records} if whole else {}
@@ -113,12 +114,12 @@ class Bookmarks:
         if not records or not file.is_file() or digest_of(file) != records[-1]["sha256"]:
             return None
         found = load_file(file)
-        return found.pop(_IDS), found
+        return found.pop(IDS), found
 
     def keep_inputs(self, ids: torch.Tensor, weights: dict[str, torch.Tensor]) -> None:
         """Keep them for the next process: the model's own text and gradients are dear."""
         file = self._work.state / _INPUTS
-        self._save(file, {_IDS: ids, **weights})
+        self._save(file, {IDS: ids, **weights})
         self._work.journal.append({"kind": "inputs", "sha256": digest_of(file)})
         for old in (self._work.state / _TEXT, *self._work.state.glob(_WINDOW.format("*"))):
             old.unlink(missing_ok=True)
@@ -126,12 +127,12 @@ class Bookmarks:
     def ids(self) -> torch.Tensor | None:
         """Token ids, where an earlier process had no time to weigh them."""
         found = self._load(_TEXT, "ids")
-        return None if found is None else found[_IDS]
+        return None if found is None else found[IDS]
 
     def keep_ids(self, ids: torch.Tensor) -> None:
         """Keep them."""
         file = self._work.state / _TEXT
-        self._save(file, {_IDS: ids})
+        self._save(file, {IDS: ids})
         self._work.journal.append({"kind": "ids", "file": _TEXT, "sha256": digest_of(file)})
 
     def window(self, number: int) -> tuple[dict[str, torch.Tensor], torch.Tensor] | None:

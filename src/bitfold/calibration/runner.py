@@ -11,9 +11,10 @@ from torch import nn
 from bitfold.calibration.catcher import Stop
 from bitfold.calibration.experts import Listener
 from bitfold.calibration.spill import Keyed
-from bitfold.calibration.statistics import Statistics, Sums, Wanted
+from bitfold.calibration.statistics import WINDOWS, Statistics, Sums, Wanted
 
 HESSIANS = 2 << 30  # bytes of the Hessians of experts in memory at a time, where there is room
+SUMMED = 8  # bytes of a number of a Hessian while it is summed
 Passes = Callable[[], Iterator[None]]  # a pass over all samples, one at each step
 
 
@@ -55,15 +56,22 @@ class Runner:
         return list(groups.values())
 
     def measure(
-        self, layer: str, sums: Sums, original: Keyed | None = None, weight: torch.Tensor | None = None
-    ) -> Statistics:
-        """Of the inputs of a layer.
+        self,
+        layer: str,
+        sums: Sums,
+        original: Keyed | None = None,
+        weight: torch.Tensor | None = None,
+        *,
+        closing: bool = True,
+    ) -> None:
+        """Sum over the inputs of a layer.
 
         Args:
             layer: its name in the module.
             sums: takes them.
             original: the same inputs in the original model, by sample.
             weight: of the tokens (samples, tokens).
+            closing: whether groups of windows are closed; else what was heard is for `Sums.part`.
         """
         found: list[torch.Tensor] = []
 
@@ -77,9 +85,10 @@ class Runner:
                 if found:  # an expert may be idle
                     before = None if original is None else original.get(i)
                     sums.add(found.pop(), before, None if weight is None else weight[i].reshape(-1, 1))
+                if closing and i % WINDOWS == WINDOWS - 1:
+                    sums.close()
         finally:
             handle.remove()
-        return sums.statistics()
 
     def measure_together(self, sums: dict[str, Sums], weights: dict[str, torch.Tensor]) -> None:
         """Of the inputs of several layers in one pass, which goes to its end."""
@@ -90,6 +99,7 @@ class Runner:
                 weight = weights.get(layer)
                 x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
                 sums[layer].add(x, None, None if weight is None else weight[at].reshape(-1, 1))
+                sums[layer].close()
 
             return hook
 
@@ -111,17 +121,19 @@ class Runner:
             stack: name of the parameter.
             shape: (experts, n, k), whatever the module keeps them as.
         """
-        at_once = max(1, self._hessian_bytes // (4 * max(shape[1:]) ** 2))
+        at_once = max(1, self._hessian_bytes // (SUMMED * max(shape[1:]) ** 2))
         for first in range(0, shape[0], at_once):
             sums = {e: Sums(shape[1:], Wanted(cross=False)) for e in range(first, min(first + at_once, shape[0]))}
 
             def heard(_name: str, expert: int, x: torch.Tensor, sums: dict[int, Sums] = sums) -> None:
                 if expert in sums:
-                    sums[expert].add(x, None, None)
+                    sums[expert].add(x.clone(), None, None)
 
             with Listener(self._module, [stack], heard):
-                for _ in self._passes():
-                    pass
+                for i, _ in enumerate(self._passes()):
+                    if i % WINDOWS == WINDOWS - 1:
+                        for one in sums.values():
+                            one.close()
             for expert in list(sums):
                 yield sums.pop(expert).statistics()
 

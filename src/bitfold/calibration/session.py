@@ -17,8 +17,9 @@ from bitfold.calibration.options import Calibration
 from bitfold.calibration.probe import ActivationCost, Rounding
 from bitfold.calibration.resume import Bookmarks
 from bitfold.calibration.runner import HESSIANS
-from bitfold.calibration.shape import WalkShape, walk_shape, window
+from bitfold.calibration.shape import ChainShape, WalkShape, walk_shape, window
 from bitfold.calibration.shared_input import Folded, SharedInput, Solved, solve_group
+from bitfold.calibration.shared_walk import SharedWalk, Team
 from bitfold.calibration.signround import tune
 from bitfold.calibration.spill import Spill
 from bitfold.calibration.statistics import TuningBlock, Wanted
@@ -53,6 +54,7 @@ class Session:
         calibration: text and options.
         seed: of rotations, labels and text.
         max_memory: bytes that the process may take; None = a share of what is free.
+        team: other processes that run windows of the text; None: this one runs all of them.
     """
 
     source: Source
@@ -61,6 +63,7 @@ class Session:
     calibration: Calibration
     seed: int
     max_memory: int | None = None
+    team: Team | None = None
 
     @property
     def shape(self) -> WalkShape:
@@ -100,8 +103,7 @@ def solve_blocks(
         last = chain is session.shape.chains[-1]
         if not inside and (head is None or not last):
             continue
-        spill = None if bookmarks is None else Spill(bookmarks.folder_of(chain.path))
-        walk = BlockWalk(model, reader, chain, text, spill, hessian_bytes)
+        walk = _walk(session, reader, chain, text, bookmarks, hessian_bytes)
         done = set[str]()
         room = _room_for_whole(session)
         instead = "what is left of it is solved while the whole model runs" if room else LEFT
@@ -115,6 +117,26 @@ def solve_blocks(
     rest = _others(session.shape, wanted)
     if rest:
         yield from _or_say(WHOLE, _walk_whole(session, reader, rest, text, bookmarks, hessian_bytes), LEFT)
+
+
+def _walk(
+    session: Session,
+    reader: Reader,
+    chain: ChainShape,
+    text: Text,
+    bookmarks: Bookmarks | None,
+    hessian_bytes: int,
+) -> BlockWalk:
+    """Over one list of blocks, with the others who help, if there are any."""
+    model = runnable(session.model, session.source)
+    if bookmarks is None:
+        return BlockWalk(model, reader, chain, text, None, hessian_bytes)
+    folder = bookmarks.folder_of(chain.path)
+    given = (model, reader, chain, text, Spill(folder), hessian_bytes)
+    if session.team is None:
+        return BlockWalk(*given)
+    about = (session.calibration.columns, session.calibration.drift > 0, session.seed)
+    return SharedWalk(*given).sharing(session.team, folder, bookmarks.inputs_file, about)
 
 
 def _room_for_whole(session: Session) -> bool:

@@ -7,7 +7,7 @@ float32 out: a run that reads its activations back gives the same bytes as one t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,17 @@ class Stream:
     def _note(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         self._at.append((self._end, dtype, shape))
         self._end += int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+
+    @classmethod
+    def at(cls, path: Path, places: Iterable[tuple[int, torch.dtype, tuple[int, ...]]]) -> Stream:
+        """Tensors that another process has in a file, to be read."""
+        stream = cls()
+        stream.path, stream._at = path, list(places)
+        return stream
+
+    def places(self) -> list[tuple[int, torch.dtype, tuple[int, ...]]]:
+        """Of each tensor in the file: the byte at which it begins, dtype, shape."""
+        return list(self._at)
 
     def append(self, tensor: torch.Tensor) -> None:
         """One more; CheckpointError when the disk is full."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +14,9 @@ from bitfold.methods.hessian import BlockDiagonal, Moments, column_ranges, diago
 
 _COLUMNS = 512  # of the correction worked out at a time
 _WEIGHTS = 1 << 24  # corrected at a time
+ROWS = 1024  # of a product at a time
+_HESSIAN, _CROSS = "hessian", "cross"
+WINDOWS = 4  # of the text that make a group: multiplied in float32, then added in float64
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,15 @@ class TuningBlock:
     targets: HiddenStates
 
 
+@dataclass(frozen=True)
+class _Heard:
+    """Inputs of a window (tokens, k), those in the original model, weights of the tokens (tokens, 1)."""
+
+    x: torch.Tensor
+    matched: torch.Tensor
+    weight: torch.Tensor | None
+
+
 class HiddenStates(Protocol):
     """Activations by window."""
 
@@ -119,7 +131,10 @@ class HiddenStates(Protocol):
 
 
 class Sums:
-    """Statistics in the making.
+    """Statistics in the making: products of a few windows in float32, their sums in float64.
+
+    Which windows are taken together and in which order is fixed, so that the bits of the sums do not depend on who took
+    them: windows that another process has heard come as its `part`, and are added in their turn.
 
     Args:
         shape: of the weight, so that the number of inputs is known even if none ever comes.
@@ -129,57 +144,96 @@ class Sums:
     def __init__(self, shape: Sequence[int], wanted: Wanted = _EVERYTHING) -> None:
         self._shape, self._wanted = shape, wanted
         self._ranges: list[slice] = []
-        self._hessian: list[torch.Tensor] = []
-        self._cross: list[torch.Tensor] = []
-        self._absmax = self._sum = torch.zeros(0)
+        self._totals: dict[str, list[torch.Tensor]] = {}
+        self._pending: list[_Heard] = []
+        self._absmax = self._sizes = self._group = torch.zeros(0)  # largest, summed, summed of the group at hand
         self.tokens = 0
 
     def add(self, x: torch.Tensor, original: torch.Tensor | None, weight: torch.Tensor | None) -> None:
         """Inputs (tokens, k), the same tokens in the original model, weights of the tokens (tokens, 1).
 
-        Where the original model's tokens are others (an expert got more or fewer), there is no drift to correct.
+        They are kept until `close`. Where the original model's tokens are others (an expert got more or fewer), there
+        is no drift to correct.
         """
         if not self._ranges:
             self._begin(x.shape[1])
         size = x.abs()
         if len(x):
             self._absmax = torch.maximum(self._absmax, size.amax(0))
-        self._sum += size.sum(0)
+        self._group += size.sum(0, dtype=torch.float64)
         self.tokens += len(x)
         same = original is None or original.shape != x.shape
-        if self._wanted.basis is not None:
-            x = self._wanted.basis(x)
-        weighted = x if weight is None or len(weight) != len(x) else x * weight
-        for part, hessian in zip(self._ranges, self._hessian, strict=True):
-            hessian.addmm_(weighted[:, part].T, x[:, part])
-        if self._cross:
-            self._add_cross(x if same or original is None else self._into_basis(original), weighted)
+        x = self._into_basis(x)
+        matched = x if same or original is None or not self._wanted.cross else self._into_basis(original)
+        self._pending.append(_Heard(x, matched, None if weight is None or len(weight) != len(x) else weight))
 
     def _begin(self, k: int) -> None:
         self._ranges = column_ranges(k, self._wanted.columns)
-        self._hessian = [torch.zeros(r.stop - r.start, r.stop - r.start) for r in self._ranges]
-        self._cross = [torch.zeros_like(h) for h in self._hessian] if self._wanted.cross else []
-        self._absmax, self._sum = torch.zeros(k), torch.zeros(k)
+        self._absmax = torch.zeros(k)
+        self._sizes, self._group = (torch.zeros(k, dtype=torch.float64) for _ in range(2))
 
     def _into_basis(self, x: torch.Tensor) -> torch.Tensor:
         return x if self._wanted.basis is None else self._wanted.basis(x)
 
-    def _add_cross(self, matched: torch.Tensor, weighted: torch.Tensor) -> None:
-        for part, cross in zip(self._ranges, self._cross, strict=True):
-            cross.addmm_(matched[:, part].T, weighted[:, part])
+    def _matrices(self, dtype: torch.dtype) -> dict[str, list[torch.Tensor]]:
+        sizes = [part.stop - part.start for part in self._ranges]
+        kinds = (_HESSIAN, _CROSS) if self._wanted.cross else (_HESSIAN,)
+        return {kind: [torch.zeros(size, size, dtype=dtype) for size in sizes] for kind in kinds}
+
+    def close(self) -> None:
+        """The windows since the last time make a group: their products are added."""
+        if self._pending:
+            self._totals = self._totals or self._matrices(torch.float64)
+            self._multiply(self._totals)
+            self._sizes += self._group
+            self._group.zero_()
+
+    def _multiply(self, into: dict[str, list[torch.Tensor]]) -> None:
+        """Some rows of the products at a time, for a whole one more would take half the room of the sums."""
+        for kind, matrices in into.items():
+            for part, matrix in zip(self._ranges, matrices, strict=True):
+                for at in range(0, len(matrix), ROWS):
+                    rows = slice(part.start + at, min(part.start + at + ROWS, part.stop))
+                    product = torch.zeros(rows.stop - rows.start, len(matrix))
+                    for heard in self._pending:
+                        left = (heard.x if kind == _HESSIAN else heard.matched)[:, rows]
+                        left = left if heard.weight is None else left * heard.weight
+                        product.addmm_(left.T, heard.x[:, part])
+                    matrix[at : at + len(product)] += product
+        self._pending.clear()
+
+    def part(self) -> dict[str, torch.Tensor]:
+        """What was heard, as one group that was never closed: for `take` in another process. To be asked for once."""
+        matrices = self._matrices(torch.float32) if self._ranges else {}
+        self._multiply(matrices)
+        found = {f"{kind}.{i}": m for kind, some in matrices.items() for i, m in enumerate(some)}
+        return {**found, "absmax": self._absmax, "sizes": self._group, "tokens": torch.tensor(self.tokens)}
+
+    def take(self, part: Mapping[str, torch.Tensor]) -> None:
+        """Add a group that another process has heard, as `part` gives it."""
+        if not len(part["absmax"]):
+            return
+        if not self._ranges:
+            self._begin(len(part["absmax"]))
+        self._totals = self._totals or self._matrices(torch.float64)
+        for kind, matrices in self._totals.items():
+            for i, matrix in enumerate(matrices):
+                matrix += part[f"{kind}.{i}"]
+        self._absmax = torch.maximum(self._absmax, part["absmax"])
+        self._sizes += part["sizes"]
+        self.tokens += int(part["tokens"])
 
     def statistics(self) -> Statistics:
         """The result, to be asked for once; no tokens make a Hessian of zeros."""
+        self.close()
         if not self._ranges:
             empty = torch.zeros(self._shape[-1], self._shape[-1])
             return Statistics(empty, None, 0)
         n = max(1, self.tokens)
-        for matrix in (*self._hessian, *self._cross):
-            matrix.div_(n)
-        hessian, cross = _joined(self._hessian), _joined(self._cross) if self._cross else None
-        self._hessian, self._cross = [], []  # whoever has the result may let go of them
-        in_basis = self._wanted.basis is not None
-        return Statistics(hessian, cross, self.tokens, self._absmax, self._sum / n, in_basis)
+        found = {kind: _joined([m.div_(n).float() for m in some]) for kind, some in self._totals.items()}
+        self._totals = {}
+        sizes, in_basis = (self._sizes / n).float(), self._wanted.basis is not None
+        return Statistics(found[_HESSIAN], found.get(_CROSS), self.tokens, self._absmax, sizes, in_basis)
 
 
 def _joined(parts: list[torch.Tensor]) -> Moments:

@@ -26,6 +26,7 @@ from bitfold.calibration.spill import Keyed, Spill, Stream
 from bitfold.calibration.statistics import Statistics, Sums, TuningBlock, Wanted
 from bitfold.nn import set_tensor
 
+Run = Callable[[int, torch.Tensor], torch.Tensor]  # number of a sample, its input -> its output
 Tuner = Callable[[str, TuningBlock], None]
 
 
@@ -45,6 +46,20 @@ class Text:
         """Of the tokens for layers that share their input."""
         found = [self.weights[layer] for layer in layers if layer in self.weights]
         return torch.stack(found).mean(0) if found else None
+
+
+@dataclass(frozen=True)
+class At:
+    """How far a block is: its number, its groups of layers (by names within it), how many of them are quantized."""
+
+    index: int
+    groups: list[list[str]]
+    number: int
+
+    @property
+    def group(self) -> list[str]:
+        """The next one."""
+        return self.groups[self.number]
 
 
 class BlockWalk:
@@ -68,7 +83,7 @@ class BlockWalk:
         spill: Spill | None = None,
         hessian_bytes: int = HESSIANS,
     ) -> None:
-        self.model, self.chain, self._source, self._text = model, chain, source, text
+        self.model, self.chain, self._source, self.text = model, chain, source, text
         self._spill, self._hessian_bytes = spill or Spill(), hessian_bytes
         self._catcher = Catcher(model, chain, text.ids)
         self._calls: list[list[Call]] = []  # for each block, for each sample
@@ -124,7 +139,7 @@ class BlockWalk:
             retie: gives an output layer that shares the embedding its values; each name has its own parameter here.
         """
         assert self._probe is not None
-        self._fill("", skip=f"{self.chain.path}.")
+        self.fill("", skip=f"{self.chain.path}.")
         retie(self.model)
         try:
             return self._probe.measure(self._original, self._quantized, self._catcher.tail)
@@ -135,7 +150,12 @@ class BlockWalk:
         """After the last block: what enters a layer behind the blocks in the quantized model, sample by sample."""
         return self._catcher.behind(self._source, self._quantized, layer)
 
-    def _fill(self, prefix: str, *, skip: str | None = None) -> None:
+    def run(self, index: int) -> Run:
+        """What a block makes of the activations of a sample."""
+        shape = self.chain.blocks[index]
+        return partial(_run, self.model.get_submodule(shape.path), shape, self._calls[index])
+
+    def fill(self, prefix: str, *, skip: str | None = None) -> None:
         """Give the tensors below a prefix their values, float32."""
         module = self.model.get_submodule(prefix.rstrip("."))
         for kind in (module.named_parameters(), module.named_buffers()):
@@ -173,16 +193,15 @@ class BlockWalk:
             tuner: called with the block after the last group, to tune other layers of it together.
             wanted: what is to be known of the inputs of a layer, by its name.
         """
-        shape, name = self.chain.blocks[index], self.chain.blocks[index].path
-        self._fill(f"{name}.")
-        block, calls = self.model.get_submodule(name), self._calls[index]
-        run = partial(_run, block, shape, calls)
+        name = self.chain.blocks[index].path
+        self.fill(f"{name}.")
+        block, run = self.model.get_submodule(name), self.run(index)
         inside = [n.removeprefix(f"{name}.") for n in layers]
         stacked = {n.removeprefix(f"{name}."): experts for n, experts in (stacks or {}).items()}
-        groups = self._runner(block, run, self._original).groups(inside, list(stacked))
+        groups = self.runner(block, run, self._original).groups(inside, list(stacked))
         kept, outputs = self._run_original(index, groups, run) if self._compared else ([], self._quantized)
-        finished = AnswerReplay(block, groups, len(calls), self._spill)
-        runner = self._runner(block, run, self._quantized)
+        finished = AnswerReplay(block, groups, len(self._quantized), self._spill)
+        runner = self.runner(block, run, self._quantized)
         for number, group in enumerate(groups):
             finished.replay(number)
             full = [f"{name}.{layer}" for layer in group]
@@ -190,31 +209,38 @@ class BlockWalk:
                 yield full, runner.measure_experts(group[0], stacked[group[0]])
                 continue
             sums = Sums(block.get_parameter(f"{group[0]}.weight").shape, wanted(full[0]))
-            yield full, [runner.measure(group[0], sums, kept[number] if kept else None, self._text.weight(full))]
+            at = At(index, groups, number)
+            self._hear(at, sums, runner, kept[number] if kept else None)
+            yield full, [sums.statistics()]
+            del sums
         if tuner is not None:
             finished.close()
             tuner(name, TuningBlock(block, run, self._quantized, outputs))
         finished.replay(len(groups))
-        self._hand_on(index, run, outputs, inside, finished)
+        self._hand_on(At(index, groups, len(groups)), run, outputs, inside, finished)
         for store in kept:
             store.drop()
 
-    def _runner(self, block: nn.Module, run: Callable[[int, torch.Tensor], torch.Tensor], inputs: Stream) -> Runner:
+    def _hear(self, at: At, sums: Sums, runner: Runner, original: Keyed | None) -> None:
+        """Sum over what enters a group of layers."""
+        runner.measure(at.group[0], sums, original, self.text.weight(f"{self.inside(at.index)}{n}" for n in at.group))
+
+    def runner(self, block: nn.Module, run: Run, inputs: Stream) -> Runner:
+        """Runs of a block over all windows."""
         return Runner(block, passes(lambda i: run(i, inputs[i]), len(inputs)), self._hessian_bytes)
 
     def _hand_on(
         self,
-        index: int,
-        run: Callable[[int, torch.Tensor], torch.Tensor],
+        at: At,
+        run: Run,
         outputs: Stream,
         layers: list[str],
         finished: AnswerReplay,
     ) -> None:
         """Outputs of the finished block become inputs of the next one; `outputs`: those of the block as it was."""
-        name = self.chain.blocks[index].path
+        index, name = at.index, self.chain.blocks[at.index].path
         block, quantized = self.model.get_submodule(name), self._spill.stream(f"quantized-{index + 1}")
-        for i, x in enumerate(self._quantized):
-            quantized.append(run(i, x))
+        self._outputs(at, run, quantized, outputs)
         finished.close()
         if self._probe is not None:
             rounding = {layer: self._rounding(f"{name}.{layer}") for layer in layers}
@@ -222,21 +248,36 @@ class BlockWalk:
         self._original, self._quantized = outputs if self._compared else quantized, quantized
         self.empty(f"{name}.")
 
-    def _run_original(
-        self, index: int, groups: list[list[str]], run: Callable[[int, torch.Tensor], torch.Tensor]
-    ) -> tuple[list[Keyed], Stream]:
-        """Inputs of each group by sample, and outputs, of the block as it was: nothing in it is quantized yet."""
-        block, handles = self.model.get_submodule(self.chain.blocks[index].path), []
-        kept = [Keyed(self._spill.scratch()) for _ in groups]
+    def _outputs(self, at: At, run: Run, into: Stream, _originals: Stream) -> None:
+        """What the finished block makes of every window."""
+        for i, x in enumerate(self._quantized):
+            into.append(run(i, x))
+
+    def _run_original(self, index: int, groups: list[list[str]], run: Run) -> tuple[list[Keyed], Stream]:
+        """What enters each group, and what comes out, of the block as it was."""
         outputs = self._spill.stream(f"original-{index + 1}")
+        return self.run_original(index, groups, run, outputs, self._spill), outputs
+
+    def run_original(self, index: int, groups: list[list[str]], run: Run, outputs: Stream, spill: Spill) -> list[Keyed]:
+        """Inputs of each group by sample of the block as it was: nothing in it is quantized yet; and its outputs.
+
+        Args:
+            index: of the block.
+            groups: of its layers.
+            run: (number of a sample, its input) -> its output.
+            outputs: takes the outputs.
+            spill: where the inputs wait.
+        """
+        block, handles = self.model.get_submodule(self.chain.blocks[index].path), []
+        kept = [Keyed(spill.scratch()) for _ in groups]
         for store, group in zip(kept, groups, strict=True):
-            if isinstance(found := _member(block, group[0]), nn.Module):
+            if isinstance(found := member(block, group[0]), nn.Module):
                 handles.append(found.register_forward_pre_hook(_keeper(store, outputs)))
         for i, x in enumerate(self._original):
             outputs.append(run(i, x))
         for handle in handles:
             handle.remove()
-        return kept, outputs
+        return kept
 
 
 def _run(block: nn.Module, shape: BlockShape, calls: list[Call], sample: int, x: torch.Tensor) -> torch.Tensor:
@@ -252,7 +293,7 @@ def _keeper(store: Keyed, outputs: Stream) -> Callable[..., None]:
     return keep
 
 
-def _member(block: nn.Module, name: str) -> nn.Module | nn.Parameter:
+def member(block: nn.Module, name: str) -> nn.Module | nn.Parameter:
     """A layer, or the parameter of a stack."""
     owner, _, last = name.rpartition(".")
     found: nn.Module | nn.Parameter = getattr(block.get_submodule(owner), last)

@@ -16,7 +16,7 @@ from torch import nn
 
 from bitfold.calibration.embedded import Tensors
 from bitfold.calibration.rehearsal import text_inputs
-from bitfold.calibration.runner import HESSIANS, Runner, passes
+from bitfold.calibration.runner import HESSIANS, SUMMED, Runner, passes
 from bitfold.calibration.spill import Stream
 from bitfold.calibration.statistics import Statistics, Sums, Wanted
 from bitfold.calibration.walk import Text, Tuner
@@ -113,7 +113,7 @@ class WholeWalk:
         room = self._hessian_bytes
         for _, groups in self._blocks[index:]:
             heads = [group for group in groups if self._is_layer(group[0]) and group[0] not in stacks]
-            room -= sum(4 * self._shape(group[0])[-1] ** 2 for group in heads)
+            room -= sum(SUMMED * self._shape(group[0])[-1] ** 2 for group in heads)
             if sums and room < 0:
                 break
             for group in heads:

@@ -15,9 +15,11 @@ from torch import nn
 from bitfold.calibration.head import head_of
 from bitfold.calibration.options import Calibration
 from bitfold.calibration.rehearsal import vocabulary as embedding_rows
-from bitfold.calibration.runner import HESSIANS
+from bitfold.calibration.runner import HESSIANS, SUMMED
 from bitfold.calibration.session import weighs_tokens
 from bitfold.calibration.shape import window
+from bitfold.calibration.statistics import ROWS as PRODUCT_ROWS
+from bitfold.calibration.statistics import WINDOWS
 from bitfold.calibration.tail import tokens_at_once
 from bitfold.checkpoints import Source
 from bitfold.forecast.work import BlockWork, GroupShape, work_of
@@ -84,7 +86,7 @@ def calibrated_stages(plan: Plan, calibration: Calibration, model: nn.Module, he
     if (head := head_of(model, plan.quantized)) is not None:
         found.append(_head(head, min(calibration.nsamples * seqlen, embedding_rows(model))))
     whole = 4 * plan.numel if any(block.whole for block in work) else 0
-    heard = min(hessian_bytes, sum(4 * group.k**2 for block in work if block.whole for group in block.groups))
+    heard = min(hessian_bytes, sum(SUMMED * group.k**2 for block in work if block.whole for group in block.groups))
     if whole:
         logits = 2 * 4 * seqlen * embedding_rows(model)
         found.append(Stage("running the whole model", whole + heard + logits))
@@ -128,9 +130,10 @@ def _moments(group: GroupShape, calibration: Calibration) -> tuple[int, int]:
 
 
 def measuring(group: GroupShape, calibration: Calibration, seqlen: int) -> int:
-    """Bytes while the statistics of a group are summed: of H, of what it has to do with the original, of inputs."""
+    """Bytes while the statistics of a group are summed in double precision: H, what it has to do with the original."""
     h, _ = _moments(group, calibration)
-    return h * (2 if calibration.drift > 0 else 1) + 4 * 4 * seqlen * group.k
+    both = 2 if calibration.drift > 0 else 1
+    return SUMMED // 4 * h * both + 4 * (3 + both * WINDOWS) * seqlen * group.k + 4 * PRODUCT_ROWS * group.k
 
 
 def solving(group: GroupShape, calibration: Calibration) -> int:
@@ -152,9 +155,9 @@ def solving(group: GroupShape, calibration: Calibration) -> int:
 def _experts(shape: tuple[int, ...], hessian_bytes: int) -> int:
     """Bytes for a stack (experts, n, k): some Hessians, the factorization of one, and the stack before and after."""
     experts, n, k = shape
-    h = 4 * max(n, k) ** 2
+    h = SUMMED * max(n, k) ** 2
     at_once = min(experts, max(1, hessian_bytes // h))
-    return at_once * 4 * k * k + 3 * 4 * k * k + 3 * 4 * experts * n * k
+    return at_once * SUMMED * k * k + 3 * 4 * k * k + 3 * 4 * experts * n * k
 
 
 def _before(plan: Plan, calibration: Calibration, model: nn.Module, work: Sequence[BlockWork]) -> list[Stage]:

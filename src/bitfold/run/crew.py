@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from bitfold.calibration.shared_walk import Team
 from bitfold.checkpoints import Source
 from bitfold.errors import CheckpointError, ResourceError
 from bitfold.executors.protocol import Executor, Needs, Task, run_all
@@ -14,7 +16,7 @@ from bitfold.forecast.memory import LIBRARIES, data_free
 from bitfold.planning.decisions import Quantized
 from bitfold.planning.plan import Item, Plan
 from bitfold.run.items import Made, left_of
-from bitfold.run.order import Order
+from bitfold.run.order import Order, Planned, planned
 from bitfold.run.parts import make_part, parts_in, read_part
 from bitfold.system import memory, progress
 from bitfold.system.units import size_text
@@ -31,31 +33,38 @@ class Share:
     Args:
         base: of a process before it begins, libraries included.
         limit: what it may take; None = no ceiling was named.
+        running: what it takes when it runs text through a block; 0 = none does.
     """
 
     base: int
     limit: int | None
+    running: int = 0
 
 
-def share_memory(source: Source, plan: Plan, executor: Executor, max_memory: int | None) -> Share:
+def share_memory(run: Planned, executor: Executor, max_memory: int | None, running: int = 0) -> Share:
     """What each worker needs, and gets of a ceiling over all of them and this process.
+
+    Args:
+        run: what is to be done.
+        executor: who does it.
+        max_memory: the ceiling, bytes; None = none.
+        running: bytes of a process that runs text through blocks and solves them; 0 = nothing is calibrated.
 
     Raises:
         ResourceError: there are too many workers for the ceiling.
     """
     base = (memory.resident() or 0) + LIBRARIES
-    largest = max((_stage(source, item) for item in plan.items), default=0)
-    needs = base + largest
+    needs = max(running, base + max((_stage(run.source, item) for item in run.plan.items), default=0))
     if max_memory is None:
-        return Share(base, None)
-    rest = max_memory - base
+        return Share(base, None, running)
+    rest = max_memory - max(base, running)
     limit = rest // executor.workers
     if limit < needs:
         fit = max(0, rest // needs)
         what = f"{size_text(max_memory)} leave {size_text(max(0, limit))} to each of {executor.workers} workers"
-        hint = f"{fit} workers fit" if fit else f"one worker needs about {size_text(base + needs)}"
+        hint = f"{fit} workers fit" if fit else f"one needs about {size_text(max(base, running) + needs)}"
         raise ResourceError(f"{what}, {size_text(needs)} are needed", where="--max-memory", hint=hint)
-    return Share(base, limit)
+    return Share(base, limit, running)
 
 
 def _stage(source: Source, item: Item) -> int:
@@ -86,6 +95,10 @@ class Crew:
             what = f"{', '.join(blind)} does not see {order.source} and {folder}"
             hint = "source and output on storage that all machines share, under the same path"
             raise ResourceError(what, where="--executor", hint=hint)
+
+    def team(self) -> Team:
+        """For the calibrated part of the run."""
+        return Team(self._executor, partial(planned, self._order), self._share.running, self._share.limit)
 
     def made(self, items: Sequence[Item], times: Mapping[str, float], done: Mapping[str, object]) -> Iterator[Made]:
         """The tensors of these items but for those that are done, in the order in which they come.

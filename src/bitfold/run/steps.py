@@ -46,7 +46,7 @@ from bitfold.run.low_disk import (
     with_little_disk,
 )
 from bitfold.run.options import Request, RunOptions
-from bitfold.run.order import Order, as_text, as_the_output_has_it, decisive
+from bitfold.run.order import Order, Planned, as_text, as_the_output_has_it, decisive
 from bitfold.run.writing import Job, PlannedRun, Writing, Written
 from bitfold.system import progress
 from bitfold.system.outputs import try_file
@@ -212,8 +212,11 @@ def forecast(run: PlannedRun, options: RunOptions, executor: Executor) -> Foreca
         refuse_impossible(found, run.job.out, options.max_memory, has=size_of(partial_of(run.job.out)))
         for line in (found.summary(), *found.cautions()):
             progress.say(line)
-    share = None if executor.here else share_memory(run.source, run.plan, executor, options.max_memory)
-    return Forecast(run, found, share)
+    if executor.here:
+        return Forecast(run, found)
+    running = 0 if run.job.calibration is None else found.peak_memory
+    seen = Planned(run.source, run.model, run.plan)
+    return Forecast(run, found, share_memory(seen, executor, options.max_memory, running))
 
 
 def execute(expected: Forecast, options: RunOptions, executor: Executor) -> QuantizeReport:

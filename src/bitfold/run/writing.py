@@ -190,7 +190,8 @@ class Writing:
         run = self.run
         tokenizer = tokenizer_folder(run.source, self.work.state / "tokenizer")
         marks = Bookmarks(self.work, self.done.reports, self._target.sync, self._events)
-        session = Session(run.source, run.model, run.plan, calibration, run.job.seed, self._options.max_memory)
+        team = None if self._crew is None else self._crew.team()
+        session = Session(run.source, run.model, run.plan, calibration, run.job.seed, self._options.max_memory, team)
         yield from solve_blocks(session, tokenizer, marks, run.hessian_bytes)
 
     def _fell_back(self, fallback: Fallback) -> None:

@@ -1,0 +1,157 @@
+"""A walk over blocks whose windows of text other processes run: who calls solves, the others listen.
+
+The windows are shared out in groups of WINDOWS. A worker runs its group through the block as far as the layers that are
+next, and answers with the products of their inputs; they are added here in the order of the groups, so the bits do not
+depend on who ran which. Then the layers are solved here, and their new weights go into a file that workers read before
+they run on. What a worker keeps between two tasks (the block, answers of parts that are finished, inputs in the
+original model) only saves time: another one finds out the same.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from bitfold.calibration.listening import Errand, Facts, Heard, listen
+from bitfold.calibration.runner import Runner
+from bitfold.calibration.spill import Keyed, Stream
+from bitfold.calibration.statistics import WINDOWS, Statistics, Sums, Wanted
+from bitfold.calibration.walk import At, BlockWalk, Run, Tuner, member
+from bitfold.checkpoints.shards import written_error
+from bitfold.executors.protocol import Executor, Needs, Task, run_all
+
+
+@dataclass(frozen=True)
+class Team:
+    """Other processes that run windows.
+
+    Args:
+        executor: where they are.
+        opening: what opens the run in them: an importable function, as for `Task`; see `listening.Opened`.
+        needs: memory of each, bytes.
+        limit: ceiling on the memory of each; None = none.
+    """
+
+    executor: Executor
+    opening: Callable[[], Any]
+    needs: int
+    limit: int | None
+
+
+class SharedWalk(BlockWalk):
+    """See `BlockWalk`; `sharing` comes before everything else."""
+
+    def sharing(self, team: Team, folder: Path, inputs: Path, about: tuple[int | None, bool, int]) -> SharedWalk:
+        """Itself, with others who help.
+
+        Args:
+            team: they.
+            folder: of the walk, which they see: activations lie in it.
+            inputs: file of the token ids and weights.
+            about: columns whose Hessian is kept whole, whether the original model is compared, seed of the run.
+        """
+        self._team, self._folder, self._inputs, self._about = team, folder, inputs, about
+        self._saved, self._alone = 0, False
+        self._clean()
+        return self
+
+    def _clean(self) -> None:
+        """Let go of what was for one block."""
+        for pattern in ("aside-*", "*.part", "solved-*"):
+            for path in self._folder.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def block(
+        self,
+        index: int,
+        layers: list[str],
+        stacks: Mapping[str, Sequence[int]] | None = None,
+        tuner: Tuner | None = None,
+        wanted: Callable[[str], Wanted] = lambda _layer: Wanted(),
+    ) -> Iterator[tuple[list[str], Iterable[Statistics]]]:
+        """See `BlockWalk`; layers that are tuned together want all outputs here."""
+        self._alone = tuner is not None
+        yield from super().block(index, layers, stacks, tuner, wanted)
+
+    def _run_original(self, index: int, groups: list[list[str]], run: Run) -> tuple[list[Keyed], Stream]:
+        """The others do that on their way; their outputs come with those of the finished block."""
+        if self._alone:
+            return super()._run_original(index, groups, run)
+        return [], self._spill.stream(f"original-{index + 1}")
+
+    def _hear(self, at: At, sums: Sums, runner: Runner, original: Keyed | None) -> None:
+        """See `BlockWalk`."""
+        if self._alone:
+            super()._hear(at, sums, runner, original)
+            return
+        for heard in self._sent(at, "measuring"):
+            assert heard.part is not None
+            sums.take(load_file(heard.part))
+            Path(heard.part).unlink()
+
+    def _outputs(self, at: At, run: Run, into: Stream, originals: Stream) -> None:
+        """See `BlockWalk`."""
+        if self._alone:
+            super()._outputs(at, run, into, originals)
+            return
+        for heard in self._sent(at, "running"):
+            for name, stream in (("quantized", into), ("original", originals)):
+                if name in heard.outputs:
+                    for x in heard.outputs[name].stream():
+                        stream.append(x)
+                    Path(heard.outputs[name].path).unlink()
+        self._clean()
+        self._saved = 0
+
+    def _sent(self, at: At, doing: str) -> Iterator[Heard]:
+        """The answers of all groups of windows, in their order."""
+        self._save(at)
+        executor, count = self._team.executor, len(self._quantized)
+        needs = Needs(executor.threads, self._team.needs)
+        tasks = [
+            Task(f"{doing} {self.inside(at.index)}, windows from {first}", listen, (self._errand(at, first),), needs)
+            for first in range(0, count, WINDOWS)
+        ]
+        order = {task.name: number for number, task in enumerate(tasks)}
+        early, following = dict[int, Heard](), 0
+        for task, heard in run_all(executor, tasks):
+            early[order[task.name]] = heard
+            while following in early:
+                yield early.pop(following)
+                following += 1
+
+    def _errand(self, at: At, first: int) -> Errand:
+        stop = min(first + WINDOWS, len(self._quantized))
+        streams = {name: Facts.of(stream, first, stop) for name, stream in self.streams.items() if name in _RUN}
+        groups = tuple(tuple(group) for group in at.groups)
+        solved = tuple(str(self._solved(at, number)) for number in range(at.number))
+        where = (str(self._folder), str(self._inputs), self.chain.path, self._team.limit)
+        return Errand(self._team.opening, where, at.index, groups, solved, (first, stop), streams, self._about)
+
+    def _solved(self, at: At, number: int) -> Path:
+        return self._folder / f"solved-{at.index}-{number}.safetensors"
+
+    def _save(self, at: At) -> None:
+        """The weights that were solved since the last time, as the model has them now."""
+        block = self.model.get_submodule(self.chain.blocks[at.index].path)
+        for number in range(self._saved, at.number):
+            found = {}
+            for name in at.groups[number]:
+                one = member(block, name)
+                full = f"{name}.weight" if isinstance(one, torch.nn.Module) else name
+                found[f"{self.inside(at.index)}{full}"] = block.get_parameter(full).detach().contiguous()
+            file = self._solved(at, number)
+            try:
+                save_file(found, file)
+            except OSError as error:
+                raise written_error(error, file, "cannot be written") from error
+        self._saved = at.number
+
+
+_RUN = ("quantized", "original")
