@@ -28,7 +28,10 @@ def distill(
     seqlen: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
     batch: Annotated[int, typer.Option(help="Windows of a step.")] = 2,
     rate: Annotated[float, typer.Option(help="Learning rate of row scales, which are factors.")] = 4e-3,
-    plain_rate: Annotated[float, typer.Option(help="Of norms and biases, times their root mean square.")] = 1e-3,
+    plain_rate: Annotated[float, typer.Option(help="Of norms, biases and --weights, times their root mean square.")] = 1e-3,
+    weights: Annotated[
+        bool, typer.Option("--weights", help="Of a folder that is packed in part: the other linear layers learn, too.")
+    ] = False,
     max_memory: Annotated[
         str | None, typer.Option(help="Ceiling on the resident memory of the process, such as 4GB.", show_default=False)
     ] = None,
@@ -47,7 +50,7 @@ def distill(
     from bitfold.training.options import Distillation
 
     spec = with_column(text, text_column) or "default"
-    how = Distillation(spec, minutes, steps, seqlen, batch, rate, plain_rate, seed=seed)
+    how = Distillation(spec, minutes, steps, seqlen, batch, rate, plain_rate, seed=seed, weights=weights)
     team = joined()
     found = run(folder, teacher, output_dir, how, max_memory=ceiling, restart=restart, revision=revision, team=team)
     if team.rank > 0:

@@ -88,6 +88,12 @@ DistillOption = Annotated[
         help="Then train scales and norms on the original's predictions, so many minutes.", show_default=False
     ),
 ]
+StagesOption = Annotated[
+    int,
+    typer.Option(
+        help="With --distill: quantize the blocks in so many parts; between them the rest is trained, half of the time."
+    ),
+]
 ExportOption = Annotated[
     str | None,
     typer.Option(
@@ -172,6 +178,7 @@ def quantize(
     keep_embeddings: KeepEmbeddingsOption = False,
     export: ExportOption = None,
     distill: DistillOption = None,
+    stages: StagesOption = 1,
     target_size: TargetSizeOption = None,
     target_bpw: TargetBpwOption = None,
     imatrix: ImatrixOption = None,
@@ -203,7 +210,7 @@ def quantize(
     options = RunOptions(*how, dry_run, restart, strict, events, revision, **kind)
     text, size = _text(method, calibration, text_column, sizes), _bytes(target_size, "--target-size")
     what = (MethodOptions(*said, keep_embeddings), text, export, size, imatrix, target_bpw)
-    _go(Request(model, output_dir or Path("unused"), *what), options, distill, tensors=tensors, json=json)
+    _go(Request(model, output_dir or Path("unused"), *what), options, (distill, stages), tensors=tensors, json=json)
 
 
 def _text(method: str | None, given: list[str] | None, column: str | None, sizes: Any) -> Any:
@@ -215,11 +222,14 @@ def _text(method: str | None, given: list[str] | None, column: str | None, sizes
     return settings(method, with_column(joined(given), column), *sizes)
 
 
-def _go(request: Any, options: Any, minutes: float | None, *, tensors: bool, json: bool) -> None:
+def _go(request: Any, options: Any, learning: tuple[float | None, int], *, tensors: bool, json: bool) -> None:
     """Quantize, and distill where minutes are given; print what came of it."""
     from bitfold.cli.tables import show_quantized
     from bitfold.run.driver import run
 
+    minutes, stages = learning
+    if minutes is None and stages != 1:
+        raise UsageError("trains between the parts for half of the time", where="--stages", hint="--distill 60, say")
     if minutes is None:
         report = run(request, options)
         if json:
@@ -230,7 +240,7 @@ def _go(request: Any, options: Any, minutes: float | None, *, tensors: bool, jso
     from bitfold.run.learning import quantize_and_distill
     from bitfold.training.distill import say_what_came_of_it
 
-    first, found = quantize_and_distill(request, options, minutes)
+    first, found = quantize_and_distill(request, options, minutes, stages)
     if json:
         parts = {"distill": None if found is None else found.to_dict()}
         print_json({**({} if first is None else first.to_dict()), **parts})

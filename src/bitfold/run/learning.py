@@ -1,4 +1,4 @@
-"""Quantize, then distill: two runs that end in one folder."""
+"""Quantize, then distill: runs that end in one folder."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from bitfold.models.model_ref import ModelRef
 from bitfold.records.run_report import QuantizeReport
 from bitfold.run.driver import run
 from bitfold.run.options import Request, RunOptions
+from bitfold.run.stages import Staged
 from bitfold.system import progress
 from bitfold.text.tokens import BUNDLED, SELF
 from bitfold.training.distill import Distilled, distill
@@ -23,7 +24,7 @@ from bitfold.training.options import Distillation
 
 
 def quantize_and_distill(
-    request: Request, options: RunOptions, minutes: float
+    request: Request, options: RunOptions, minutes: float, stages: int = 1
 ) -> tuple[QuantizeReport | None, Distilled | None]:
     """Both; what is between them lies beside the output, hidden, until the output is there.
 
@@ -31,13 +32,15 @@ def quantize_and_distill(
         request: a run that ends in a folder.
         options: how.
         minutes: of distillation, on the calibration text.
+        stages: parts of the blocks that are quantized one after the other; between them, for half of the time, what is
+            still in floating point learns to make up for what is packed. See `stages`.
 
     Returns:
         The reports of both; None for the first where an earlier call has done it, for the second where nothing is
         written (a dry run).
 
     Raises:
-        UsageError: not a folder.
+        UsageError: not a folder; more stages than blocks, or less than one.
         BitfoldError: see `run` and `distill`; the same call goes on with what is finished.
     """
     from bitfold.checkpoints.hub.fetch import resolve
@@ -47,7 +50,6 @@ def quantize_and_distill(
         raise UsageError("only bitfold's own folders are distilled", where="--distill", hint="drop --export")
     if options.low_disk:
         raise UsageError("distillation needs the whole model on the disk", where="--distill", hint="drop --low-disk")
-    how = Distillation(_text(request.calibration), minutes, seed=options.seed)
     if options.dry_run:
         return run(request, options), None
     local = resolve(request.source, revision=options.revision, token=options.token)
@@ -55,11 +57,18 @@ def quantize_and_distill(
     out = open_output(request.out, local)
     if options.upload_repo is not None:
         check_login(options.token)
-    between, report = _between(request, options, local, out), None
+    between, report = _between(request, options, local, out, stages), None
+    text = _text(request.calibration)
+    learning = Staged(local, between, text, minutes if stages == 1 else minutes / 2)
+    how = Distillation(text, learning.minutes, seed=options.seed)
     if (between / "config.json").is_file():
         progress.say("quantized already; going on with the distillation")
     else:
-        report = run(replace(request, source=str(local), out=between), replace(options, upload_repo=None))
+        request, how_here = replace(request, source=str(local)), replace(options, upload_repo=None)
+        if stages != 1:
+            request = learning.up_to_the_last(request, how_here, stages)
+        report = run(replace(request, out=between), how_here)
+        learning.clean()
     found = distill(between, local, out, how, max_memory=options.max_memory, restart=options.restart)
     shutil.rmtree(between, ignore_errors=True)
     if options.upload_repo is not None:
@@ -73,11 +82,12 @@ def _text(calibration: Calibration | str | None) -> str:
     return BUNDLED if text in (None, SELF) else str(text)
 
 
-def _between(request: Request, options: RunOptions, local: Path, out: Path) -> Path:
+def _between(request: Request, options: RunOptions, local: Path, out: Path, stages: int) -> Path:
     """Named by all that decides its bytes, so that it is not taken for the work of another command."""
     source = open_source(local, pre_tokenizer=options.pre_tokenizer)
     try:
         facts = [source.fingerprint(), options.seed, options.max_shard_bytes, request.target_bytes, request.target_bpw]
+        facts.append(stages)
     finally:
         source.close()
     given = request.calibration

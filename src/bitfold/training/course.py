@@ -25,7 +25,6 @@ from bitfold.training.masters import Group, Masters, share_of
 from bitfold.workspace.shared import Work
 
 _WARM = 5  # steps over which rates rise, and by which the pace is known
-_LOOKS = 20  # at the windows held out, in all, if that takes no more
 _LOOKING = 0.1  # of the time; a look at a window takes a third of what learning from it does
 _PATIENCE = 5  # of them without a better one
 _FILE = "step-{}.safetensors"
@@ -57,6 +56,7 @@ class Pace:
         seed: of their order.
         task: its name, for the one who waits.
         measure: the name of the loss.
+        looks: at the windows held out, in all, if that takes no more; with one, nothing is kept on the way.
     """
 
     steps: int | None
@@ -64,6 +64,7 @@ class Pace:
     seed: int
     task: str
     measure: str
+    looks: int = 20
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,8 @@ class Course:
                 self._step(step, _WARM + 1)
             plan = self._plan(before, left(), time.monotonic() - begun - look, look)
             state = _State(min(_WARM, plan["steps"]), 0, before, self._initial)
-            self._keep(state)
+            if self._pace.looks > 1:
+                self._keep(state)
         else:
             state = self._recalled(plan)
         return self._rest(plan, state, check)
@@ -149,7 +151,7 @@ class Course:
         steps = self._pace.steps
         if steps is None:
             pace = warm / _WARM
-            steps = _WARM + max(1, int(((left or 0.0) - _LOOKS * look) / max(pace, 1e-9)))
+            steps = _WARM + max(1, int(((left or 0.0) - self._pace.looks * look) / max(pace, 1e-9)))
         plan: dict[str, Any] = self._team.told({"kind": "course", "steps": steps, "before": before})
         self._work.journal.append(plan)
         progress.say(f"{steps} steps of {self._pace.batch} windows; held-out {self._pace.measure} {before:.4f}")
@@ -157,7 +159,7 @@ class Course:
 
     def _rest(self, plan: dict[str, Any], state: _State, check: Callable[[], None]) -> Learned:
         steps = int(plan["steps"])
-        every = max(steps // _LOOKS, math.ceil(self._held_out / (3 * _LOOKING * self._pace.batch)))
+        every = max(steps // self._pace.looks, math.ceil(self._held_out / (3 * _LOOKING * self._pace.batch)))
         if state.step == steps and not state.looks:  # no more than those by which the pace is known
             self._judge(state)
         with progress.bar(self._pace.task, steps) as bar:
@@ -195,7 +197,8 @@ class Course:
         if loss < state.loss:
             state.loss, state.best, state.looks = loss, state.step, 0
             state.values = {name: w.clone() for name, w in self._masters.values.items()}
-        self._keep(state)
+        if self._pace.looks > 1:
+            self._keep(state)
 
     def _keep(self, state: _State) -> None:
         """On the disk, for a process that goes on; the one before is not needed any more."""

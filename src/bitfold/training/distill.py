@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bitfold.checkpoints.bitfold_folder import QuantizedSource
 from bitfold.checkpoints.staging import open_output
 from bitfold.models.load import load_folder
@@ -173,6 +175,7 @@ class _Task:
         ids, held_out = held_out_first(
             self.source.path, how.text, skeleton, how.windows, how.seqlen, start_token=how.start_token
         )
+        ids = torch.cat([ids[:held_out], ids[held_out:].roll(-how.first, 0)])
         lessons, dtype = Lessons(work, ids, self.how.likeliest, self.team), fast_dtype()
         ceiling = memory.Ceiling(self.max_memory)
         windows = lessons.write(
@@ -181,10 +184,10 @@ class _Task:
         ceiling.check()
         model, blocks = load_folder(self.source.path, dtype=dtype), blocks_of(skeleton)
         limit = memory.default_ceiling() if self.max_memory is None else self.max_memory
-        fit = fitting(model, blocks, ids.shape[1], limit)
-        student = Student(model, blocks, fit)
+        fit = fitting(model, blocks, ids.shape[1], limit, weights=how.weights)
+        student = Student(model, blocks, fit, weights=how.weights)
         seconds = None if self.how.steps is not None else 60 * self.how.minutes
-        pace = Pace(self.how.steps, self.how.batch, self.how.seed, "distill", "KL")
+        pace = Pace(self.how.steps, self.how.batch, self.how.seed, "distill", "KL", self.how.looks)
         course = Course(_Pupil(student, lessons, self.how), pace, (held_out, windows), work, self.team)
         learned = course.run(lambda: None if seconds is None else seconds - (time.monotonic() - started), ceiling.check)
         scales = sum(w.numel() for name, w in learned.values.items() if name in student.layers)

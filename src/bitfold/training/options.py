@@ -20,11 +20,16 @@ class Distillation:
         seqlen: tokens of a window; fewer if the model takes no more.
         batch: windows of a step.
         rate: of row scales; a factor of 1 moves so far in a first step.
-        plain_rate: of norms and biases, times their root mean square.
+        plain_rate: of norms and biases, times their root mean square; of `weights` as well.
         likeliest: words of each of the teacher's predictions that are kept.
         windows: of the text at most, those held out included.
         start_token: windows begin as the tokenizer begins a text.
         seed: of the order of windows.
+        weights: what the blocks' linear layers have in floating point is trained, too: of a folder that is packed in
+            part, the rest makes up for what the packed part has lost.
+        first: windows of the text that are passed over (and come last).
+        looks: at the windows held out, if that takes no more than a tenth of the time; with one, at the end, nothing
+            is kept on the way.
     """
 
     text: str = BUNDLED
@@ -38,6 +43,9 @@ class Distillation:
     windows: int = 512
     start_token: bool = True
     seed: int = 0
+    weights: bool = False
+    first: int = 0
+    looks: int = 20
 
     def __post_init__(self) -> None:
         if not self.minutes > 0 or (self.steps is not None and self.steps < 1):

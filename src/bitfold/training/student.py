@@ -23,6 +23,7 @@ from bitfold.training.masters import Group
 from bitfold.training.reading import Loss, Reading, tokens_together
 
 _SLACK = 200_000_000  # bytes: allocator, libraries that load when they first work
+_STATE = 4 * 5 + 4  # bytes a trained number takes: its master, as it began, the best, two moments; a gradient
 _TEMPORARIES = 6  # of a piece of logits in float32
 
 
@@ -55,17 +56,19 @@ class Student:
         model: of `bitfold.load`, with its other weights in the dtype to compute in; its quantized layers are replaced.
         blocks: paths of its blocks, in order; empty = unknown.
         fit: of `fitting`.
+        weights: matrices of linear layers in the blocks are trained, too, where they are in floating point.
 
     Raises:
         ModelError: nothing in it can be trained.
     """
 
-    def __init__(self, model: nn.Module, blocks: list[str], fit: Fit) -> None:
+    def __init__(self, model: nn.Module, blocks: list[str], fit: Fit, *, weights: bool = False) -> None:
         self.model: Any = model.requires_grad_(False)
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self._blocks = blocks if fit.recompute else []
         self.layers = install(model, dtype, keep=fit.keep)
         self.plain = {name: p for name, p in model.named_parameters() if p.dim() == 1 and p.is_floating_point()}
+        self.plain |= matrices(model, blocks) if weights else {}
         if not self.layers and not self.plain:
             raise ModelError("has no row scales, norms or biases to train", where=type(model).__name__)
         self._reading = Reading(model)
@@ -99,12 +102,19 @@ def _from(teacher: TopRows) -> Loss:
     return lambda logits, some: divergence_and_gradient(logits, teacher.part(some))
 
 
+def matrices(model: nn.Module, blocks: list[str]) -> dict[str, nn.Parameter]:
+    """Weights (n, k) of linear layers in the blocks that are in floating point, by name."""
+    inside = tuple(f"{block}." for block in blocks)
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear) and path.startswith(inside)}
+    return {f"{path}.weight": layer.get_parameter("weight") for path, layer in layers.items()}
+
+
 def blocks_of(skeleton: nn.Module | None) -> list[str]:
     """Paths of the blocks of a model, by its skeleton on the meta device."""
     return [] if skeleton is None else [block.path for block in walk_shape(skeleton).blocks]
 
 
-def fitting(model: nn.Module, blocks: list[str], tokens: int, limit: int | None) -> Fit:
+def fitting(model: nn.Module, blocks: list[str], tokens: int, limit: int | None, *, weights: bool = False) -> Fit:
     """How steps on windows of so many tokens fit under a ceiling: as fast as can be.
 
     Args:
@@ -112,6 +122,7 @@ def fitting(model: nn.Module, blocks: list[str], tokens: int, limit: int | None)
         blocks: paths of its blocks.
         tokens: of a window.
         limit: bytes of resident memory; None = no limit is known.
+        weights: see `Student`.
 
     Raises:
         ResourceError: they do not, whatever is done.
@@ -121,6 +132,7 @@ def fitting(model: nn.Module, blocks: list[str], tokens: int, limit: int | None)
     inside = tokens * _saved_bytes(model)
     words = int(getattr(model, "get_input_embeddings")().weight.shape[0])  # noqa: B009
     here = (memory.resident() or 0) + 4 * _TEMPORARIES * words * tokens_together(words) + _SLACK
+    here += _STATE * sum(w.numel() for w in matrices(model, blocks).values()) if weights else 0
     ways = [Fit(True, False, here + sum(decoded) + inside)]
     if blocks:
         edges = tokens * size * int(model.config.hidden_size) * len(blocks)  # type: ignore[union-attr,arg-type]

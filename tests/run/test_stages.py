@@ -1,0 +1,109 @@
+"""Blocks quantized in parts, with the rest of the model trained between them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import bitfold
+import tiny_lm
+from bitfold.calibration.options import Calibration
+from bitfold.checkpoints.bitfold_folder import QuantizedSource
+from bitfold.errors import ModelError, ResourceError, UsageError
+from bitfold.recipes.options import MethodOptions
+from bitfold.recipes.recipe import Recipe, Rule
+from bitfold.run import stages as module
+from bitfold.run.learning import quantize_and_distill
+from bitfold.run.options import Request, RunOptions
+from bitfold.training.distill import distill
+from bitfold.training.options import Distillation
+
+SECOND = "re:(?!model.layers.0.).*"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tiny_lm.folder(tmp_path / "source", tiny_lm.model())
+    (folder / "text.txt").write_text(tiny_lm.TEXT, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def half(source: Path, tmp_path: Path) -> Path:
+    """The first block in two bits, the others as they were."""
+    bitfold.quantize(source, tmp_path / "half", recipe=Recipe((Rule(SECOND), Rule("*", "int2-g32"))))
+    return tmp_path / "half"
+
+
+def request(source: Path, out: Path, **more: Any) -> Request:
+    text = Calibration(str(source / "text.txt"), nsamples=2, seqlen=32)
+    return Request(str(source), out, MethodOptions(bits=2, method="trellis"), text, **more)
+
+
+def learning(source: Path, **more: Any) -> Distillation:
+    short: dict[str, Any] = {"seqlen": 48, "batch": 2, "likeliest": 64, "windows": 40, "steps": 12}
+    return Distillation(str(source / "text.txt"), **{**short, **more})
+
+
+def test_what_is_in_floating_point_learns_with_the_packed_part(source: Path, half: Path, tmp_path: Path) -> None:
+    """It takes back more than scales and norms alone; packed codes and the embedding stay."""
+    fast = {"steps": 24, "plain_rate": 0.01}
+    scales = distill(half, source, tmp_path / "scales", learning(source, **fast))
+    both = distill(half, source, tmp_path / "both", learning(source, weights=True, looks=1, **fast))
+    assert both.kl_before == pytest.approx(scales.kl_before)
+    assert both.kl_after < 0.95 * scales.kl_after
+    before, after = (load_file(folder / "model.safetensors") for folder in (half, tmp_path / "both"))
+    changed = {name for name, w in before.items() if not torch.equal(w, after[name])}
+    assert "model.layers.1.mlp.up_proj.weight" in changed
+    assert not any(name.endswith(".codes") for name in changed)
+    assert "model.embed_tokens.weight" not in changed
+
+
+def test_other_windows_come_first(source: Path, half: Path, tmp_path: Path) -> None:
+    found = [distill(half, source, tmp_path / str(n), learning(source, first=n, steps=8, looks=1)) for n in (0, 5)]
+    assert found[0].kl_before == found[1].kl_before  # what is held out is the same
+    one, two = (load_file(tmp_path / str(n) / "model.safetensors") for n in (0, 5))
+    assert any(not torch.equal(w, two[name]) for name, w in one.items())
+
+
+def test_the_memory_of_the_weights_that_learn_is_counted(source: Path, half: Path, tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="a step needs"):
+        distill(half, source, tmp_path / "out", learning(source, weights=True), max_memory=200_000_000)
+
+
+def test_stages_end_in_a_folder_like_any_other(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks are packed, none of the folders between is left; after a failure in a stage the next call goes on."""
+    out, trained = tmp_path / "out", []
+    real = module.distill
+
+    def failing(*args: Any, **more: Any) -> Any:
+        trained.append(sorted(QuantizedSource(args[0]).entries))
+        if len(trained) == 1:
+            raise ModelError("it fails")
+        return real(*args, **more)
+
+    monkeypatch.setattr(module, "distill", failing)
+    with pytest.raises(ModelError, match="it fails"):
+        quantize_and_distill(request(source, out), RunOptions(), 0.4, stages=2)
+    assert not out.exists()
+    report, found = quantize_and_distill(request(source, out), RunOptions(), 0.4, stages=2)
+    assert trained[0] == trained[1]
+    assert all(name.startswith("model.layers.0.") for name in trained[0])
+    assert report is not None
+    assert found is not None
+    entries = QuantizedSource(out).entries
+    kept = json.loads((out / "config.json").read_text())["quantization_config"]["kept"]
+    assert not any("proj" in name for name in kept)
+    assert {e.format.name for name, e in entries.items() if "layers" in name} == {"trellis-2"}
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert bitfold.load(out)(input_ids=torch.arange(8)[None]).logits.isfinite().all()
+
+
+def test_more_stages_than_blocks_are_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="99 stages"):
+        quantize_and_distill(request(source, tmp_path / "out"), RunOptions(), 1.0, stages=99)
