@@ -28,9 +28,9 @@ def distill(
     seqlen: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
     batch: Annotated[int, typer.Option(help="Windows of a step.")] = 2,
     rate: Annotated[float, typer.Option(help="Learning rate of row scales, which are factors.")] = 4e-3,
-    plain_rate: Annotated[float, typer.Option(help="Of norms, biases and --weights, times their root mean square.")] = 1e-3,
+    plain_rate: Annotated[float, typer.Option(help="Of norms, biases, weights, times their root mean square.")] = 1e-3,
     weights: Annotated[
-        bool, typer.Option("--weights", help="Of a folder that is packed in part: the other linear layers learn, too.")
+        bool, typer.Option("--weights", help="In a folder that is packed in part the other layers learn, too.")
     ] = False,
     max_memory: Annotated[
         str | None, typer.Option(help="Ceiling on the resident memory of the process, such as 4GB.", show_default=False)
