@@ -212,6 +212,11 @@ def test_refusals(original: Path, tmp_path: Path) -> None:
     _refused(UsageError, "UTF-8", original, None, binary)
 
 
+def test_a_window_is_no_longer_than_the_tokens_asked_for(original: Path) -> None:
+    found = evaluate(original, None, tiny_lm.TEXT, max_tokens=50)
+    assert (found.context, found.windows) == (50, 1)
+
+
 def test_an_encoder_has_no_perplexity(tmp_path: Path) -> None:
     folder = tiny_lm.folder(tmp_path / "bert", tiny_lm.encoder("BertForMaskedLM"))
     _refused(ModelError, "does not predict the next token", folder, None, tiny_lm.TEXT)

@@ -16,7 +16,7 @@ from bitfold.checkpoints.inspection import inspect
 from bitfold.errors import CheckpointError, ModelError, ResourceError, UsageError
 from bitfold.planning.choices import CANDIDATES
 from bitfold.recipes.recipe import Recipe
-from bitfold.run import budget, driver
+from bitfold.run import budget, driver, export
 from bitfold.run.importance import make_imatrix
 
 RECIPE = "bitfold_recipe.toml"
@@ -99,6 +99,17 @@ def test_too_little_and_too_much(source: Path, text: Calibration, matrix: Path, 
     assert {t.format for t in large.tensors} == {None, "int8"}
 
 
+@pytest.mark.parametrize(("where", "asked"), [("out", {}), ("out.gguf", {"export": "gguf:auto"})])
+def test_a_size_that_cannot_be_is_refused_before_anything_is_measured(
+    source: Path, text: Calibration, tmp_path: Path, where: str, asked: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (budget, export):
+        monkeypatch.setattr(module, "measured", None)
+    with pytest.raises(UsageError, match="smallest"):
+        driver.quantize(source, tmp_path / where, target_bytes=5_000, calibration=text, **asked)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "more",
     [
@@ -127,7 +138,7 @@ def test_no_number_of_bits(source: Path, tmp_path: Path, bpw: float) -> None:
 def test_an_importance_matrix_of_another_model(source: Path, matrix: Path, tmp_path: Path) -> None:
     other = tiny_lm.folder(tmp_path / "other", tiny_lm.encoder("BertForMaskedLM"))
     with pytest.raises(CheckpointError, match="importance matrix"):
-        driver.quantize(other, tmp_path / "out", target_bpw=4.0, method="rtn", imatrix=matrix)
+        driver.quantize(other, tmp_path / "out", target_bpw=7.0, method="rtn", imatrix=matrix)
 
 
 SIZES = {"vocab_size": 257, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -339,3 +339,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     folder_size = sum(f.stat().st_size for f in (tmp_path / "12-out").glob("*.safetensors"))
     before, after = run_measured("load", str(tmp_path / "12-out"))
     assert after - before < 1.3 * folder_size
+
+
+def test_a_text_that_is_not_there_is_refused_before_the_model_is_opened(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such text file"):
+        bitfold.quantize(tmp_path / "nowhere", tmp_path / "out", bits=4, calibration="code + none.txt:0.5")

@@ -25,6 +25,7 @@ from bitfold.formats import FORMATS, rows_rescale
 from bitfold.methods.quantize import quantize_tensor
 from bitfold.models.load import load_folder
 from bitfold.nn import QLinear
+from bitfold.system import progress
 from bitfold.training import distill as module
 from bitfold.training import student as students
 from bitfold.training.distill import distill
@@ -247,3 +248,19 @@ def test_killed_it_goes_on_to_the_same_bytes(source: Path, quantized: Path, tmp_
     subprocess.run([*command, str(out), text], check=True, capture_output=True)
     for file in ("model.safetensors", "config.json"):
         assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+
+
+def test_of_a_number_of_steps_the_teacher_reads_what_they_take(source: Path, quantized: Path, tmp_path: Path) -> None:
+    """And says so: its time is that of these windows, not of the whole text."""
+    totals: list[int] = []
+    real = progress.bar
+
+    def noted(what: str, total: int) -> Any:
+        if what == "teacher":
+            totals.append(total)
+        return real(what, total)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress, "bar", noted)
+        found = distill(quantized, source, tmp_path / "out", how(source, steps=2))
+    assert totals == [found.held_out + 2 * SHORT["batch"]] == [found.windows + found.held_out]

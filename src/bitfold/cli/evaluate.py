@@ -45,7 +45,7 @@ MetricOption = Annotated[
     ),
 ]
 ContextOption = Annotated[
-    int | None, typer.Option(help="Tokens of a window. Default: 2048, or what the model can take.")
+    int | None, typer.Option(help="Tokens of a window. Default: 2048, or less: what the model can take, --max-tokens.")
 ]
 StrideOption = Annotated[int | None, typer.Option(help="Tokens between windows; less than the context: they overlap.")]
 MaxTokensOption = Annotated[int, typer.Option(help="Tokens from the start of the text to use; 0: all.")]

@@ -149,7 +149,8 @@ def evaluate(
         text: a file, a data set of the Hub, or the text itself (see `text.documents.text_pieces`); None: the excerpt of
             WikiText-2 that comes with the package.
         metric: "lm" for models that predict the next token, "masked" for those that fill in hidden ones.
-        context: tokens of a window; None: 2048 (masked: 128), or less if the models cannot take as many.
+        context: tokens of a window; None: 2048 (masked: 128), or less if the models cannot take as many or
+            `max_tokens` are fewer.
         stride: tokens between the starts of two windows; None: windows side by side. Each token is predicted once.
         max_tokens: tokens from the start of the text to use; None: all. A rest shorter than a window is left out.
             Masked models read the text sixteen times over.
@@ -233,8 +234,10 @@ def _passages(
             names = [start_name(s, t) or "nothing" for s, t in ((own, other), (start, tokenizer))]
             what = f"its tokenizer begins a text with {names[0]}, the reference's with {names[1]}"
             raise UsageError(what, where=model.name, hint=f"{hint} --no-start-token begins with neither")
-    longest = 2**62 if sizes.metric == CAUSAL else _MASKED_CONTEXT
-    context = _context(sizes.context, [s for s in (model, reference) if s], longest)
+    usual = texts.DEFAULT_CONTEXT if sizes.metric == CAUSAL else _MASKED_CONTEXT
+    if sizes.max_tokens is not None:  # fewer are asked for than a usual window holds
+        usual = max(len(start) + 2, min(usual, sizes.max_tokens))
+    context = _context(sizes.context, [s for s in (model, reference) if s], usual)
     if sizes.metric == CAUSAL:
         return CausalPassages(texts.cut(ids, context, sizes.stride, sizes.max_tokens, start)), tokenizer
     if sizes.stride is not None:
@@ -246,7 +249,7 @@ def _context(asked: int | None, subjects: list[ModelRef], usual: int) -> int:
     limits = [limit for subject in subjects if (limit := subject.longest)]
     limit = min(limits, default=None)
     if asked is None:
-        return min(texts.DEFAULT_CONTEXT, usual, limit or texts.DEFAULT_CONTEXT)
+        return usual if limit is None else min(usual, limit)
     if limit is not None and asked > limit:
         raise UsageError(f"the model takes at most {limit} tokens, not {asked}", where="context")
     return asked

@@ -127,13 +127,14 @@ def budget_rules(budget: Budget) -> tuple[Recipe, str]:
 
 def _decided(budget: Budget, kept: KeptPlan) -> tuple[Recipe, list[str]]:
     """The recipe, and what is to be said of it."""
-    space = _space(budget, _quantizable(budget), kept)
+    decisions = _quantizable(budget)
+    how: Any = {"calibrated": budget.calibrated, "act": budget.request.wanted.act}
+    small = Recipe(tuple(CANDIDATES[0].rule(d.site, **how) for d in decisions)).ignoring(budget.request.wanted.ignore)
+    _require_room(budget, small)  # before minutes are spent on measuring
+    space = _space(budget, decisions, kept)
     smallest, largest = (everywhere(space.weights, i) for i in (0, len(CANDIDATES) - 1))
-    numel, least, most = budget.plan(space.rules(smallest)).numel, space.size(smallest), space.size(largest)
-    limit = budget.request.limit(numel)
-    if least > limit:
-        what = f"{size_text(limit)} are too few: the smallest that can be made of this model takes {least} bytes"
-        raise UsageError(f"{what}, {_up(8 * least / numel)} bits per weight", where=budget.request.budget_flag)
+    numel, least, limit = _require_room(budget, space.rules(smallest))
+    most = space.size(largest)
     if most <= limit:
         chosen, lines = largest, [f"more than 8 bits everywhere need: {size_text(most)}"]
     else:
@@ -143,6 +144,20 @@ def _decided(budget: Budget, kept: KeptPlan) -> tuple[Recipe, list[str]]:
     size = space.size(chosen)
     first = f"plan for {size_text(limit)}: {size_text(size)}, {8 * size / numel:.3f} bits per weight"
     return space.rules(chosen), [first, *lines]
+
+
+def _require_room(budget: Budget, rules: Recipe) -> tuple[int, int, int]:
+    """Weights of the model, bytes that the smallest rules take, bytes that there may be.
+
+    Raises:
+        UsageError: they take more.
+    """
+    numel, least = budget.plan(rules).numel, budget.size(rules)
+    limit = budget.request.limit(numel)
+    if least > limit:
+        what = f"{size_text(limit)} are too few: the smallest that can be made of this model takes {least} bytes"
+        raise UsageError(f"{what}, {_up(8 * least / numel)} bits per weight", where=budget.request.budget_flag)
+    return numel, least, limit
 
 
 def _up(bits: float) -> str:

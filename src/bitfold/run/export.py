@@ -20,7 +20,7 @@ from bitfold.models.mapping import map_names
 from bitfold.recipes.recipe import Recipe, Rule
 from bitfold.run.engine_export import check_engine_options, engine_rules
 from bitfold.run.importance import few, measured, whole_reader
-from bitfold.run.mixture import own_mixture
+from bitfold.run.mixture import own_mixture, require_room
 from bitfold.run.options import Request, RunOptions
 from bitfold.system import progress
 from bitfold.system.units import size_text
@@ -144,6 +144,7 @@ def _own(
     if request.imatrix is not None:
         found = read_imatrix(request.imatrix)
     else:
+        require_room(source, shapes, budget)  # before minutes are spent on measuring
         found = measured(source, model, few(request.text), options.seed, gradients=True)
     read = source.read if model is None else whole_reader(source, model).read
     return own_mixture(source, read, shapes, found, budget)

@@ -50,7 +50,7 @@ from bitfold.run.order import Order, Planned, as_text, as_the_output_has_it, dec
 from bitfold.run.writing import Job, PlannedRun, Writing, Written
 from bitfold.system import progress
 from bitfold.system.outputs import try_file
-from bitfold.text.windows import text_digest
+from bitfold.text.windows import require_text, text_digest
 from bitfold.workspace.events import Events
 from bitfold.workspace.folder import Workspace, kept_after_failure, size_of
 from bitfold.workspace.journal import recorded
@@ -91,6 +91,7 @@ def check(request: Request, options: RunOptions) -> None:
         rules = choose_recipe(request.wanted)
         if not request.wanted.leaves_the_choice:
             request.calibration_of(rules)
+    require_text(request.text.text)
     if options.dry_run:
         return
     open_output(request.out, Path(request.source), single=single_file(request))

@@ -106,6 +106,13 @@ def read_tokens(
     return ids
 
 
+def require_text(spec: str) -> None:
+    """UsageError where a text that is named is not there; nothing is read, or fetched."""
+    for part in parts_of(spec):
+        if part.spec not in ("default", CODE, "self"):
+            text_pieces(part.spec, split="train", render=Renderer(None, ""))
+
+
 def _noted(pieces: Iterator[str], seen: list[bool]) -> Iterator[str]:
     """The pieces, noting whether there is more than spaces in them."""
     for piece in pieces:
@@ -194,7 +201,8 @@ def cut(
     if stride is not None and not 1 <= stride <= context:
         raise UsageError(f"the stride must be between 1 and the context, {context}, not {stride}", where="stride")
     if max_tokens is not None and max_tokens < context:
-        raise UsageError(f"fewer than one window of {context} tokens", where=f"max_tokens = {max_tokens}")
+        hint = f"more tokens, or a context of at most {max_tokens}"
+        raise UsageError(f"fewer than one window of {context} tokens", where=f"max_tokens = {max_tokens}", hint=hint)
     if ids.numel() < own:
         longest = ids.numel() + len(start)
         raise UsageError(

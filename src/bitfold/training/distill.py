@@ -178,9 +178,8 @@ class _Task:
         ids = torch.cat([ids[:held_out], ids[held_out:].roll(-how.first, 0)])
         lessons, dtype = Lessons(work, ids, self.how.likeliest, self.team), fast_dtype()
         ceiling = memory.Ceiling(self.max_memory)
-        windows = lessons.write(
-            self.teacher, dtype, self._enough(held_out, len(ids), started), embedding_rows(skeleton)
-        )
+        most = len(ids) if how.steps is None else min(len(ids), held_out + how.steps * how.batch)
+        windows = lessons.write(self.teacher, dtype, self._enough(held_out, started), embedding_rows(skeleton), most)
         ceiling.check()
         model, blocks = load_folder(self.source.path, dtype=dtype), blocks_of(skeleton)
         limit = memory.default_ceiling() if self.max_memory is None else self.max_memory
@@ -202,12 +201,11 @@ class _Task:
         facts |= {"tokens": ids.shape[1], "scales": scales, "plain": plain, "dtype": str(dtype).removeprefix("torch.")}
         return learned, facts
 
-    def _enough(self, held_out: int, windows: int, started: float) -> Callable[[int], bool]:
-        """Whether the teacher has read enough: what the steps take, or what the time allows."""
-        least = held_out + _BATCHES * self.how.batch
+    def _enough(self, held_out: int, started: float) -> Callable[[int], bool]:
+        """Whether the teacher has read enough for the time that there is."""
         if self.how.steps is not None:
-            needed = held_out + min(windows - held_out, self.how.steps * self.how.batch)
-            return lambda done: done >= needed
+            return lambda _: False
+        least = held_out + _BATCHES * self.how.batch
         patience = _TEACHER * 60 * self.how.minutes
         return lambda done: done >= least and time.monotonic() - started > patience
 

@@ -56,7 +56,9 @@ class Lessons:
             number = len(self.ids)
         return int(self._team.told(number))
 
-    def write(self, teacher: ModelRef, dtype: torch.dtype, enough: Callable[[int], bool], words: int | None) -> int:
+    def write(
+        self, teacher: ModelRef, dtype: torch.dtype, enough: Callable[[int], bool], words: int | None, most: int
+    ) -> int:
         """Write what is not there; the number of windows that are there then.
 
         Args:
@@ -64,21 +66,22 @@ class Lessons:
             dtype: to compute in.
             enough: of so many windows, asked before each one.
             words: of the student's vocabulary; None = unknown.
+            most: windows that are needed, however much time there is.
 
         Raises:
             UsageError: it has another vocabulary than the student.
             ModelError: it predicts NaN.
         """
         done = self.written()
-        if self._team.told(done == len(self.ids) or enough(done)):
+        if self._team.told(done >= most or enough(done)):
             return done
         model: Any = teacher.load("AutoModelForCausalLM", dtype)
         refuse_unknown_tokens(model, self.ids)
         reading = Reading(model)
-        with progress.bar("teacher", len(self.ids)) as bar:
+        with progress.bar("teacher", most) as bar:
             bar.skip(done)
-            while done < len(self.ids) and not self._team.told(enough(done)):
-                some = range(done, min(done + self._team.size, len(self.ids)))
+            while done < most and not self._team.told(enough(done)):
+                some = range(done, min(done + self._team.size, most))
                 mine = [self._write(reading, number, teacher.name, words) for number in some[self._team.rank :][:1]]
                 for record in chain.from_iterable(self._team.collected(mine)):
                     self._work.journal.append(record)

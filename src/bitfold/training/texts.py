@@ -35,7 +35,7 @@ def held_out_first(
     seqlen = min(seqlen, limit or seqlen)
     ids = calibration_tokens(tokenizer, text, nsamples=windows, seqlen=seqlen, start_token=start_token)
     if len(ids) < 2:
-        what = f"the text has {len(ids)} windows of {seqlen} tokens; one is learned from, and one is held out"
+        what = f"the text makes a single window of {seqlen} tokens; two are needed, one to learn from and one held out"
         raise UsageError(what, where=text, hint="give more text, or shorter windows (--seqlen)")
     if skeleton is not None:
         refuse_unknown_tokens(skeleton, ids)
