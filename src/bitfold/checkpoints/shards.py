@@ -213,6 +213,6 @@ def written_error(error: OSError, path: Path, what: str) -> CheckpointError:
     """The error for a file that could not be written; says what to do when the disk is full."""
     if error.errno in {*_FULL, errno.EFBIG}:
         reason = "the disk is full" if error.errno != errno.EFBIG else "files may not grow that large here"
-        hint = "make room and run the same command again: it goes on where it stopped"
+        hint = "make room, and run the same command again"
         return CheckpointError(f"{what}: {reason}", where=str(path), hint=hint)
     return CheckpointError(f"{what}: {error}", where=str(path))
