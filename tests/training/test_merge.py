@@ -12,10 +12,12 @@ from safetensors.torch import load_file, save_file
 
 import bitfold
 import tiny_lm
+from bitfold.calibration.resume import Bookmarks
 from bitfold.checkpoints.bitfold_folder import QuantizedSource
 from bitfold.checkpoints.manifest import verify
 from bitfold.errors import CheckpointError, ResourceError, UsageError
 from bitfold.models.load import load_folder
+from bitfold.run import merging
 from bitfold.run.merging import merge
 from bitfold.training.finetune import finetune
 from bitfold.training.options import Finetuning
@@ -145,3 +147,31 @@ def test_another_base_is_said(source: Path, adapter: Path, tmp_path: Path) -> No
     bitfold.quantize(source, tmp_path / "other", format="nf4-g32")
     with pytest.warns(UserWarning, match="was trained on another base \\(base\\)"):
         merge(tmp_path / "other", adapter, tmp_path / "out", str(source / "text.txt"))
+
+
+def test_a_merge_that_was_cut_short_goes_on_to_the_same_bytes(
+    source: Path, base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the first block: what it has finished is not done again, nor what was measured before."""
+    text, turn = str(source / "text.txt"), Bookmarks.turn
+
+    def cut_short(marks: Bookmarks, index: int, tensors: list[str], walk: Any) -> None:
+        turn(marks, index, tensors, walk)
+        raise KeyboardInterrupt
+
+    whole = merge(base, adapter, tmp_path / "whole", text)
+    monkeypatch.setattr(Bookmarks, "turn", cut_short)
+    with pytest.raises(KeyboardInterrupt), pytest.warns(match="the same command goes on"):
+        merge(base, adapter, tmp_path / "out", text)
+    assert not (tmp_path / "out").exists()
+    solved: list[str] = []
+    measured = merging._loss
+    monkeypatch.setattr(Bookmarks, "turn", lambda m, i, t, w: (solved.extend(t), turn(m, i, t, w))[1])
+    monkeypatch.setattr(merging, "_loss", lambda *given: (solved.append("loss"), measured(*given))[1])
+    found = merge(base, adapter, tmp_path / "out", text)
+    assert sorted(solved) == ["loss"] + [f"model.layers.1.{n}.weight" for n in ("mlp.down_proj", "self_attn.q_proj")]
+    assert (found.loss_base, found.loss_merged) == (whole.loss_base, whole.loss_merged)
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
+    assert verify(tmp_path / "out").problems == []
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

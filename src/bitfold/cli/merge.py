@@ -24,6 +24,9 @@ def merge(
     max_memory: Annotated[
         str | None, typer.Option(help="Ceiling on the resident memory of the process, such as 4GB.", show_default=False)
     ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew, whatever an interrupted run has finished already.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Round base + adapter into the base's formats again, and measure what that cost on text held out."""
@@ -32,7 +35,8 @@ def merge(
     from bitfold.run.merging import say_what_came_of_it
     from bitfold.text.documents import with_column
 
-    found = run(base, adapter, output_dir, with_column(data, text_column) or data, max_memory=ceiling)
+    text = with_column(data, text_column) or data
+    found = run(base, adapter, output_dir, text, max_memory=ceiling, restart=restart)
     if json:
         print_json(found.to_dict())
         return

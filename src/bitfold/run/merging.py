@@ -1,7 +1,8 @@
 """Merging: base + adapter, rounded again into the formats of the base.
 
 The sum is rounded as a model is quantized: block by block, errors fed forward under the Hessian of the text that the
-adapter was trained on. What has no adapter is taken over byte for byte.
+adapter was trained on. What has no adapter is taken over byte for byte. A run that was killed goes on with the same
+command, to the same bytes.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ import torch
 
 from bitfold.calibration.fallback import Fallback
 from bitfold.calibration.options import Calibration
+from bitfold.calibration.resume import Bookmarks
 from bitfold.calibration.session import Session, runnable, solve_blocks
 from bitfold.calibration.shared_input import Solved
+from bitfold.checkpoints.base import Target
 from bitfold.checkpoints.manifest import carry_manifest, weights_digest
+from bitfold.checkpoints.safetensors import digest_of
 from bitfold.checkpoints.schema import Entry
-from bitfold.checkpoints.staging import open_output, written_aside
+from bitfold.checkpoints.staging import open_output
 from bitfold.checkpoints.targets import FOLDER, open_target
 from bitfold.errors import BitfoldError, ResourceError, UsageError
 from bitfold.forecast.ceiling import MemoryChooser, MemoryUse
@@ -38,16 +42,20 @@ from bitfold.recipes.scheme import DEFAULTS, Scheme
 from bitfold.records.card import carry_card
 from bitfold.records.record import carry_record, read_record
 from bitfold.system import progress
+from bitfold.system.team import alone
 from bitfold.system.units import size_text
 from bitfold.text.mixes import parts_of, without_folders
 from bitfold.text.windows import text_digest
-from bitfold.training.adapter_folder import MergedSource, read_adapter
+from bitfold.training.adapter_folder import CONFIG, WEIGHTS, MergedSource, read_adapter
 from bitfold.training.adapters import require_peft
 from bitfold.training.finetune import PART, loss_of
 from bitfold.training.reading import Reading
 from bitfold.training.texts import held_out_first
 from bitfold.transforms import TransformSpec
 from bitfold.transforms.activations import read_act
+from bitfold.workspace.events import Events
+from bitfold.workspace.folder import Workspace, software
+from bitfold.workspace.shared import shared_work
 
 _TOKENS = 65536  # of the text at most, that the sum is rounded under
 _SHARD = 4 << 30
@@ -94,7 +102,13 @@ class Merged:
 
 
 def merge(
-    base: str | Path, adapter: str | Path, out: str | Path, data: str, *, max_memory: int | None = None
+    base: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    data: str,
+    *,
+    max_memory: int | None = None,
+    restart: bool = False,
 ) -> Merged:
     """Round base + adapter into the formats of the base, and say on held-out text what that cost.
 
@@ -105,9 +119,10 @@ def merge(
         data: the text that it was trained on, see `Finetuning`.
         max_memory: ceiling on the resident memory while it is rounded, bytes: kept by solving wide layers in ranges of
             their inputs, or refused.
+        restart: forget what an earlier run that was cut short has finished.
 
     Raises:
-        BitfoldError: what is wrong, where, and what to do.
+        BitfoldError: what is wrong, where, and what to do; finished work stays, and the same call goes on with it.
     """
     from bitfold.checkpoints.hub.fetch import resolve
 
@@ -124,18 +139,32 @@ def merge(
     plan, seed = _plan(source, skeleton)
     calibration = Calibration(data, windows, ids.shape[1], start_token=start)
     use = _affordable(MemoryChooser(source, skeleton, plan, calibration), max_memory)
-    before, together = (_loss(local, ids[:held_out], path) for path in (None, Path(adapter)))
-    with written_aside(place) as aside:
-        session = Session(source, skeleton, plan, use.calibration or calibration, seed, max_memory)
-        fallbacks = _write(session, source, aside, use.hessian_bytes)
-        losses = before, together, _loss(aside, ids[:held_out], None)
+    calibration = use.calibration or calibration
+    with shared_work(place, _identity(source, calibration, seed), alone(), restart=restart) as work:
+        assert isinstance(work, Workspace)  # that of the only process
+        before, together = (_loss_once(work, local, ids[:held_out], path) for path in (None, Path(adapter)))
+        session = Session(source, skeleton, plan, calibration, seed, max_memory)
+        fallbacks = _write(session, source, work, use.hessian_bytes)
+        losses = before, together, _loss(work.result, ids[:held_out], None)
         names = local.name, Path(adapter).name, str(place), without_folders(data)
         counts = len(source.changed), windows, held_out, int(ids.shape[1])
         found = Merged(*names, *losses, *counts, fallbacks, time.monotonic() - started)
-        carry_card(local, aside, f"* {Path(adapter).name} merged: {_change(found)}")
-        carry_record(local, aside, {"merge": {**found.to_dict(), "output": None}})
-        carry_manifest(local, aside)
+        carry_card(local, work.result, f"* {Path(adapter).name} merged: {_change(found)}")
+        carry_record(local, work.result, {"merge": {**found.to_dict(), "output": None}})
+        carry_manifest(local, work.result)
+        work.publish()
     return found
+
+
+def _identity(source: MergedSource, calibration: Calibration, seed: int) -> dict[str, Any]:
+    """What decides the bytes of the result."""
+    return {
+        "base": {"name": source.path.name, "files": source.fingerprint()},
+        "adapter": {name: digest_of(source.adapter.path / name) for name in (CONFIG, WEIGHTS)},
+        "calibration": {**asdict(calibration), "text": text_digest(calibration.text)},
+        "seed": seed,
+        "version": software(),
+    }
 
 
 def _trained_with(base: Path, adapter: Path, data: str) -> Mapping[str, Any]:
@@ -198,46 +227,66 @@ def _affordable(chooser: MemoryChooser, limit: int | None) -> MemoryUse:
     return use
 
 
-def _write(session: Session, source: MergedSource, folder: Path, hessian_bytes: int) -> list[str]:
-    """The folder; and where calibration failed, in words."""
-    target, entries = open_target(FOLDER, folder, _SHARD), dict(source.entries)
+def _write(session: Session, source: MergedSource, work: Workspace, hessian_bytes: int) -> list[str]:
+    """The folder, but for what an earlier run has written; and where calibration failed, in words."""
+    target, entries = open_target(FOLDER, work.result, _SHARD), dict(source.entries)
     wanted = {d.tensor: d for d in session.plan.quantized}
     for name, decision in wanted.items():
         entry = decision.entry(session.seed)
         assert entry is not None
         entries[name] = entry
     target.layout({name: entries.get(name) or source.content(name) for name in source.names()})
-    fallbacks, done = list[str](), set[str]()
-    for one in _solved(session, source, hessian_bytes):
+    done = _recalled(work, target)
+    for one in _solved(session, source, Bookmarks(work, done, target.sync, Events(None)), hessian_bytes):
         if isinstance(one, Fallback):
-            fallbacks.append(f"{one.where}: {one.instead}: {one.why}")
+            work.journal.append({"kind": "fallback", "said": f"{one.where}: {one.instead}: {one.why}"})
             continue
-        target.pack(one.decision.tensor, {**one.qtensor.fields, **one.sides})
-        done.add(one.decision.tensor)
+        name = one.decision.tensor
+        hashes = target.pack(name, {**one.qtensor.fields, **one.sides})
+        work.journal.append({"kind": "tensor", "tensor": name, "hashes": hashes})
+        done.add(name)
     for name in source.names():
         if name in entries and name not in done:
             target.pack(name, source.fields(name))
         elif name not in entries:
             target.write(name, [source.read(name)])
-    source.copy_side_files(folder)
+    source.copy_side_files(work.result)
     tensors = {name: entry.to_dict() for name, entry in entries.items()}
     target.finish(
         source.config, {**(source.quantization or {}), "tensors": tensors, "merged": source.adapter.path.name}
     )
-    return fallbacks
+    return [str(record["said"]) for record in work.journal.of_kind("fallback")]
 
 
-def _solved(session: Session, source: MergedSource, hessian_bytes: int) -> Iterator[Solved | Fallback]:
+def _recalled(work: Workspace, target: Target) -> set[str]:
+    """Tensors that an earlier run has rounded again, as far as their hashes agree."""
+    records = {record["tensor"]: record["hashes"] for record in work.journal.of_kind("tensor")}
+    found = {name for name, hashes in records.items() if all(target.digest(n) == sha for n, sha in hashes.items())}
+    if found:
+        progress.say(f"going on: {len(found)} tensors are done")
+    return found
+
+
+def _solved(
+    session: Session, source: MergedSource, marks: Bookmarks, hessian_bytes: int
+) -> Iterator[Solved | Fallback]:
     """Everything that is rounded again; without data what calibration has left."""
-    left = {d.tensor: d for d in session.plan.quantized}
-    for one in solve_blocks(session, source.path, None, hessian_bytes):
-        if isinstance(one, Solved):
-            left.pop(one.decision.tensor, None)
+    for one in solve_blocks(session, source.path, marks, hessian_bytes):
         if isinstance(one, Solved | Fallback):
             yield one
-    for name, decision in left.items():
+    for name, decision in ((d.tensor, d) for d in session.plan.quantized if d.tensor not in marks.done):
         w = source.read(name)
         yield Solved(decision, quantize_site_tensor(w, decision.site, decision.scheme, session.seed), w, None)
+
+
+def _loss_once(work: Workspace, folder: Path, ids: torch.Tensor, adapter: Path | None) -> float:
+    """`_loss`, unless an earlier run has it."""
+    of = "base" if adapter is None else "adapter"
+    known = {record["of"]: float(record["loss"]) for record in work.journal.of_kind("loss")}
+    if of not in known:
+        known[of] = _loss(folder, ids, adapter)
+        work.journal.append({"kind": "loss", "of": of, "loss": known[of]})
+    return known[of]
 
 
 def _loss(folder: Path, ids: torch.Tensor, adapter: Path | None) -> float:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from bitfold.checkpoints.bitfold_folder import QuantizedSource
+from bitfold.checkpoints.schema import Content
 from bitfold.checkpoints.untrusted import read_json_object
 from bitfold.errors import CheckpointError, UsageError
 
@@ -113,6 +114,13 @@ class MergedSource(QuantizedSource):
     def changed(self) -> list[str]:
         """Names of the tensors to which something is added."""
         return [f"{layer}.weight" for layer in self.adapter.parts]
+
+    def content(self, name: str) -> Content:
+        """See `Source`: a sum is floating point, whatever its base is stored in, or nobody would round it again."""
+        return self.info(name) if self._adds_to(name) else super().content(name)
+
+    def _adds_to(self, name: str) -> bool:
+        return name.removesuffix(".weight") in self.adapter.parts
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor, with what is added to it."""
