@@ -169,16 +169,25 @@ def _repacked(
 @app.command()
 def upload(
     folder: Annotated[Path, typer.Argument(help="A complete model folder.", show_default=False)],
-    repo: Annotated[str, typer.Argument(help="Hub repository, org/name; created if need be.", show_default=False)],
+    repo: Annotated[
+        str,
+        typer.Argument(help="Hub repository, org/name, or s3://bucket/folder.", show_default=False),
+    ],
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to upload to, created if need be.")] = None,
     message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
     json: Json = False,
 ) -> None:
-    """Publish a model folder on the Hugging Face Hub."""
+    """Publish a model folder on the Hugging Face Hub, or send it to object storage."""
     from bitfold.checkpoints.hub.upload import upload as run
+    from bitfold.checkpoints.object_storage import is_url, send
 
-    url = run(folder, repo, private=private, revision=revision, commit_message=message)
+    if is_url(repo):
+        if private or revision is not None or message is not None:
+            raise UsageError("object storage has no branches, messages or private repositories", where=repo)
+        url = send(folder, repo)
+    else:
+        url = run(folder, repo, private=private, revision=revision, commit_message=message)
     if json:
         print_json({"folder": str(folder), "repo": repo, "url": url})
         return

@@ -44,7 +44,7 @@ def quantize_and_distill(
         BitfoldError: see `run` and `distill`; the same call goes on with what is finished.
     """
     from bitfold.checkpoints.hub.fetch import resolve
-    from bitfold.checkpoints.hub.upload import check_login, upload
+    from bitfold.checkpoints.publishing import check_place, publish
 
     if request.export is not None:
         raise UsageError("only bitfold's own folders are distilled", where="--distill", hint="drop --export")
@@ -56,7 +56,7 @@ def quantize_and_distill(
     ModelRef.of(local).require_causal("a causal language model can be distilled")
     out = open_output(request.out, local)
     if options.upload_repo is not None:
-        check_login(options.token)
+        check_place(options.upload_repo, options.token)
     between, report = _between(request, options, local, out, stages), None
     text = _text(request.calibration)
     learning = Staged(local, between, text, minutes if stages == 1 else minutes / 2)
@@ -72,7 +72,7 @@ def quantize_and_distill(
     found = distill(between, local, out, how, max_memory=options.max_memory, restart=options.restart)
     shutil.rmtree(between, ignore_errors=True)
     if options.upload_repo is not None:
-        upload(out, options.upload_repo, token=options.token)
+        publish(out, options.upload_repo, options.token)
     return report, found
 
 

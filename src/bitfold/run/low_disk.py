@@ -15,6 +15,7 @@ from bitfold.checkpoints.base import Source, Target
 from bitfold.checkpoints.headers import read_header
 from bitfold.checkpoints.hub.on_demand import KEPT, OnDemand, hollow
 from bitfold.checkpoints.hub.upload import open_repo, send_file, send_rest
+from bitfold.checkpoints.object_storage import is_url
 from bitfold.checkpoints.shards import SHARD_BYTES
 from bitfold.errors import UsageError
 from bitfold.executors.opening import LOCAL
@@ -32,6 +33,8 @@ def check_low_disk(request: Request, options: RunOptions) -> None:
     """UsageError for what cannot be done that way."""
     if options.upload_repo is None:
         raise UsageError("the result has to go somewhere", where="--low-disk", hint="--upload-repo org/name")
+    if is_url(options.upload_repo) or is_url(request.source):
+        raise UsageError("goes from one repository of the Hub to another", where="--low-disk", hint="or without it")
     if options.executor != LOCAL:
         raise UsageError("files that come and go are for one process", where="--executor", hint="drop --low-disk")
     if request.export is not None:

@@ -17,6 +17,7 @@ from bitfold.calibration.obstacles import why_not_calibrated
 from bitfold.calibration.session import runnable
 from bitfold.calibration.shape import LONGEST
 from bitfold.checkpoints import Source, open_source
+from bitfold.checkpoints.object_storage import is_url
 from bitfold.checkpoints.schema import QUANT_METHOD
 from bitfold.checkpoints.staging import open_output, partial_of
 from bitfold.checkpoints.targets import open_target
@@ -75,7 +76,7 @@ class Forecast:
 
 def check(request: Request, options: RunOptions) -> None:
     """Raise what can be known before anything is opened: options, places to write to, the login."""
-    from bitfold.checkpoints.hub.upload import check_login
+    from bitfold.checkpoints.publishing import check_place
 
     check_executor(options.executor, options.workers)
     if options.low_disk:
@@ -94,11 +95,12 @@ def check(request: Request, options: RunOptions) -> None:
     require_text(request.text.text)
     if options.dry_run:
         return
-    open_output(request.out, Path(request.source), single=single_file(request))
+    read = None if is_url(request.source) else Path(request.source)
+    open_output(request.out, read, single=single_file(request))
     if options.events is not None:
         try_file(options.events)
     if options.upload_repo is not None:
-        check_login(options.token)  # before the work, not after it
+        check_place(options.upload_repo, options.token)  # before the work, not after it
 
 
 @contextmanager
@@ -284,7 +286,8 @@ def record(report: QuantizeReport, job: Job, options: RunOptions, started: float
         options: how.
         started: when, by `time.perf_counter()`.
     """
-    from bitfold.checkpoints.hub.upload import open_repo, upload
+    from bitfold.checkpoints.hub.upload import open_repo
+    from bitfold.checkpoints.publishing import publish
 
     report = replace(report, seconds=time.perf_counter() - started, peak_memory=peak_memory())
     if options.dry_run or not job.out.is_dir():
@@ -294,7 +297,7 @@ def record(report: QuantizeReport, job: Job, options: RunOptions, started: float
         return report
     if options.low_disk:
         return replace(report, url=open_repo(options.upload_repo, options.token))
-    return replace(report, url=upload(job.out, options.upload_repo, token=options.token))
+    return replace(report, url=publish(job.out, options.upload_repo, options.token))
 
 
 def _identity(run: PlannedRun, options: RunOptions) -> dict[str, Any]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
 from pathlib import Path
 
 from bitfold.errors import CheckpointError, UsageError
 
+_URL = re.compile(r"([a-z][a-z0-9+.-]+):/+.", re.IGNORECASE)  # a path of it has lost one of its slashes; C:/ is a drive
 _HINT = "choose another place, or ask for the right to write there"
 
 
@@ -16,8 +18,14 @@ def real_path(path: str | Path) -> Path:
     """The place that a path means: `~`, `.`, `..` and links resolved, whether anything is there or not.
 
     Raises:
-        UsageError: links that go in a circle, no such home, a name that no file system takes.
+        UsageError: links that go in a circle, no such home, a name that no file system takes; a place in object
+            storage, which would become a folder here with a strange name.
     """
+    if found := _URL.match(str(path)):
+        hint = (
+            f"a folder here; a finished one is sent there by `bitfold upload FOLDER {found[1]}://...` or --upload-repo"
+        )
+        raise UsageError("is a place in object storage", where=str(path), hint=hint)
     try:
         real = Path(path).expanduser().resolve()
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):

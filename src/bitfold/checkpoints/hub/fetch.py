@@ -19,6 +19,7 @@ from bitfold.checkpoints.gguf.parts import part_names
 from bitfold.checkpoints.hub.client import endpoint, has_token, open_client
 from bitfold.checkpoints.hub.completeness import read_json, require_complete
 from bitfold.checkpoints.hub.errors import NotFound, Patience, Unreachable, patiently
+from bitfold.checkpoints.object_storage import fetch, is_url
 from bitfold.checkpoints.side_files import PICKLES, is_weights, module_folders, side_files
 from bitfold.checkpoints.weight_files import INDEX, SINGLE
 from bitfold.errors import CheckpointError, HubError, UsageError
@@ -54,7 +55,8 @@ def resolve(
     fetched again, and a connection that drops inside a file is resumed where it broke.
 
     Args:
-        model: a folder, a file, or a repository (`org/name`, `name`).
+        model: a folder, a file, a repository (`org/name`, `name`), or a place in object storage (`s3://bucket/folder`),
+            see `object_storage.fetch`.
         revision: branch, tag or commit; only with a repository.
         token: access token; by default the usual places are searched (`HF_TOKEN`, `hf auth login`).
         cache_dir: where downloads are kept; by default the cache of `huggingface_hub`.
@@ -69,6 +71,10 @@ def resolve(
         if revision is not None:
             raise UsageError("a revision makes sense only for a repository on the Hub", where=str(model))
         return path
+    if is_url(model):
+        if revision is not None:
+            raise UsageError("a revision makes sense only for a repository on the Hub", where=str(model))
+        return fetch(str(model), None if cache_dir is None else Path(cache_dir))
     if isinstance(model, Path):
         raise CheckpointError("no such file or folder", where=str(model), hint="pass a str to name a Hub repository")
     if not model.strip():
@@ -159,7 +165,7 @@ class _Fetch:
             what = "the Hub stopped answering, and the cache has only an older commit"
             raise HubError(what, where=self.where, hint="run the command again")
         modules = self._modules(files, info.sha)
-        wanted = [*_side_files(files, modules), "config.json", *_weights(folder, files)]
+        wanted = [*files_beside(files, modules), "config.json", *weight_files(folder, files)]
         folder = self._snapshot(wanted, info.sha)
         require_complete(folder, where=self.where)
         return folder
@@ -217,7 +223,7 @@ def fetch_small(repo_id: str, place: Path, revision: str | None, token: str | No
     info = patiently(lambda: open_client(token).model_info(repo_id, revision=revision, timeout=30), patience)
     files = [sibling.rfilename for sibling in info.siblings or []]
     require_safetensors(files, repo_id)
-    beside = [name for name in _side_files(files, []) if not is_weights(PurePosixPath(name).name)]
+    beside = [name for name in files_beside(files, []) if not is_weights(PurePosixPath(name).name)]
     small = ["config.json", *([INDEX] if INDEX in files else []), *beside]
 
     def fetch() -> str:
@@ -234,7 +240,7 @@ def fetch_small(repo_id: str, place: Path, revision: str | None, token: str | No
         )
 
     patiently(fetch, patience)
-    return str(info.sha), [name for name in _weights(place, files) if name.endswith(".safetensors")]
+    return str(info.sha), [name for name in weight_files(place, files) if name.endswith(".safetensors")]
 
 
 def _require_gguf(files: list[str], wanted: str, where: str) -> None:
@@ -269,14 +275,14 @@ def require_safetensors(files: list[str], where: str) -> None:
     raise HubError(f"the repository has no {missing}", where=where, hint="is it a Transformers model?")
 
 
-def _side_files(files: list[str], modules: list[str]) -> list[str]:
+def files_beside(files: list[str], modules: list[str]) -> list[str]:
     """What is fetched beside weights and config: all that belongs to the model."""
     model = [f for f in side_files(files, modules) if not f.lower().endswith(_NOT_FETCHED)]
     model = [f for f in model if not f.endswith(".bin") or not is_weights(PurePosixPath(f).name)]
     return [*model, *(f for f in files if f == "README.md")]
 
 
-def _weights(folder: Path, files: list[str]) -> list[str]:
+def weight_files(folder: Path, files: list[str]) -> list[str]:
     """The weight files to fetch, those that `locate` will take: one file, those of the index, or all at the root."""
     if SINGLE in files:
         return [SINGLE]
