@@ -73,6 +73,27 @@ def test_code_is_there(folder: Path) -> None:
     assert text.startswith("# bitfold/__init__.py")
 
 
+def test_dialogue_is_there_in_the_chat_template_or_without(folder: Path, tmp_path: Path) -> None:
+    tokenizer = tiny_lm.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+    (tmp_path / "chat").mkdir()
+    tokenizer.save_pretrained(tmp_path / "chat")
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    given = {"nsamples": 4, "seqlen": 256, "start_token": False}
+    chat, plain = (
+        tokenizer.decode(calibration_tokens(where, "dialogue", **given).flatten())
+        for where in (tmp_path / "chat", tmp_path)
+    )
+    assert chat.startswith("<system>You are a helpful assistant.</><user>What's the difference")
+    assert plain.startswith("System: You are a helpful assistant.\n\nUser: What's the difference")
+    ids = calibration_tokens(folder, "default + code + dialogue", nsamples=9, seqlen=64)
+    assert ids.shape == (9, 64)
+    with pytest.raises(UsageError) as it:
+        calibration_tokens(folder, "text", nsamples=1, seqlen=8)
+    assert "default, code, dialogue" in (it.value.hint or "")
+
+
 def test_its_digest_changes_with_every_text(folder: Path) -> None:
     spec = f"{folder / 'a.txt'} + {folder / 'b.txt'}:2"
     before = text_digest(spec)

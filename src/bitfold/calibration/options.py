@@ -15,8 +15,8 @@ class Calibration:
     """How to calibrate.
 
     Args:
-        text: a file of text or data, "default" (the text that comes with bitfold), "self" (the model writes it), or the
-            name of a data set of the Hub; see `text.documents`.
+        text: a file of text or data, "default", "code" or "dialogue" (which come with bitfold), "self" (the model
+            writes it), the name of a data set of the Hub, or a mix; see `text.documents`, `text.mixes`.
         nsamples: windows of text.
         seqlen: tokens of a window; None = 2048, or what the model has positions for.
         drift: how far the target moves towards making up for the loss of the layers before, 0 to 1.

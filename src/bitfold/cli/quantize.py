@@ -43,8 +43,8 @@ TransformOption = Annotated[str | None, typer.Option(help="Basis of the inputs: 
 CalibrationOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="For calibrated methods: a file of text or data, a Hub data set, code, self, or default. Again, for a mix,"
-        " each perhaps with its share behind a colon: notes.txt:0.5.",
+        help="For calibrated methods: a file of text or data, a Hub data set, self, or bitfold's default, code,"
+        " dialogue. Again, for a mix, each perhaps with its share behind a colon: notes.txt:0.5.",
         show_default=False,
     ),
 ]

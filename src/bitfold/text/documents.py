@@ -17,7 +17,7 @@ from typing import Any
 from bitfold.errors import BitfoldError, CheckpointError, HubError, UsageError
 from bitfold.text.encodings import characters, first_bytes
 from bitfold.text.kinds import JSON, PROSE, WINDOW, YAML, kind_of, table_with
-from bitfold.text.mixes import parts_of
+from bitfold.text.mixes import OWN, parts_of
 from bitfold.text.rows import ARROW, Named, arrow_rows, json_rows, table_rows, yaml_rows
 from bitfold.text.shapes import Conversation, document
 
@@ -74,7 +74,8 @@ def text_pieces(spec: str | PathLike[str], *, split: str, render: Render) -> Ite
     if _HUB.fullmatch(name) and not name.startswith(".") and path.suffix not in _FILES:
         repo, configuration, own_split = [*name.split(":"), "", ""][:3]
         return _joined(_rows(name, own_split or split, repo, configuration or None), name, render, column)
-    hint = "a text in UTF-8, JSON lines, CSV or parquet, or a data set of the Hub: org/name"
+    own = f"bitfold's own are {', '.join(OWN)}"
+    hint = f"a text in UTF-8, JSON lines, CSV or parquet, or a data set of the Hub: org/name; {own}"
     raise UsageError("no such text file", where=name, hint=hint)
 
 
@@ -92,7 +93,7 @@ def with_column(spec: str | None, column: str | None) -> str | None:
         return spec
     if spec is not None and len(parts_of(spec)) > 1:
         raise UsageError("of which text?", where=f"--text-column {column}", hint="name it there: rows.csv#story:0.5")
-    if spec is None or spec in ("default", "code", "self") or is_text(spec):
+    if spec is None or spec in (*OWN, "self") or is_text(spec):
         hint = "name the file or data set that has it"
         raise UsageError("a column of what?", where=f"--text-column {column}", hint=hint)
     return f"{spec}#{column}"

@@ -12,6 +12,7 @@ from pathlib import Path
 from bitfold.errors import UsageError
 
 JOINT = " + "
+OWN = ("default", "code", "dialogue")  # texts that come with bitfold
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def parts_of(spec: str) -> list[Part]:
     if len(parts) == 1:
         return parts
     if any(part.spec in ("", "self") for part in parts):
-        what = "a mix is made of texts that are there: files, data sets, default or code"
+        what = f"a mix is made of texts that are there: files, data sets, {', '.join(OWN)}"
         raise UsageError(what, where=spec, hint='such as "default:0.5 + notes.txt:0.5"')
     return parts
 

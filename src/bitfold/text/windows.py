@@ -8,9 +8,10 @@ that begin with `<bos>`.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,15 @@ import torch
 
 from bitfold.errors import UsageError
 from bitfold.text.chat import Renderer
-from bitfold.text.documents import is_text, split_column, text_pieces
-from bitfold.text.mixes import JOINT, parts_of
+from bitfold.text.documents import Render, is_text, split_column, text_pieces
+from bitfold.text.mixes import JOINT, OWN, parts_of
+from bitfold.text.shapes import conversation
 from bitfold.text.start import start_name, text_start
 from bitfold.text.stream import token_pieces
 
 BUNDLED = Path(__file__).parent / "data" / "wikitext2-test.txt"
 CALIBRATION = BUNDLED.with_name("wikitext2-valid.txt")
-CODE = "code"
+CODE, DIALOGUE = "code", "dialogue"
 DEFAULT_CONTEXT = 2048
 DEFAULT_MAX_TOKENS = 20480
 _DIGESTED = 1 << 26  # bytes
@@ -86,7 +88,8 @@ def read_tokens(
 
     Args:
         text: see `documents.text_pieces`; None or "default": the excerpt of WikiText-2 that comes with the package, of
-            the test split or the validation split (where `split` is "train"); "code": bitfold's own sources.
+            the test split or the validation split (where `split` is "train"); "code": bitfold's own sources;
+            "dialogue": conversations that come with it.
         tokenizer: of transformers; its chat template writes conversations out.
         enough: tokens that are needed; None: all.
         split: of a data set, where its name does not say.
@@ -99,7 +102,10 @@ def read_tokens(
     start = text_start(tokenizer)
     seen: list[bool] = []
     render = Renderer(tokenizer, start_name(start, tokenizer) or "")
-    pieces = own_sources() if str(path) == CODE else text_pieces(path, split=split, render=render)
+    if str(path) == DIALOGUE:
+        pieces = own_dialogue(render)
+    else:
+        pieces = own_sources() if str(path) == CODE else text_pieces(path, split=split, render=render)
     ids = _gathered(_noted(pieces, seen), tokenizer, start, enough)
     if not any(seen):
         raise UsageError("the text is empty", where=text_name(text))
@@ -109,7 +115,7 @@ def read_tokens(
 def require_text(spec: str) -> None:
     """UsageError where a text that is named is not there; nothing is read, or fetched."""
     for part in parts_of(spec):
-        if part.spec not in ("default", CODE, "self"):
+        if part.spec not in (*OWN, "self"):
             text_pieces(part.spec, split="train", render=Renderer(None, ""))
 
 
@@ -138,6 +144,15 @@ def own_sources() -> Iterator[str]:
     folder = Path(__file__).parents[1]
     for file in sorted(folder.rglob("*.py")):
         yield f"# {file.relative_to(folder.parent).as_posix()}\n{file.read_text(encoding='utf-8')}\n\n"
+
+
+def own_dialogue(render: Render) -> Iterator[str]:
+    """Conversations, written out by the chat template; without one, behind the names of who speaks."""
+    for number, line in enumerate(BUNDLED.with_name("dialogue.jsonl").read_text(encoding="utf-8").splitlines(), 1):
+        found = conversation(json.loads(line)["messages"])
+        plain = "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in found.messages)
+        written = render(replace(found, plain=plain), DIALOGUE, f"conversation {number}")
+        yield f"{plain}\n\n\n" if written is None else written
 
 
 def text_digest(text: str) -> str:
