@@ -10,13 +10,18 @@ from typing import Any
 import pytest
 
 import bitfold
+import tiny_lm
 from bitfold.errors import ResourceError
 from executor_runs import content, model, started, wait_for, written
 
 ray = pytest.importorskip("ray", reason="ray is not installed: `make test-ray` installs and runs it")
 
 TRELLIS = {"format": "trellis-4", "method": "rtn", "transform": "hadamard"}
-METHODS: dict[str, dict[str, Any]] = {"rtn": {"bits": 3, "method": "rtn"}, "trellis": TRELLIS}
+METHODS: dict[str, dict[str, Any]] = {
+    "rtn": {"bits": 3, "method": "rtn"},
+    "trellis": TRELLIS,
+    "gptq": {"bits": 4, "method": "gptq"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +43,10 @@ def cluster() -> Iterator[Any]:
 
 @pytest.mark.parametrize("options", METHODS.values(), ids=METHODS.keys())
 def test_same_bytes_as_here(cluster: Any, source: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    if options["method"] == "gptq":
+        source = tiny_lm.folder(tmp_path / "source", tiny_lm.model())
+        (source / "text.txt").write_text(tiny_lm.TEXT)
+        options = {**options, "calibration": bitfold.Calibration(str(source / "text.txt"), nsamples=10, seqlen=32)}
     here = bitfold.quantize(source, tmp_path / "here", **options)
     there = bitfold.quantize(source, tmp_path / "there", executor=f"ray:{cluster.address}", **options)
     assert content(tmp_path / "here") == content(tmp_path / "there")

@@ -13,6 +13,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import bitfold
 import tiny_lm
+from bitfold.calibration.options import settings
 from bitfold.errors import ResourceError
 from executor_runs import children, content, started, wait_for, written
 
@@ -74,7 +75,8 @@ def test_a_killed_driver_and_a_killed_worker(source: Path, tmp_path: Path) -> No
     driver = started(source, out, *given)
     said = driver.communicate(timeout=200)[1]
     assert driver.returncode == 0, said
-    bitfold.quantize(source, quiet, bits=4, method="gptq", calibration=text_of(source))
+    text = settings("gptq", str(source / "text.txt"), 10, 32)  # as the command line means it
+    bitfold.quantize(source, quiet, bits=4, method="gptq", calibration=text)
     assert content(out) == content(quiet)
 
 
