@@ -91,10 +91,36 @@ def token_weights(
                 heard |= now
                 if marks is not None:
                     marks.keep_window(number, {name: found[name][at] for name in sorted(now)}, generator.get_state())
-            if not heard:
-                raise ModelError("no gradient reaches its layers", where=type(model).__name__)
+                if not heard:
+                    raise ModelError("no gradient reaches its layers", where=type(model).__name__)
             bar.advance(1)
     return {name: _normalised(found[name]) for name in found if name in heard}
+
+
+class Some:
+    """Marks of a process that weighs some windows only: those before are taken as known, and their labels as drawn.
+
+    Args:
+        first: window to be weighed.
+        seqlen: tokens of a window; each draws one random number, see `drawn`.
+        seed: of the labels.
+    """
+
+    def __init__(self, first: int, seqlen: int, seed: int) -> None:
+        self._first, self._seqlen = first, seqlen
+        self._generator = torch.Generator().manual_seed(seed)
+        self.found: dict[int, tuple[dict[str, torch.Tensor], torch.Tensor]] = {}
+
+    def window(self, number: int) -> tuple[dict[str, torch.Tensor], torch.Tensor] | None:
+        """See `Marks`."""
+        if number >= self._first:
+            return None
+        torch.rand(self._seqlen, 1, generator=self._generator)
+        return {}, self._generator.get_state()
+
+    def keep_window(self, number: int, squares: dict[str, torch.Tensor], state: torch.Tensor) -> None:
+        """See `Marks`."""
+        self.found[number] = {name: row.clone() for name, row in squares.items()}, state
 
 
 @contextlib.contextmanager

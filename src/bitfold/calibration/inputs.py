@@ -40,7 +40,12 @@ class Wish:
 
 
 def prepare(
-    wish: Wish, model: nn.Module, read: Callable[[], nn.Module], tokenizer: Path, bookmarks: Bookmarks | None
+    wish: Wish,
+    model: nn.Module,
+    read: Callable[[], nn.Module],
+    tokenizer: Path,
+    bookmarks: Bookmarks | None,
+    share: Callable[[Bookmarks, int], None] | None = None,
 ) -> tuple[Text, Fallback | None]:
     """The text, from an earlier process where it left some; and why tokens are not weighed, if they should have been.
 
@@ -50,6 +55,7 @@ def prepare(
         read: brings the original model into memory; called where it is needed for its own text or for gradients.
         tokenizer: folder of the tokenizer.
         bookmarks: of the run.
+        share: has others weigh the windows, so many, and keeps what they found with the bookmarks; None: nobody else.
 
     Raises:
         ModelError: the text has tokens that the model does not have.
@@ -65,6 +71,8 @@ def prepare(
     if wish.weighed:
         blocks = [block.path for block in walk_shape(model).blocks]
         try:
+            if share is not None and bookmarks is not None:
+                share(bookmarks, len(ids))
             weights = token_weights(whole or read(), wish.weighed, ids, seed=wish.seed, blocks=blocks, marks=bookmarks)
             weights, failed = _even(weights)
         except Exception as error:  # whatever differentiating a model's own code comes up with

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bitfold.calibration.finished import AnswerReplay
+from bitfold.calibration.fisher import Some, token_weights
 from bitfold.calibration.resume import IDS
 from bitfold.calibration.shape import walk_shape
 from bitfold.calibration.spill import Keyed, Spill, Stream
-from bitfold.calibration.statistics import Sums, Wanted
-from bitfold.calibration.tensors import Reader
+from bitfold.calibration.statistics import WINDOWS, Sums, Wanted
+from bitfold.calibration.tensors import Reader, original
 from bitfold.calibration.walk import BlockWalk, Run, Text, member
 from bitfold.checkpoints import Source
 from bitfold.errors import ModelError
@@ -187,12 +188,67 @@ class _Bench:
         return self.folder.parent / f"{kind}-{platform.node()}-{os.getpid()}-{next(_counter)}.part"
 
 
+@dataclass(frozen=True)
+class Weighing:
+    """Windows whose tokens are to be weighed by gradients.
+
+    Args:
+        opening: opens the run.
+        where: file of the text, ceiling of memory in bytes or None.
+        layers: whose tokens are weighed.
+        first: window; it and those after it, as many as make a group.
+        seed: of the labels.
+    """
+
+    opening: Callable[[], Opened]
+    where: tuple[str, int | None]
+    layers: tuple[str, ...]
+    first: int
+    seed: int
+
+
+_wholes: dict[str, nn.Module] = {}
+
+
+def weigh(task: Weighing) -> str:
+    """Weigh them; the name of a file for `weighed`."""
+    text, limit = task.where
+    run, ceiling = task.opening(), Ceiling(limit)
+    assert run.model is not None
+    if text not in _wholes:
+        _wholes.clear()
+        _wholes[text] = original(run.source, Reader(run.source, run.model, run.plan))
+    ids = load_file(text)[IDS][: task.first + WINDOWS]
+    some = Some(task.first, ids.shape[1], task.seed)
+    blocks = [block.path for block in walk_shape(run.model).blocks]
+    token_weights(_wholes[text], task.layers, ids, seed=task.seed, blocks=blocks, marks=some)
+    found = {f"{number}/{name}": row for number, (squares, _) in some.found.items() for name, row in squares.items()}
+    states = {f"{number}/": state for number, (_, state) in some.found.items()}
+    path = Path(text).with_name(f"weighed-{platform.node()}-{os.getpid()}-{next(_counter)}.safetensors")
+    save_file({**found, **states}, path)
+    ceiling.check()
+    return str(path)
+
+
+def weighed(file: Path) -> dict[int, tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """What is in the file, by window: squares by layer, and the state of the generator of labels. The file goes."""
+    found: dict[int, tuple[dict[str, torch.Tensor], torch.Tensor]] = {}
+    tensors = load_file(file)
+    for key, value in tensors.items():
+        number, _, name = key.partition("/")
+        if name:
+            found.setdefault(int(number), ({}, tensors[f"{number}/"]))[0][name] = value
+    file.unlink()
+    return found
+
+
 _benches: dict[tuple[Any, ...], _Bench] = {}
 
 
 @torch.no_grad()
 def listen(errand: Errand) -> Heard:
     """Run windows through a block: to the layers that are next, or to its end."""
+    _wholes.clear()
     if errand.where not in _benches:
         _benches.clear()
         _benches[errand.where] = _Bench(errand)

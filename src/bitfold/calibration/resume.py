@@ -56,7 +56,7 @@ class Bookmarks:
         self._work, self._sync, self._events, self.done = work, sync, events, done
         for file in work.state.glob("*/scratch-*"):
             file.unlink()
-        self.inputs_file = work.state / _INPUTS
+        self.inputs_file, self.text_file = work.state / _INPUTS, work.state / _TEXT
         records = work.journal.of_kind("block")
         whole = all(name in done for record in records for name in record["tensors"])
         self._last = {record["walk"]: record for record in records} if whole else {}

@@ -19,7 +19,7 @@ from bitfold.calibration.resume import Bookmarks
 from bitfold.calibration.runner import HESSIANS
 from bitfold.calibration.shape import ChainShape, WalkShape, walk_shape, window
 from bitfold.calibration.shared_input import Folded, SharedInput, Solved, solve_group
-from bitfold.calibration.shared_walk import SharedWalk, Team
+from bitfold.calibration.shared_walk import SharedWalk, Team, weigh_together
 from bitfold.calibration.signround import tune
 from bitfold.calibration.spill import Spill
 from bitfold.calibration.statistics import TuningBlock, Wanted
@@ -380,4 +380,5 @@ def _text(
     weighed = tuple(d.site.module for d in wanted.values() if d.site.kind != EXPERTS)
     fisher = weighs_tokens(wanted.values(), calibration)
     wanted_text = Wish(calibration, window(calibration.seqlen, model), session.seed, weighed if fisher else ())
-    return prepare(wanted_text, model, lambda: original(session.source, reader), tokenizer, bookmarks)
+    share = None if session.team is None else partial(weigh_together, session.team, wanted_text.weighed, session.seed)
+    return prepare(wanted_text, model, lambda: original(session.source, reader), tokenizer, bookmarks, share)

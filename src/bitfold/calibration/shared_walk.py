@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from bitfold.calibration.listening import Errand, Facts, Heard, listen
+from bitfold.calibration.listening import Errand, Facts, Heard, Weighing, listen, weigh, weighed
+from bitfold.calibration.resume import Bookmarks
 from bitfold.calibration.runner import Runner
 from bitfold.calibration.spill import Keyed, Stream
 from bitfold.calibration.statistics import WINDOWS, Statistics, Sums, Wanted
@@ -42,6 +43,35 @@ class Team:
     opening: Callable[[], Any]
     needs: int
     limit: int | None
+
+
+def weigh_together(team: Team, layers: tuple[str, ...], seed: int, bookmarks: Bookmarks, windows: int) -> None:
+    """Have the windows weighed by gradients, and keep what was found: nobody has to do it again.
+
+    Args:
+        team: who does it, each with the whole original model in memory.
+        layers: whose tokens are weighed.
+        seed: of the labels.
+        bookmarks: of the run; the text is with them.
+        windows: of the text.
+    """
+    left = [
+        first for first in range(0, windows, WINDOWS) if bookmarks.window(min(first + WINDOWS, windows) - 1) is None
+    ]
+    needs = Needs(team.executor.threads, team.needs)
+    where = (str(bookmarks.text_file), team.limit)
+    tasks = [
+        Task(
+            f"weighing the tokens of windows from {first}",
+            weigh,
+            (Weighing(team.opening, where, layers, first, seed),),
+            needs,
+        )
+        for first in left
+    ]
+    for _, file in run_all(team.executor, tasks):
+        for number, (squares, state) in weighed(Path(file)).items():
+            bookmarks.keep_window(number, squares, state)
 
 
 class SharedWalk(BlockWalk):
