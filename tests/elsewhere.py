@@ -1,8 +1,8 @@
 """A device that any machine has: tensors with values that will not meet those of the CPU.
 
-Code for accelerators goes wrong where it makes a tensor on the CPU, or hands an address to native code. Both are errors
-here, as they are there: the values are on the CPU, but no operation takes them together with a tensor of the CPU, and
-they have no address. What a real device computes differently, this one does not show.
+Code for accelerators goes wrong where it makes a tensor on the CPU, or hands an address to native code. Both end here
+as they do there: the values are on the CPU, but no operation takes them together with a tensor of the CPU, and native
+code finds nothing at their addresses. What a real device computes differently, this one does not show.
 """
 
 from __future__ import annotations
@@ -68,8 +68,12 @@ class There(torch.Tensor):
         return f"There({self.inner!r})"
 
     def data_ptr(self) -> int:
-        """Nothing for native code to read."""
-        raise RuntimeError(f"an address on {NAME}")
+        """An address that tells tensors apart, and at which native code finds nothing."""
+        return self.inner.data_ptr() | 1 << 62
+
+    def tolist(self) -> Any:
+        """The values."""
+        return self.inner.tolist()
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 

@@ -60,6 +60,10 @@ class QTensor:
         require_rows(index, self.shape[0], "the weight")
         return self.format.decode_rows(self.fields, self.shape, index)
 
+    def to(self, device: torch.device) -> QTensor:
+        """The same on another device."""
+        return QTensor(self.format, self.shape, {name: field.to(device) for name, field in self.fields.items()})
+
     def expert(self, index: int) -> QTensor:
         """One (n, k) weight out of an (experts, n, k) stack; shares memory."""
         return QTensor(self.format, self.shape[1:], {name: field[index] for name, field in self.fields.items()})

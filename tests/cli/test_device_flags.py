@@ -18,6 +18,7 @@ def no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
 def commands(quantized: Path, model: Path, text: Path) -> list[tuple[object, ...]]:
     sizes = ("--text", text, "--context", 64, "--max-tokens", 128)
     return [
+        ("quantize", model, "--bits", 4, "--method", "rtn", "--dry-run"),
         ("eval", quantized, *sizes),
         ("layers", quantized, "--reference", model, *sizes),
         ("generate", quantized, "Line", "--max-new-tokens", 2),

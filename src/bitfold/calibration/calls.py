@@ -26,6 +26,15 @@ def with_activations(call: Call, place: Place, x: torch.Tensor) -> Call:
     return args, {**kwargs, place: x}
 
 
+def moved(value: Any, device: torch.device) -> Any:
+    """A call, or what is in it, on a device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: moved(v, device) for key, v in value.items()}
+    return type(value)(moved(v, device) for v in value) if type(value) in (tuple, list) else value
+
+
 def shared(call: Call, calls: list[Call]) -> Call:
     """A call, whose arguments are those of the call before where they are equal: masks and rotary tables mostly are."""
     if not calls:

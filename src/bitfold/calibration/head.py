@@ -24,6 +24,7 @@ from bitfold.methods.hessian import Moments
 from bitfold.planning.decisions import Quantized
 from bitfold.planning.row_slices import ranges
 from bitfold.qtensor import QTensor, rows_stack
+from bitfold.system.backend import CPU
 
 
 def head_of(model: nn.Module | None, decisions: Iterable[Quantized]) -> Quantized | None:
@@ -80,7 +81,7 @@ def _statistics(walk: BlockWalk, decision: Quantized) -> Statistics:
     assert name is not None, "head_of has found it"
     sums = Sums(torch.Size(decision.site.qshape), Wanted(cross=False))
     for inputs in walk.ends(name.rpartition(".")[0]):
-        sums.add(inputs.reshape(-1, inputs.shape[-1]).float(), None, None)
+        sums.add(inputs.reshape(-1, inputs.shape[-1]).float().to(walk.device), None, None)
         sums.close()
     return sums.statistics()
 
@@ -90,11 +91,11 @@ def _solved(decision: Quantized, known: Statistics, reader: Reader, seed: int, *
     flags, parts = list(few), list[QTensor]()
     lost, energy = 0.0, 0.0
     for first, stop in _pieces(decision):
-        rows = w[first:stop].float()
+        rows = w[first:stop].float().to(hessian.diagonal().device)
         q, odd = solve(decision.scheme, rows, None if few else hessian, seed, decision.tensor, refit=refit)
         whole = _energy(rows, hessian)
         lost, energy = lost + whole * proxy_loss(rows, q.dequantize(), hessian), energy + whole
-        parts.append(q)
+        parts.append(q.to(CPU))
         flags += odd
     fields = {name: torch.cat([q.fields[name] for q in parts]) for name in parts[0].fields}
     q = QTensor(parts[0].format, decision.site.qshape, fields)

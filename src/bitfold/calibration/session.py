@@ -35,6 +35,7 @@ from bitfold.models.swap import transform_of
 from bitfold.planning.decisions import Decision, Quantized
 from bitfold.planning.plan import Plan
 from bitfold.system import memory, progress
+from bitfold.system.backend import CPU
 
 LEFT = "what is left of it is quantized without data"
 _GRADIENTS_UP_TO = 500_000_000  # parameters; gradients need the whole model and its activations in memory
@@ -55,6 +56,7 @@ class Session:
         seed: of rotations, labels and text.
         max_memory: bytes that the process may take; None = a share of what is free.
         team: other processes that run windows of the text; None: this one runs all of them.
+        device: where blocks run and are solved.
     """
 
     source: Source
@@ -64,6 +66,7 @@ class Session:
     seed: int
     max_memory: int | None = None
     team: Team | None = None
+    device: torch.device = CPU
 
     @property
     def shape(self) -> WalkShape:
@@ -130,17 +133,19 @@ def _walk(
     """Over one list of blocks, with the others who help, if there are any."""
     model = runnable(session.model, session.source)
     if bookmarks is None:
-        return BlockWalk(model, reader, chain, text, None, hessian_bytes)
+        return BlockWalk(model, reader, chain, text, None, hessian_bytes).on(session.device)
     folder = bookmarks.folder_of(chain.path)
     given = (model, reader, chain, text, Spill(folder), hessian_bytes)
     if session.team is None:
-        return BlockWalk(*given)
+        return BlockWalk(*given).on(session.device)
     about = (session.calibration.columns, session.calibration.drift > 0, session.seed)
     return SharedWalk(*given).sharing(session.team, folder, bookmarks.inputs_file, about)
 
 
 def _room_for_whole(session: Session) -> bool:
-    """Whether the original model, in float32, has room in memory beside what is there."""
+    """Whether the original model, in float32, has room in memory beside what is there; it runs on the CPU alone."""
+    if session.device.type != "cpu":
+        return False
     limit = memory.default_ceiling() if session.max_memory is None else session.max_memory
     return limit is None or 4 * session.plan.numel + (memory.resident() or 0) <= limit
 
@@ -379,6 +384,8 @@ def _text(
     calibration, model = session.calibration, runnable(session.model, session.source)
     weighed = tuple(d.site.module for d in wanted.values() if d.site.kind != EXPERTS)
     fisher = weighs_tokens(wanted.values(), calibration)
+    if fisher and session.device.type != "cpu":
+        progress.say("tokens are weighed on the cpu: gradients of the whole model are taken nowhere else")
     wanted_text = Wish(calibration, window(calibration.seqlen, model), session.seed, weighed if fisher else ())
     share = None if session.team is None else partial(weigh_together, session.team, wanted_text.weighed, session.seed)
     return prepare(wanted_text, model, lambda: original(session.source, reader), tokenizer, bookmarks, share)

@@ -27,6 +27,7 @@ from bitfold.nn import set_tensor
 from bitfold.planning.decisions import Decision, Quantized
 from bitfold.qtensor import QTensor, rows_stack, split_rows, stack
 from bitfold.recipes.scheme import Scheme
+from bitfold.system.backend import CPU
 from bitfold.transforms import Diagonal, Transform
 from bitfold.transforms.activations import ACT_SCALE
 
@@ -158,7 +159,7 @@ def _solve_alike(
         was = w if transform is None else transform.weights(w)
         _put(group.model, decision, decoded if transform is None else transform.inverse(decoded))
         coded = _apart(part, decoded) if options.drift > 0 else None
-        yield Solved(decision, q, was, lost, sides, (*few, *flags), coded)
+        yield Solved(decision, q.to(CPU), was.to(CPU), lost, sides, (*few, *flags), coded)
 
 
 def _apart(aim: torch.Tensor, decoded: torch.Tensor) -> float:
@@ -256,7 +257,7 @@ def _act_scale(scheme: Scheme, statistics: Statistics, transform: Transform | No
         return {}
     absmax = torch.zeros(1) if statistics.absmax is None else statistics.absmax
     largest = absmax if transform is None else transform(absmax)
-    return {ACT_SCALE: (largest.amax() / 127).reshape(1)}
+    return {ACT_SCALE: (largest.amax() / 127).reshape(1).to(CPU)}
 
 
 def _code(
@@ -291,7 +292,9 @@ def _solve_stack(group: SharedInput, options: _SolveOptions) -> Iterator[Solved 
     q = stack(qs)
     decoded = q.dequantize()
     _put(group.model, decision, decoded if transform is None else transform.inverse(decoded))
-    yield Solved(decision, q, stacked, sum(losses) / len(losses) if losses else None, flags=tuple(flags))
+    yield Solved(
+        decision, q.to(CPU), stacked.to(CPU), sum(losses) / len(losses) if losses else None, flags=tuple(flags)
+    )
 
 
 def _solve_experts(

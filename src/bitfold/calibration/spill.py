@@ -63,7 +63,8 @@ class Stream:
         return list(self._at)
 
     def append(self, tensor: torch.Tensor) -> None:
-        """One more; CheckpointError when the disk is full."""
+        """One more, in the memory of the CPU or on the disk; CheckpointError when that is full."""
+        tensor = tensor.to("cpu")
         if self.path is None:
             self._held.append(tensor)
             return
@@ -180,12 +181,12 @@ class Answers:
     def _put(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             self._stream.append(value)
-            return _Place(len(self._stream) - 1)
+            return _Place(len(self._stream) - 1, value.device)
         return tuple(self._put(v) for v in value) if type(value) is tuple else value
 
     def _take(self, value: Any) -> Any:
         if isinstance(value, _Place):
-            return self._stream[value.number]
+            return self._stream[value.number].to(value.device)
         return tuple(self._take(v) for v in value) if type(value) is tuple else value
 
     def __len__(self) -> int:
@@ -201,7 +202,7 @@ class Answers:
 
 
 class _Place:
-    """Stands for a tensor of the stream."""
+    """Stands for a tensor of the stream, and says where it was."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self, number: int, device: torch.device) -> None:
+        self.number, self.device = number, device

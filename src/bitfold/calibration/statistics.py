@@ -156,7 +156,8 @@ class Sums:
         is no drift to correct.
         """
         if not self._ranges:
-            self._begin(x.shape[1])
+            self._begin(x.shape[1], x.device)
+        original, weight = (None if t is None else t.to(x.device) for t in (original, weight))
         size = x.abs()
         if len(x):
             self._absmax = torch.maximum(self._absmax, size.amax(0))
@@ -167,10 +168,10 @@ class Sums:
         matched = x if same or original is None or not self._wanted.cross else self._into_basis(original)
         self._pending.append(_Heard(x, matched, None if weight is None or len(weight) != len(x) else weight))
 
-    def _begin(self, k: int) -> None:
+    def _begin(self, k: int, device: torch.device) -> None:
         self._ranges = column_ranges(k, self._wanted.columns)
-        self._absmax = torch.zeros(k)
-        self._sizes, self._group = (torch.zeros(k, dtype=torch.float64) for _ in range(2))
+        self._absmax = torch.zeros(k, device=device)
+        self._sizes, self._group = (torch.zeros(k, dtype=torch.float64, device=device) for _ in range(2))
 
     def _into_basis(self, x: torch.Tensor) -> torch.Tensor:
         return x if self._wanted.basis is None else self._wanted.basis(x)
@@ -178,7 +179,8 @@ class Sums:
     def _matrices(self, dtype: torch.dtype) -> dict[str, list[torch.Tensor]]:
         sizes = [part.stop - part.start for part in self._ranges]
         kinds = (_HESSIAN, _CROSS) if self._wanted.cross else (_HESSIAN,)
-        return {kind: [torch.zeros(size, size, dtype=dtype) for size in sizes] for kind in kinds}
+        device = self._absmax.device
+        return {kind: [torch.zeros(size, size, dtype=dtype, device=device) for size in sizes] for kind in kinds}
 
     def close(self) -> None:
         """The windows since the last time make a group: their products are added."""
@@ -194,7 +196,7 @@ class Sums:
             for part, matrix in zip(self._ranges, matrices, strict=True):
                 for at in range(0, len(matrix), ROWS):
                     rows = slice(part.start + at, min(part.start + at + ROWS, part.stop))
-                    product = torch.zeros(rows.stop - rows.start, len(matrix))
+                    product = torch.zeros(rows.stop - rows.start, len(matrix), device=matrix.device)
                     for heard in self._pending:
                         left = (heard.x if kind == _HESSIAN else heard.matched)[:, rows]
                         left = left if heard.weight is None else left * heard.weight
@@ -214,7 +216,7 @@ class Sums:
         if not len(part["absmax"]):
             return
         if not self._ranges:
-            self._begin(len(part["absmax"]))
+            self._begin(len(part["absmax"]), part["absmax"].device)
         self._totals = self._totals or self._matrices(torch.float64)
         for kind, matrices in self._totals.items():
             for i, matrix in enumerate(matrices):

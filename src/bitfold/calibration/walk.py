@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from bitfold.calibration.calls import Call
+from bitfold.calibration.calls import Call, moved
 from bitfold.calibration.catcher import Catcher, run_block
 from bitfold.calibration.embedded import Tensors
 from bitfold.calibration.finished import AnswerReplay
@@ -25,6 +25,7 @@ from bitfold.calibration.shape import BlockShape, ChainShape
 from bitfold.calibration.spill import Keyed, Spill, Stream
 from bitfold.calibration.statistics import Statistics, Sums, TuningBlock, Wanted
 from bitfold.nn import set_tensor
+from bitfold.system.backend import CPU
 
 Run = Callable[[int, torch.Tensor], torch.Tensor]  # number of a sample, its input -> its output
 Tuner = Callable[[str, TuningBlock], None]
@@ -91,6 +92,12 @@ class BlockWalk:
         self._compared = True
         self._probe: Probe | None = None
         self._rounding: Callable[[str], Rounding] = lambda _layer: lambda x: x
+        self.device = CPU
+
+    def on(self, device: torch.device) -> BlockWalk:
+        """Itself, its blocks run and solved on a device; what is before and behind them runs on the CPU."""
+        self.device = device
+        return self
 
     def __len__(self) -> int:
         return len(self.chain.blocks)
@@ -153,17 +160,20 @@ class BlockWalk:
     def run(self, index: int) -> Run:
         """What a block makes of the activations of a sample."""
         shape = self.chain.blocks[index]
-        return partial(_run, self.model.get_submodule(shape.path), shape, self._calls[index])
+        return partial(_run, self.model.get_submodule(shape.path), shape, self._calls[index], self.device)
 
-    def fill(self, prefix: str, *, skip: str | None = None) -> None:
-        """Give the tensors below a prefix their values, float32."""
+    def fill(self, prefix: str, device: torch.device = CPU, *, skip: str | None = None) -> None:
+        """Give the tensors below a prefix their values, float32, on a device."""
         module = self.model.get_submodule(prefix.rstrip("."))
         for kind in (module.named_parameters(), module.named_buffers()):
             for name, old in list(kind):
                 full = prefix + name
-                if (skip is None or not full.startswith(skip)) and (old.is_meta or full in self._source):
-                    value = self._source.read(full)
-                    set_tensor(self.model, full, value.float() if value.is_floating_point() else value)
+                known = old.is_meta or full in self._source
+                if (skip is None or not full.startswith(skip)) and (known or old.device != device):
+                    value = self._source.read(full) if known else old
+                    set_tensor(
+                        self.model, full, (value.float() if known and value.is_floating_point() else value).to(device)
+                    )
 
     def empty(self, prefix: str, *, skip: str | None = None) -> None:
         """Back to the meta device with the parameters below a prefix."""
@@ -194,7 +204,7 @@ class BlockWalk:
             wanted: what is to be known of the inputs of a layer, by its name.
         """
         name = self.chain.blocks[index].path
-        self.fill(f"{name}.")
+        self.fill(f"{name}.", self.device)
         block, run = self.model.get_submodule(name), self.run(index)
         inside = [n.removeprefix(f"{name}.") for n in layers]
         stacked = {n.removeprefix(f"{name}."): experts for n, experts in (stacks or {}).items()}
@@ -280,8 +290,10 @@ class BlockWalk:
         return kept
 
 
-def _run(block: nn.Module, shape: BlockShape, calls: list[Call], sample: int, x: torch.Tensor) -> torch.Tensor:
-    return run_block(block, shape, calls[sample], x)
+def _run(
+    block: nn.Module, shape: BlockShape, calls: list[Call], device: torch.device, sample: int, x: torch.Tensor
+) -> torch.Tensor:
+    return run_block(block, shape, moved(calls[sample], device), x.to(device))
 
 
 def _keeper(store: Keyed, outputs: Stream) -> Callable[..., None]:

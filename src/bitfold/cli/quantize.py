@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bitfold.cli.app import Json, PreTokenizer, Revision, app, print_json
+from bitfold.cli.app import Device, Json, MaxGpuMemory, PreTokenizer, Revision, app, print_json, the_device
 from bitfold.errors import UsageError
 from bitfold.system.units import parse_size
 
@@ -195,22 +195,30 @@ def quantize(
     low_disk: LowDiskOption = False,
     executor: ExecutorOption = "local",
     workers: WorkersOption = None,
+    device: Device = "cpu",
+    max_gpu_memory: MaxGpuMemory = None,
     json: Json = False,
 ) -> None:
     """Quantize a model into a new folder, one tensor in memory at a time."""
-    if output_dir is None and not dry_run:
-        raise UsageError("say where to write", where="--output-dir", hint="or try --dry-run first")
+    out = _out(output_dir, dry_run=dry_run)
     from bitfold.run.options import MethodOptions, Request, RunOptions
 
     said = (bits, format, group_size, fit, method, transform, act, prune, tuple(ignore or ()), recipe)
     sizes = (nsamples, seqlen, drift, fisher, columns, refit, start_token)
     how = (seed, _bytes(max_shard_size, "--max-shard-size"), _bytes(max_memory, "--max-memory"))
     kind: dict[str, Any] = {"upload_repo": upload_repo, "pre_tokenizer": pre_tokenizer, "low_disk": low_disk}
-    kind |= {"executor": executor, "workers": workers}
+    kind |= {"executor": executor, "workers": workers, "device": the_device(device, max_gpu_memory)}
     options = RunOptions(*how, dry_run, restart, strict, events, revision, **kind)
     text, size = _text(method, calibration, text_column, sizes), _bytes(target_size, "--target-size")
     what = (MethodOptions(*said, keep_embeddings), text, export, size, imatrix, target_bpw)
-    _go(Request(model, output_dir or Path("unused"), *what), options, (distill, stages), tensors=tensors, json=json)
+    _go(Request(model, out, *what), options, (distill, stages), tensors=tensors, json=json)
+
+
+def _out(folder: Path | None, *, dry_run: bool) -> Path:
+    """Where to write; UsageError where that was not said."""
+    if folder is None and not dry_run:
+        raise UsageError("say where to write", where="--output-dir", hint="or try --dry-run first")
+    return folder or Path("unused")
 
 
 def _text(method: str | None, given: list[str] | None, column: str | None, sizes: Any) -> Any:

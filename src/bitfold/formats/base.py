@@ -25,6 +25,7 @@ from bitfold.system.tensorinfo import TensorInfo
 Store = Grid | torch.dtype
 Fields = Mapping[str, torch.Tensor]
 _CHUNK = 1 << 17  # elements coded at a time, so that temporaries stay in the cache
+_BYTES = 32  # of temporaries for each element that an accelerator codes
 
 
 def store_name(store: Store | None) -> str | None:
@@ -135,14 +136,18 @@ class Format:
         """Fields of the weight w (n, k), float: each code is the nearest point under the *stored* scales."""
         fields = {} if params is None else self.store_params(params)
         stored = self.load_params(fields, w.shape)
-        codes = torch.empty(w.shape[0], self.grid.packed_bytes(w.shape[1]), dtype=torch.uint8)
+        codes = torch.empty(w.shape[0], self.grid.packed_bytes(w.shape[1]), dtype=torch.uint8, device=w.device)
         blocks = self.blocks(w.shape)
 
         def job(chunk: _Chunk) -> None:
             piece = self.codes_of(w[chunk.rows].float(), _params_rows(stored, chunk.blocks, blocks))
             codes[chunk.rows] = self.grid.pack(piece)
 
-        parallel_map(job, self._row_chunks(tuple(w.shape)))
+        if w.device.type == "cpu":
+            parallel_map(job, self._row_chunks(tuple(w.shape), _CHUNK))
+        else:
+            for chunk in self._row_chunks(tuple(w.shape), backend.scratch(w.device) // _BYTES):
+                job(chunk)
         return {"codes": codes, **fields}
 
     def codes_of(self, w: torch.Tensor, params: Params | None) -> torch.Tensor:
@@ -181,7 +186,7 @@ class Format:
             codes = self.grid.unpack(fields["codes"][chunk.rows], shape[1])
             out[chunk.rows] = self.values_of(codes, _params_rows(params, chunk.blocks, blocks))
 
-        parallel_map(job, self._row_chunks(shape))
+        parallel_map(job, self._row_chunks(shape, _CHUNK))
         return out
 
     def decode_rows(self, fields: Fields, shape: tuple[int, ...], index: torch.Tensor) -> torch.Tensor:
@@ -206,7 +211,7 @@ class Format:
 
     def coder(self, w: torch.Tensor, params: Params | None, importance: torch.Tensor | None = None) -> GridCoder:
         """Codes the columns of w (n, k) one by one under given scales."""
-        return GridCoder(self, (w.shape[0], w.shape[1]), params)
+        return GridCoder(self, (w.shape[0], w.shape[1]), params, w.device)
 
     def rescaled(self, fields: Fields, factor: torch.Tensor) -> dict[str, torch.Tensor]:
         """The same codes with the scales of each row times `factor` (n, 1); unchanged where scales span rows."""
@@ -247,14 +252,14 @@ class Format:
         scale = self.scale.describe() if self.scale else None
         return {"family": "grid", "grid": self.grid.name, "bits": float(self.grid.bits), "scale": scale}
 
-    def _row_chunks(self, shape: tuple[int, ...]) -> list[_Chunk]:
-        """Row ranges of about _CHUNK elements that do not cut a block, with the block rows they cover."""
+    def _row_chunks(self, shape: tuple[int, ...], count: int) -> list[_Chunk]:
+        """Row ranges of about `count` elements that do not cut a block, with the block rows they cover."""
         blocks = self.blocks(shape)
         n, k = shape[-2:]
         if self.scale is not None and self.scale.block[0] == 0:
-            step, per_row = max(1, _CHUNK // max(k, 1)), False
+            step, per_row = max(1, count // max(k, 1)), False
         else:
-            step, per_row = max(1, _CHUNK // max(k, 1) // blocks.rows) * blocks.rows, True
+            step, per_row = max(1, count // max(k, 1) // blocks.rows) * blocks.rows, True
         chunks = []
         for start in range(0, n, step):
             stop = min(start + step, n)

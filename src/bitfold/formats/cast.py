@@ -71,7 +71,7 @@ class Cast:
 
     def coder(self, w: torch.Tensor, params: Params | None, importance: torch.Tensor | None = None) -> CastCoder:
         """Rounds the columns of w (n, k) one by one."""
-        return CastCoder(self, torch.empty(tuple(w.shape), dtype=self.dtype))
+        return CastCoder(self, torch.empty(tuple(w.shape), dtype=self.dtype, device=w.device))
 
     def describe(self) -> dict[str, Any]:
         """JSON-able description."""

@@ -53,17 +53,19 @@ class GridCoder:
         format: the format.
         shape: of the weight, (n, k).
         params: real-valued scales; None for formats without.
+        device: of the columns.
     """
 
     step = 1
     refit = None
 
-    def __init__(self, format: Format, shape: tuple[int, int], params: Params | None) -> None:
+    def __init__(self, format: Format, shape: tuple[int, int], params: Params | None, device: torch.device) -> None:
         self._format, self._shape = format, shape
         self._stored = {} if params is None else format.store_params(params)
-        self._codes = torch.zeros(shape[1], shape[0], dtype=torch.uint8)  # transposed: a column lies together
+        # Transposed: a column lies together.
+        self._codes = torch.zeros(shape[1], shape[0], dtype=torch.uint8, device=device)
         blocks = format.blocks(shape)
-        self._cols, rows = blocks.cols, torch.arange(shape[0]) // blocks.rows
+        self._cols, rows = blocks.cols, torch.arange(shape[0], device=device) // blocks.rows
         self._scale = self._inverse = self._zero = None  # of each block across and each row
         stored = format.load_params(self._stored, shape)
         if stored is not None:
@@ -83,7 +85,7 @@ class GridCoder:
         first, last = start // self._cols, (start + count - 1) // self._cols
         if first == last:
             return per_block[first : first + 1]
-        return per_block[torch.arange(start, start + count) // self._cols]
+        return per_block[torch.arange(start, start + count, device=per_block.device) // self._cols]
 
     def encode(self, w: torch.Tensor, start: int) -> torch.Tensor:
         """See `Coder`."""

@@ -45,15 +45,15 @@ class _Cells:
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """uint8 codes of the nearest points."""
-        return self.codes.index_select(0, self._side(x.reshape(-1))).view(x.shape)
+        return self.codes.to(x.device).index_select(0, self._side(x.reshape(-1))).view(x.shape)
 
     def nearest(self, x: torch.Tensor) -> torch.Tensor:
         """float32 nearest points."""
-        return self.points.index_select(0, self._side(x.reshape(-1))).view(x.shape)
+        return self.points.to(x.device).index_select(0, self._side(x.reshape(-1))).view(x.shape)
 
     def _side(self, x: torch.Tensor) -> torch.Tensor:
         cell = _cell_of(x, self.scale, self.shift, len(self.boundary))
-        above = x > self.boundary.index_select(0, cell)
+        above = x > self.boundary.to(x.device).index_select(0, cell)
         return cell.mul_(2).add_(above)
 
 
@@ -158,8 +158,8 @@ class Grid:
             return (x.round() - low).clamp_(0, len(self.points) - 1).to(torch.uint8)
         if self._cells is not None:
             return self._cells.encode(x)
-        index = torch.bucketize(x, self._boundaries, out_int32=True)
-        return torch.tensor(self._order[1], dtype=torch.uint8)[index]
+        index = torch.bucketize(x, self._boundaries.to(x.device), out_int32=True)
+        return torch.tensor(self._order[1], dtype=torch.uint8).to(x.device)[index]
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """float32 values of uint8 codes of any shape."""

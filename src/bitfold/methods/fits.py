@@ -216,7 +216,7 @@ def _half_quadratic_zero(view: BlockView, params: Params) -> torch.Tensor:
     parts = BlockView(
         x, None if view.importance is None else view.importance.expand_as(view.w).flatten(0, 1), view.format
     )
-    active, zero, kept = torch.arange(len(x)), start, start.clone()
+    active, zero, kept = torch.arange(len(x), device=x.device), start, start.clone()
     best, beta = torch.full_like(scale, torch.inf), _BETA
     for _ in range(_ROUNDS):
         error = parts.w + zero[:, None]

@@ -154,7 +154,7 @@ def _factored(columns: slice, hessian: torch.Tensor, damp: float, step: int, gra
     """
     order = _order(hessian, grain) if grain else None
     lower = factor(hessian, damp, order).T
-    places = torch.arange(len(hessian)) if order is None else order
+    places = torch.arange(len(hessian), device=hessian.device) if order is None else order
     return _Factor(places + columns.start, lower, _diagonal_inverses(lower, step) if step else {})
 
 
@@ -176,6 +176,7 @@ class _Feedback:
 
     def __init__(self, w: torch.Tensor, factor: _Factor, coder: Any) -> None:
         self._order, self._lower, self._inverse = factor.order, factor.lower, factor.inverses
+        self._places: list[int] = factor.order.tolist()  # asked for once: an accelerator is waited for each time
         self._coder = coder
         self._target = w.T[factor.order].contiguous()
         self._error = torch.zeros_like(self._target)  # (W - Q)^T
@@ -222,7 +223,7 @@ class _Feedback:
         aim = torch.addmm(self._target[part], self._inverse[part.start], self._carried[part])
         if self._kept is not None:
             aim = aim * self._kept[part]
-        found = self._coder.encode(aim.T, int(self._order[part.start])).T
+        found = self._coder.encode(aim.T, self._places[part.start]).T
         if self._kept is not None and bool((found[~self._kept[part]] != 0).any()):
             raise no_zeros()
         self.decoded[part] = found
@@ -256,8 +257,8 @@ def _order(hessian: torch.Tensor, step: int) -> torch.Tensor:
     whole = k // step * step
     energy = hessian.diagonal()[:whole].view(-1, step).sum(1)
     blocks = torch.argsort(energy, descending=True, stable=True)
-    columns = (blocks[:, None] * step + torch.arange(step)).flatten()
-    return torch.cat([columns, torch.arange(whole, k)])
+    columns = (blocks[:, None] * step + torch.arange(step, device=blocks.device)).flatten()
+    return torch.cat([columns, torch.arange(whole, k, device=blocks.device)])
 
 
 def factor(hessian: torch.Tensor, damp: float, order: torch.Tensor | None = None) -> torch.Tensor:
@@ -282,7 +283,7 @@ def _cholesky(hessian: torch.Tensor, damp: float, order: torch.Tensor | None) ->
     diagonal = reverse.diagonal()
     diagonal[diagonal <= 0] = 1.0
     diagonal += damp * float(diagonal.mean())
-    lower, bad = reverse.mT, torch.zeros((), dtype=torch.int32)
+    lower, bad = reverse.mT, torch.zeros((), dtype=torch.int32, device=hessian.device)
     torch.linalg.cholesky_ex(lower, out=(lower, bad))  # in place: columns lie together, as LAPACK wants them
     return None if bad else lower
 
@@ -296,7 +297,7 @@ def no_zeros() -> FormatError:
 def _reversed(matrix: torch.Tensor, dtype: torch.dtype, order: torch.Tensor | None = None) -> torch.Tensor:
     """Rows and columns (in that order) in reverse, in a new matrix; without another one in between."""
     k = len(matrix)
-    out = torch.empty(k, k, dtype=dtype)
+    out = torch.empty(k, k, dtype=dtype, device=matrix.device)
     for at in range(0, k, _ROWS):
         stop = min(at + _ROWS, k)
         rows = slice(k - stop, k - at)

@@ -7,8 +7,10 @@ import torch
 from bitfold.formats import AnyFormat, Fit, Params
 from bitfold.methods.fits import FITS
 from bitfold.qtensor import QTensor
+from bitfold.system import backend
 from bitfold.system.parallel import parallel_map
 
+_BYTES = 64  # of temporaries for each weight that is fitted on an accelerator
 _CHUNK = 1 << 17  # elements fitted at a time: temporaries stay in the second-level cache, small steps weigh little
 
 
@@ -36,9 +38,13 @@ def fit_by_rows(w: torch.Tensor, format: AnyFormat, fit: Fit) -> Params:
     assert format.scale is not None
     n, k = w.shape
     rows = format.scale.block[0]
-    if rows == 0 or w.numel() <= _CHUNK:
+    away = w.device.type != "cpu"
+    count = backend.scratch(w.device) // _BYTES if away else _CHUNK
+    if rows == 0 or w.numel() <= count:
         return fit(w, format, None)
-    step = max(1, _CHUNK // k // rows) * rows
-    parts = parallel_map(lambda i: fit(w[i : i + step], format, None), range(0, n, step))
+    step = max(1, count // k // rows) * rows
+    starts = range(0, n, step)
+    some = [fit(w[i : i + step], format, None) for i in starts] if away else None
+    parts = some or parallel_map(lambda i: fit(w[i : i + step], format, None), starts)
     zeros = [p.zero_point for p in parts if p.zero_point is not None]
     return Params(torch.cat([p.scale for p in parts]), torch.cat(zeros) if zeros else None)

@@ -174,11 +174,19 @@ def _quantize_site(model: nn.Module, site: Site, recipe: Recipe, seed: int) -> O
     return Outcome(site.tensor, qtensor.format.name, reason)
 
 
-def quantize_site_tensor(w: torch.Tensor, site: Site, scheme: Scheme, seed: int) -> QTensor:
-    """Quantize the weight of a site, inputs last, in the basis of the transform; errors name the tensor."""
+def quantize_site_tensor(
+    w: torch.Tensor, site: Site, scheme: Scheme, seed: int, device: torch.device | None = None
+) -> QTensor:
+    """Quantize the weight of a site, inputs last, in the basis of the transform; errors name the tensor.
+
+    Args:
+        w, site, scheme, seed: the weight, and how.
+        device: where to do it; None = where the weight is. What comes out is where the weight is.
+    """
     try:
-        rotated = in_basis(w, site, transform_of(scheme, site, seed))
-        return quantize_tensor(rotated, scheme.format, method=scheme.solver, fit=scheme.fit, seed=seed)
+        rotated = in_basis(w if device is None else w.to(device), site, transform_of(scheme, site, seed))
+        found = quantize_tensor(rotated, scheme.format, method=scheme.solver, fit=scheme.fit, seed=seed)
+        return found if rotated.device == w.device else found.to(w.device)
     except BitfoldError as error:
         raise type(error)(error.what, where=site.tensor, hint=error.hint) from error
 

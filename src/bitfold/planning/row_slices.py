@@ -20,6 +20,7 @@ from bitfold.planning.decisions import Decision, Quantized
 from bitfold.planning.plan import Item
 from bitfold.qtensor import QTensor, rows_stack
 from bitfold.records.run_report import relative_parts
+from bitfold.system.backend import CPU
 
 WEIGHTS = 1 << 24  # of a piece, about
 _ALIGNED = 256  # rows: a multiple of all tiles
@@ -62,14 +63,17 @@ def read_pieces(source: Source, item: Item, decision: Decision) -> Iterator[torc
         yield source.read_rows(item.target.sources[0], torch.arange(first, stop))
 
 
-def quantize_pieces(source: Source, item: Item, decision: Quantized, seed: int) -> tuple[QTensor, float, list[str]]:
-    """The quantized tensor, its relative square error, and what is odd about its zeros."""
+def quantize_pieces(
+    source: Source, item: Item, decision: Quantized, seed: int, device: torch.device = CPU
+) -> tuple[QTensor, float, list[str]]:
+    """The quantized tensor, its relative square error, and what is odd about its zeros; quantized on that device."""
     scheme, site = decision.scheme, decision.site
     found, loss, norm, zeros = [], 0.0, 0.0, Zeros()
     for w in read_pieces(source, item, decision):
         experts = None if site.experts is None else len(w) * site.experts // site.shape[0]
         part = replace(site, shape=tuple(w.shape), experts=experts)
-        q, original = quantize_site_tensor(w, part, scheme, seed), in_basis(w, part, transform_of(scheme, part, seed))
+        q = quantize_site_tensor(w, part, scheme, seed, device)
+        original = in_basis(w, part, transform_of(scheme, part, seed))
         for matrix, decoded in zip(*_matrices(original, q), strict=True):
             more = relative_parts(matrix, decoded)
             loss, norm = loss + more[0], norm + more[1]

@@ -10,15 +10,19 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+
 from bitfold.calibration.options import Calibration
 from bitfold.errors import ResourceError
 from bitfold.executors.opening import LOCAL, open_executor
 from bitfold.recipes.options import MethodOptions
 from bitfold.recipes.recipe import Recipe
 from bitfold.records.run_report import QuantizeReport
+from bitfold.run.devices import check_device_plan
 from bitfold.run.kept_plan import forget_plans
 from bitfold.run.options import OnTensor, Request, RunOptions
 from bitfold.run.steps import check, execute, forecast, open_model, plan, record, report_of
+from bitfold.system.backend import find_device, within_memory
 
 
 def run(request: Request, options: RunOptions) -> QuantizeReport:
@@ -26,8 +30,13 @@ def run(request: Request, options: RunOptions) -> QuantizeReport:
     started = time.perf_counter()
     check(request, options)
     name = LOCAL if options.dry_run else options.executor
-    with open_model(request, options) as opened, open_executor(name, options.workers) as executor:
+    with (
+        open_model(request, options) as opened,
+        open_executor(name, options.workers) as executor,
+        within_memory(options.device),
+    ):
         planned = plan(opened, request, options)
+        check_device_plan(planned, options)
         try:
             expected = forecast(planned, options, executor)
         except ResourceError as error:
@@ -73,6 +82,7 @@ def quantize(
     on_tensor: OnTensor | None = None,
     executor: str = LOCAL,
     workers: int | None = None,
+    device: str | torch.device = "cpu",
 ) -> QuantizeReport:
     """Quantize a checkpoint into a new folder, streaming tensor by tensor.
 
@@ -83,12 +93,11 @@ def quantize(
             to bitfold.
         calibration: text for methods that need it (see `Calibration`, or just its `text`); default: bitfold's own.
         export, target_bytes, target_bpw, imatrix: another output than a bitfold folder, or its size, see `Request`.
-        dry_run: plan and report only; write nothing.
-        max_memory: ceiling on the resident memory of the process and its workers together, bytes: kept, if need be by
-            solving wide layers in ranges of their inputs, or refused; None = no more than what is free, with a word of
-            caution beyond four fifths of it.
-        restart, strict, events, seed, revision, token, upload_repo, max_shard_bytes, on_tensor, executor, workers: see
-            `RunOptions`. Scripts call this below `if __name__ == "__main__":` where other processes do the work.
+        dry_run, max_memory: plan only, and write nothing; ceiling on the resident memory of the process and its workers
+            together, kept (wide layers are solved in ranges of their inputs) or refused; None = what is free.
+        device: "cpu", "cuda", "mps", "xpu" or "auto"; restart, strict, events, seed, revision, token, upload_repo,
+            max_shard_bytes, on_tensor, executor, workers: see `RunOptions`. Scripts call this below
+            `if __name__ == "__main__":` where other processes do the work.
 
     Raises:
         BitfoldError: what is wrong, where, and what to do. Nothing that looks whole is left behind; finished work stays
@@ -98,5 +107,5 @@ def quantize(
     wanted = MethodOptions(*said, keep_embeddings)
     log, costs = (None if path is None else Path(path) for path in (events, imatrix))
     how = (seed, max_shard_bytes, max_memory, dry_run, restart, strict, log, revision, token, upload_repo, on_tensor)
-    options = RunOptions(*how, executor=executor, workers=workers)
+    options = RunOptions(*how, executor=executor, workers=workers, device=find_device(device))
     return run(Request(str(src), Path(out), wanted, calibration, export, target_bytes, costs, target_bpw), options)

@@ -17,6 +17,7 @@ from bitfold.planning.plan import Item
 from bitfold.planning.row_slices import in_pieces, quantize_pieces, read_pieces
 from bitfold.qtensor import QTensor
 from bitfold.records.run_report import relative_error
+from bitfold.system.backend import CPU
 from bitfold.transforms.activations import ACT_SCALE
 
 
@@ -41,7 +42,9 @@ class Made:
         return {"error": self.error, "flags": tuple(self.flags)}
 
 
-def make_item(source: Source, model: nn.Module | None, item: Item, seed: int, done: Container[str]) -> Iterator[Made]:
+def make_item(
+    source: Source, model: nn.Module | None, item: Item, seed: int, done: Container[str], device: torch.device = CPU
+) -> Iterator[Made]:
     """The tensors of an item, one after the other.
 
     Args:
@@ -49,13 +52,14 @@ def make_item(source: Source, model: nn.Module | None, item: Item, seed: int, do
         item: what is made together.
         seed: of the run.
         done: names of those that are written already.
+        device: where they are quantized.
     """
     only = next(iter(item.decisions.values()))
     if isinstance(only, Packed):
         yield Made(only, source.fields(item.target.sources[0]))
         return
     if in_pieces(source, item, only):
-        yield _in_pieces(source, item, only, seed)
+        yield _in_pieces(source, item, only, seed, device)
         return
     tensors = item.target.read(source.read, model)
     for name in list(tensors):
@@ -63,7 +67,7 @@ def make_item(source: Source, model: nn.Module | None, item: Item, seed: int, do
         if isinstance(decision, Tied) or name in done:
             continue
         if isinstance(decision, Quantized):
-            yield _quantized(decision, w, seed)
+            yield _quantized(decision, w, seed, device)
         else:
             w = w.to(decision.info.dtype)
             yield Made(decision, [w], flags=list(kept_flags(w)))
@@ -74,10 +78,10 @@ def left_of(item: Item, done: Container[str]) -> list[str]:
     return [name for name, d in item.decisions.items() if not isinstance(d, Tied) and name not in done]
 
 
-def _in_pieces(source: Source, item: Item, decision: Decision, seed: int) -> Made:
+def _in_pieces(source: Source, item: Item, decision: Decision, seed: int, device: torch.device) -> Made:
     """A tensor that is too large to be in memory at once without need."""
     if isinstance(decision, Quantized):
-        q, error, odd = quantize_pieces(source, item, decision, seed)
+        q, error, odd = quantize_pieces(source, item, decision, seed, device)
         return _packed(decision, q, error, odd, seed)
     found: list[str] = []
 
@@ -89,9 +93,9 @@ def _in_pieces(source: Source, item: Item, decision: Decision, seed: int) -> Mad
     return Made(decision, rows(), flags=found)
 
 
-def _quantized(decision: Quantized, w: torch.Tensor, seed: int) -> Made:
+def _quantized(decision: Quantized, w: torch.Tensor, seed: int, device: torch.device) -> Made:
     scheme, site = decision.scheme, decision.site
-    q = quantize_site_tensor(w, site, scheme, seed)
+    q = quantize_site_tensor(w, site, scheme, seed, device)
     original = in_basis(w, site, transform_of(scheme, site, seed))
     odd = weight_flags(original, table=site.is_table)
     return _packed(decision, q, relative_error(original, q), odd, seed)

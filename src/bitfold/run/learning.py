@@ -50,6 +50,8 @@ def quantize_and_distill(
         raise UsageError("only bitfold's own folders are distilled", where="--distill", hint="drop --export")
     if options.low_disk:
         raise UsageError("distillation needs the whole model on the disk", where="--distill", hint="drop --low-disk")
+    if options.device.type != "cpu":
+        raise UsageError("distillation runs on the CPU only", where="--distill", hint="drop --device")
     if options.dry_run:
         return run(request, options), None
     local = resolve(request.source, revision=options.revision, token=options.token)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from bitfold.calibration.options import Calibration, settings
 from bitfold.checkpoints.targets import FOLDER
 from bitfold.errors import UsageError
@@ -14,6 +16,7 @@ from bitfold.executors.opening import LOCAL
 from bitfold.recipes.options import MethodOptions
 from bitfold.recipes.recipe import Recipe
 from bitfold.records.run_report import TensorReport
+from bitfold.system.backend import CPU
 from bitfold.system.outputs import real_path
 from bitfold.text.tokens import BUNDLED
 
@@ -115,6 +118,8 @@ class RunOptions:
         executor: where the work is done: "local", this process; "processes", others of this machine; "ray", Ray on this
             machine; "ray:ADDRESS", a Ray cluster.
         workers: how many of those; None: one for each core.
+        device: what weights are rounded and solved on, and blocks run on. Sums are made in another order there, so the
+            bytes of what is calibrated are seen to differ.
     """
 
     seed: int = 0
@@ -132,3 +137,4 @@ class RunOptions:
     low_disk: bool = False
     executor: str = LOCAL
     workers: int | None = None
+    device: torch.device = CPU

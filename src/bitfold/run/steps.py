@@ -36,6 +36,7 @@ from bitfold.records.record import write_record
 from bitfold.records.run_report import QuantizeReport, TensorReport, peak_memory
 from bitfold.run.budget import Budget, budget_rules, check_budget
 from bitfold.run.crew import Crew, Share, share_memory
+from bitfold.run.devices import check_device
 from bitfold.run.export import check_export, export_rules, single_file
 from bitfold.run.low_disk import (
     WHY,
@@ -79,6 +80,7 @@ def check(request: Request, options: RunOptions) -> None:
     from bitfold.checkpoints.publishing import check_place
 
     check_executor(options.executor, options.workers)
+    check_device(request, options)
     if options.low_disk:
         check_low_disk(request, options)
     if request.export is not None:
@@ -311,5 +313,6 @@ def _identity(run: PlannedRun, options: RunOptions) -> dict[str, Any]:
         "source": {"name": Path(job.source).name, "files": run.source.fingerprint()},
         "calibration": calibration,
         "shard size": job.max_shard_bytes,
+        **({} if options.device.type == "cpu" else {"device": options.device.type}),
         **({} if options.pre_tokenizer is None else {"pre-tokenizer": options.pre_tokenizer}),
     }

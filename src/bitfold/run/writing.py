@@ -191,7 +191,8 @@ class Writing:
         tokenizer = tokenizer_folder(run.source, self.work.state / "tokenizer")
         marks = Bookmarks(self.work, self.done.reports, self._target.sync, self._events)
         team = None if self._crew is None else self._crew.team()
-        session = Session(run.source, run.model, run.plan, calibration, run.job.seed, self._options.max_memory, team)
+        how = (run.job.seed, self._options.max_memory, team, self._options.device)
+        session = Session(run.source, run.model, run.plan, calibration, *how)
         yield from solve_blocks(session, tokenizer, marks, run.hessian_bytes)
 
     def _fell_back(self, fallback: Fallback) -> None:
@@ -233,7 +234,7 @@ class Writing:
             yield from self._crew.made(left, self._times, done)
             return
         for item in left:
-            yield from make_item(run.source, run.model, item, run.job.seed, done)
+            yield from make_item(run.source, run.model, item, run.job.seed, done, self._options.device)
 
     def _finish(self, made: Made, output_error: float | None = None) -> TensorReport:
         """Write a plain tensor, or the fields of a packed one; note it in the journal, tell of it."""

@@ -18,7 +18,7 @@ def store_row_scale(scale: Tensor, name: str) -> Tensor:
     Raises:
         FormatError: NaN or infinite; `name` is the format's.
     """
-    stored = scale.detach().to("cpu", torch.bfloat16).reshape(-1, 1)
+    stored = scale.detach().to(torch.bfloat16).reshape(-1, 1)
     if not torch.isfinite(stored).all():
         raise FormatError(f"a row scale of {name} is not finite in bfloat16")
     return stored

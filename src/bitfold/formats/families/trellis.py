@@ -110,7 +110,7 @@ class Trellis:
         """
         scale = self.row_scale(w) if params is None else self.store_scale(params.scale)
         info = self.layout(tuple(w.shape))["tiles"]
-        tiles = torch.empty(info.shape, dtype=info.dtype)
+        tiles = torch.empty(info.shape, dtype=info.dtype, device=w.device)
         step = max(1, _CHUNK // max(1, w.shape[1]) // TILE_ROWS) * TILE_ROWS
         for row in range(0, len(w), step):
             part = slice(row, row + step)
@@ -204,7 +204,7 @@ class Trellis:
     def _encode_rows(self, w: Tensor, scale: Tensor, thorough: bool) -> tuple[Tensor, Tensor]:
         if not torch.isfinite(w).all():
             raise WeightError("NaN or infinite weights")
-        x = w.detach().to("cpu", torch.float32) / torch.where(scale == 0, 1.0, scale)
+        x = w.detach().float() / torch.where(scale == 0, 1.0, scale)
         x = torch.where(scale == 0, 0.0, x)
         n, k = x.shape
         down, across = -(-n // TILE_ROWS), -(-k // TILE_COLS)
@@ -237,7 +237,8 @@ class TileCoder:
 
     def __init__(self, format: Trellis, scale: Tensor, width: int) -> None:
         self._format, self._scale = format, scale
-        self._tiles = torch.empty(format.layout((len(scale), width))["tiles"].shape, dtype=torch.uint8)
+        shape = format.layout((len(scale), width))["tiles"].shape
+        self._tiles = torch.empty(shape, dtype=torch.uint8, device=scale.device)
 
     def encode(self, w: Tensor, start: int) -> Tensor:
         """Tiles of the columns w (n, up to 4) at `start`; what they decode to, float32."""

@@ -159,13 +159,14 @@ def encode_tiles(code: TrellisCode, x: Tensor, *, thorough: bool = False) -> tup
         raise FormatError(f"tiles to encode must be (tiles, {TILE}), not {tuple(x.shape)}")
     if torch.isinf(x).any():
         raise FormatError("an infinite weight in a trellis tile")
-    x = x.detach().to("cpu", torch.float32).contiguous()
-    tiles = torch.empty(len(x), code.tile_bytes, dtype=torch.uint8)
-    values = torch.empty(len(x), TILE, dtype=torch.int8)
-    core = native.core()
+    x = x.detach().float().contiguous()
+    tiles = torch.empty(len(x), code.tile_bytes, dtype=torch.uint8, device=x.device)
+    values = torch.empty(len(x), TILE, dtype=torch.int8, device=x.device)
+    core = backend.core_for(x)
     if core is None:
-        for first in range(0, len(x), 16):
-            part = slice(first, first + 16)
+        step = 16 if x.device.type == "cpu" else max(1, backend.scratch(x.device) // _search_bytes(code))
+        for first in range(0, len(x), step):
+            part = slice(first, first + step)
             tiles[part], values[part] = _torch_encode(code, x[part], thorough)
     else:
         pointers = (x.data_ptr(), len(x), tiles.data_ptr(), values.data_ptr())
@@ -203,34 +204,42 @@ def _torch_decode(code: TrellisCode, tiles: Tensor) -> Tensor:
     return table[windows]
 
 
+def _search_bytes(code: TrellisCode) -> int:
+    """Memory that the search takes for one tile: what each state came from, at each step, and a few costs of each."""
+    states = 1 << code.window
+    return 2 * TILE * (states >> code.bits) + 32 * states
+
+
 def _torch_encode(code: TrellisCode, x: Tensor, thorough: bool) -> tuple[Tensor, Tensor]:
     """The native search in PyTorch: the windows of all weights run from the last of the stream to the first."""
     rounded = (x.clamp(-_CLAMP, _CLAMP) * _SUBSTEPS).round()
-    fixed = rounded.nan_to_num(_INDIFFERENT).int()[:, positions(code.bits)].flip(1)
+    order = positions(code.bits).to(x.device)
+    fixed = rounded.nan_to_num(_INDIFFERENT).int()[:, order].flip(1)
     reach = TILE if thorough else TILE // 2
     seam_path = _search(code, torch.cat([fixed[:, TILE - reach :], fixed[:, :reach]], 1), None)
     seam = seam_path[:, reach - 1] & (1 << code.window - code.bits) - 1
     path = _search(code, fixed, seam).flip(1)
     symbols = path & (1 << code.bits) - 1
-    values = torch.empty(x.shape, dtype=torch.int8)
-    values[:, positions(code.bits)] = window_values(code)[path]
+    values = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    values[:, order] = window_values(code, x.device)[path]
     return _pack(symbols, code.bits), values
 
 
 def _pack(symbols: Tensor, bits: int) -> Tensor:
     """uint8 (tiles, 16 k) of symbols (tiles, 128), the first one in the lowest bits."""
-    ones = symbols[..., None] >> torch.arange(bits) & 1
-    return (ones.view(len(symbols), -1, 8) << torch.arange(8)).sum(-1).to(torch.uint8)
+    eight = torch.arange(8, device=symbols.device)
+    ones = symbols[..., None] >> eight[:bits] & 1
+    return (ones.view(len(symbols), -1, 8) << eight).sum(-1).to(torch.uint8)
 
 
 def _search(code: TrellisCode, x: Tensor, seam: Tensor | None) -> Tensor:
     """Windows (tiles, steps) of the cheapest path for x (tiles, steps); with a seam, of the cheapest circle."""
     k, low = code.bits, 1 << code.window - code.bits
-    index, back = _indices(code), []
-    cost = torch.zeros(len(x), 1 << code.window, dtype=torch.int32)
+    index, back, device = _indices(code, x.device), [], x.device
+    cost = torch.zeros(len(x), 1 << code.window, dtype=torch.int32, device=device)
     if seam is not None:
-        cost = torch.where(torch.arange(1 << code.window) % low == seam[:, None], 0, _FULL).int()
-    choice = torch.arange(1 << k, dtype=torch.int32)[:, None]
+        cost = torch.where(torch.arange(1 << code.window, device=device) % low == seam[:, None], 0, _FULL).int()
+    choice = torch.arange(1 << k, dtype=torch.int32, device=device)[:, None]
     for t in range(x.shape[1]):
         base = cost.amin(1, keepdim=True) if t and t % 16 == 0 else 0
         best = (cost.view(-1, 1 << k, low) << k | choice).amin(1)
@@ -243,7 +252,7 @@ def _search(code: TrellisCode, x: Tensor, seam: Tensor | None) -> Tensor:
 def _metric(code: TrellisCode, x: Tensor) -> Tensor:
     """int32 (tiles, 2**w): cost of each table value for one weight of every tile."""
     gain = _LIMITS[code.bits].gain
-    levels = torch.tensor(code.table, dtype=torch.int32) * _SUBSTEPS
+    levels = torch.tensor(code.table, dtype=torch.int32).to(x.device) * _SUBSTEPS
     near = (x[:, None] - levels).abs().clamp_max_(_FULL >> gain).long() << gain
     cost = (near * near >> 16).int()
     return cost - cost.amin(1, keepdim=True)
@@ -251,8 +260,8 @@ def _metric(code: TrellisCode, x: Tensor) -> Tensor:
 
 def _last(cost: Tensor, seam: Tensor | None, low: int) -> Tensor:
     if seam is None:
-        return (cost.long() << 16 | torch.arange(cost.shape[1])).amin(1) & 0xFFFF
-    closing = torch.arange(cost.shape[1] // low) * low + seam[:, None]
+        return (cost.long() << 16 | torch.arange(cost.shape[1], device=cost.device)).amin(1) & 0xFFFF
+    closing = torch.arange(cost.shape[1] // low, device=cost.device) * low + seam[:, None]
     return (cost.gather(1, closing).long() << 16 | closing).amin(1) & 0xFFFF
 
 
