@@ -19,8 +19,10 @@ from bitfold.errors import CheckpointError, ResourceError, UsageError
 from bitfold.models.load import load_folder
 from bitfold.run import merging
 from bitfold.run.merging import merge
+from bitfold.text.answers import told_apart
 from bitfold.training.finetune import finetune
 from bitfold.training.options import Finetuning
+from bitfold.training.texts import held_out_first
 
 peft = pytest.importorskip("peft")
 
@@ -147,6 +149,27 @@ def test_another_base_is_said(source: Path, adapter: Path, tmp_path: Path) -> No
     bitfold.quantize(source, tmp_path / "other", format="nf4-g32")
     with pytest.warns(UserWarning, match="was trained on another base \\(base\\)"):
         merge(tmp_path / "other", adapter, tmp_path / "out", str(source / "text.txt"))
+
+
+def test_of_conversations_only_answers_are_learned_and_judged(base: Path, tmp_path: Path) -> None:
+    """The loss is that of the answers' tokens, whatever the questions are; merging judges by the same."""
+    rows = [{"prompt": f"{7919 * i % 9973} {104729 * i % 99991}?", "completion": "fox"} for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    how = {"steps": 12, "seqlen": 48, "batch": 2, "rank": 4, "rate": 1e-2}
+    text = str(tmp_path / "rows.jsonl")
+    alone, all_of_it = (
+        finetune(base, tmp_path / name, Finetuning(text, **how, answers_only=alone))
+        for name, alone in (("alone", True), ("all", False))
+    )
+    ids, held_out = held_out_first(base, text, None, 1 << 16, 48, answers_only=True)
+    ids, said = told_apart(ids[:held_out])
+    logits = load_folder(base, dtype=torch.float32)(ids).logits[:, :-1].log_softmax(-1)
+    surprise = -logits.gather(2, ids[:, 1:, None])[..., 0]
+    assert alone.loss_before == pytest.approx(float(surprise[said[:, 1:]].mean()), rel=0.02)  # finetune may use bf16
+    assert alone.loss_after < 0.5 * alone.loss_before
+    assert alone.loss_after < 0.5 * all_of_it.loss_after  # the questions cannot be learned
+    found = merge(base, tmp_path / "alone", tmp_path / "out", text)
+    assert found.loss_adapter == pytest.approx(alone.loss_after, rel=0.05)
 
 
 def test_a_merge_that_was_cut_short_goes_on_to_the_same_bytes(

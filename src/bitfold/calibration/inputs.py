@@ -100,7 +100,9 @@ def _ids(
     sizes = {"nsamples": asked.nsamples, "seqlen": wish.seqlen}
     start = text_start(known, asked.start_token)
     if asked.text != SELF:
-        ids = calibration_tokens(tokenizer, asked.text, **sizes, start_token=asked.start_token)
+        ids = calibration_tokens(
+            tokenizer, asked.text, nsamples=asked.nsamples, seqlen=wish.seqlen, start_token=asked.start_token
+        )
         refuse_unknown_tokens(model, ids, known)
         return ids, None
     refuse_unknown_tokens(model, torch.tensor(start, dtype=torch.int64), known)  # before the whole model is read

@@ -10,6 +10,14 @@ import typer
 from bitfold.cli.app import Json, Revision, app, joined, print_json
 from bitfold.system.units import parse_size
 
+AnswersOnly = Annotated[
+    bool, typer.Option("--answers-only", help="Of conversations, learn only what the assistant says.")
+]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(help="A layer's name, such as q_proj; repeat it. Default: all linear layers.", show_default=False),
+]
+
 
 @app.command()
 def finetune(
@@ -36,10 +44,8 @@ def finetune(
     rate: Annotated[float, typer.Option(help="Learning rate.")] = 2e-4,
     rank: Annotated[int, typer.Option(help="Of the adapters.")] = 16,
     alpha: Annotated[float, typer.Option(help="The adapters' output counts alpha / rank times.")] = 32.0,
-    target: Annotated[
-        list[str] | None,
-        typer.Option(help="A layer's name, such as q_proj; repeat it. Default: all linear layers.", show_default=False),
-    ] = None,
+    target: Targets = None,
+    answers_only: AnswersOnly = False,
     max_memory: Annotated[
         str | None, typer.Option(help="Ceiling on the resident memory of the process, such as 4GB.", show_default=False)
     ] = None,
@@ -60,7 +66,9 @@ def finetune(
 
     text = with_column(data, text_column) or data
     targets = tuple(target or ["all-linear"])
-    how = Finetuning(text, epochs, steps, minutes, seqlen, batch, rate, rank, alpha, targets, seed=seed)
+    how = Finetuning(
+        text, epochs, steps, minutes, seqlen, batch, rate, rank, alpha, targets, seed=seed, answers_only=answers_only
+    )
     team = joined()
     options = RunOptions(seed=seed, max_memory=ceiling, restart=restart, revision=revision)
     found = finetune_model(model, output_dir, how, base_format, start_from, options, team)

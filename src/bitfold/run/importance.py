@@ -140,8 +140,8 @@ def tokens_of(source: Source, model: nn.Module, calibration: Calibration) -> tor
     seqlen = seqlen if calibration.seqlen is not None else min(seqlen, _SHORT)
     with tempfile.TemporaryDirectory(prefix="bitfold-importance-") as scratch:
         folder = tokenizer_folder(source, Path(scratch))
-        sizes = {"nsamples": calibration.nsamples, "seqlen": seqlen}
-        ids = calibration_tokens(folder, calibration.text, **sizes, start_token=calibration.start_token)
+        count, start = calibration.nsamples, calibration.start_token
+        ids = calibration_tokens(folder, calibration.text, nsamples=count, seqlen=seqlen, start_token=start)
         refuse_unknown_tokens(model, ids, read_tokenizer(folder))
     return ids
 

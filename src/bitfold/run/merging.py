@@ -48,9 +48,9 @@ from bitfold.text.mixes import parts_of, without_folders
 from bitfold.text.windows import text_digest
 from bitfold.training.adapter_folder import CONFIG, WEIGHTS, MergedSource, read_adapter
 from bitfold.training.adapters import require_peft
-from bitfold.training.finetune import PART, loss_of
+from bitfold.training.finetune import PART, Windows, loss_of
 from bitfold.training.reading import Reading
-from bitfold.training.texts import held_out_first
+from bitfold.training.texts import held_out_first, weighed
 from bitfold.transforms import TransformSpec
 from bitfold.transforms.activations import read_act
 from bitfold.workspace.events import Events
@@ -133,7 +133,10 @@ def merge(
     skeleton = runnable(open_skeleton(source), source)
     said = _trained_with(local, Path(adapter), data)
     seqlen, start = int(said.get("tokens") or _SEQLEN), bool(said.get("start_token", True))
-    ids, held_out = held_out_first(local, data, skeleton, 1 << 16, seqlen, start_token=start)
+    kinds: Any = {"start_token": start, "answers_only": bool(said.get("answers_only"))}
+    ids, held_out = held_out_first(local, data, skeleton, 1 << 16, seqlen, **kinds)
+    ids, weights = weighed(ids, held_out, data) if kinds["answers_only"] else (ids, None)
+    judged = ids[:held_out], None if weights is None else weights[:held_out]
     # Of a mix, what is learned from is so many windows of each text to within one.
     windows = max(1, min(len(ids) - held_out - (len(parts_of(data)) - 1), math.ceil(_TOKENS / ids.shape[1])))
     plan, seed = _plan(source, skeleton)
@@ -142,10 +145,10 @@ def merge(
     calibration = use.calibration or calibration
     with shared_work(place, _identity(source, calibration, seed), alone(), restart=restart) as work:
         assert isinstance(work, Workspace)  # that of the only process
-        before, together = (_loss_once(work, local, ids[:held_out], path) for path in (None, Path(adapter)))
+        before, together = (_loss_once(work, local, judged, path) for path in (None, Path(adapter)))
         session = Session(source, skeleton, plan, calibration, seed, max_memory)
         fallbacks = _write(session, source, work, use.hessian_bytes)
-        losses = before, together, _loss(work.result, ids[:held_out], None)
+        losses = before, together, _loss(work.result, judged, None)
         names = local.name, Path(adapter).name, str(place), without_folders(data)
         counts = len(source.changed), windows, held_out, int(ids.shape[1])
         found = Merged(*names, *losses, *counts, fallbacks, time.monotonic() - started)
@@ -279,27 +282,28 @@ def _solved(
         yield Solved(decision, quantize_site_tensor(w, decision.site, decision.scheme, session.seed), w, None)
 
 
-def _loss_once(work: Workspace, folder: Path, ids: torch.Tensor, adapter: Path | None) -> float:
+def _loss_once(work: Workspace, folder: Path, windows: Windows, adapter: Path | None) -> float:
     """`_loss`, unless an earlier run has it."""
     of = "base" if adapter is None else "adapter"
     known = {record["of"]: float(record["loss"]) for record in work.journal.of_kind("loss")}
     if of not in known:
-        known[of] = _loss(folder, ids, adapter)
+        known[of] = _loss(folder, windows, adapter)
         work.journal.append({"kind": "loss", "of": of, "loss": known[of]})
     return known[of]
 
 
-def _loss(folder: Path, ids: torch.Tensor, adapter: Path | None) -> float:
+def _loss(folder: Path, windows: Windows, adapter: Path | None) -> float:
     """Mean loss of windows, in float32."""
     model: Any = load_folder(folder, dtype=torch.float32)
     if adapter is not None:
         model = require_peft().PeftModel.from_pretrained(model, str(adapter)).base_model.model.eval()
     reading = Reading(model)
     what = "base" if adapter is None else "base and adapter"
+    ids, weights = windows
     with progress.bar(f"held-out loss of {what}", len(ids)) as bar:
         total = 0.0
-        for window in ids:
-            total += loss_of(reading, window)
+        for number, window in enumerate(ids):
+            total += loss_of(reading, window, None if weights is None else weights[number])
             bar.advance(1)
     return total / len(ids)
 

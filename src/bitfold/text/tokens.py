@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from bitfold.errors import UsageError
 from bitfold.system import progress
 from bitfold.text import windows
+from bitfold.text.answers import answer_tokens
 from bitfold.text.mixes import parts_of, shares
 from bitfold.text.start import text_start
 from bitfold.text.tokenizer import read_tokenizer
@@ -19,7 +21,7 @@ SELF, BUNDLED = "self", "default"
 
 
 def calibration_tokens(
-    folder: Path, spec: str, *, nsamples: int, seqlen: int, start_token: bool = True
+    folder: Path, spec: str, *, nsamples: int, seqlen: int, start_token: bool = True, answers_only: bool = False
 ) -> torch.Tensor:
     """Token ids (samples, seqlen), int64: documents joined and cut into windows side by side.
 
@@ -31,6 +33,7 @@ def calibration_tokens(
         nsamples: windows wanted; fewer if the text is shorter.
         seqlen: tokens of a window.
         start_token: windows begin as the tokenizer begins a text (see `start`).
+        answers_only: tokens that are not the assistant's are ~id, see `answers`.
 
     Raises:
         UsageError: no such file, or too little text for a single window.
@@ -39,7 +42,10 @@ def calibration_tokens(
     tokenizer, parts = read_tokenizer(folder), parts_of(spec)
     start = text_start(tokenizer, start_token)
     counts = shares(parts, nsamples)
-    found = [_windows_of(part.spec, tokenizer, start, n, seqlen) for part, n in zip(parts, counts, strict=True)]
+    read = _answers if answers_only else _all
+    if answers_only:
+        start = tuple(~token for token in start)
+    found = [_windows_of(part.spec, tokenizer, start, n, seqlen, read) for part, n in zip(parts, counts, strict=True)]
     if len(found) == 1:
         return found[0]
     # Where one is too short for its share, there is less of the others as well.
@@ -50,9 +56,24 @@ def calibration_tokens(
     return torch.cat(found)[torch.tensor(places, dtype=torch.float64).argsort(stable=True)]
 
 
-def _windows_of(spec: str, tokenizer: Any, start: tuple[int, ...], count: int, seqlen: int) -> torch.Tensor:
+def _all(spec: str, tokenizer: Any, enough: int) -> torch.Tensor:
+    return windows.read_tokens(spec, tokenizer, enough=enough, split="train")
+
+
+def _answers(spec: str, tokenizer: Any, enough: int) -> torch.Tensor:
+    return answer_tokens(spec, tokenizer, enough=enough)
+
+
+def _windows_of(
+    spec: str,
+    tokenizer: Any,
+    start: tuple[int, ...],
+    count: int,
+    seqlen: int,
+    read: Callable[[str, Any, int], torch.Tensor],
+) -> torch.Tensor:
     own = seqlen - len(start)
-    ids = windows.read_tokens(spec, tokenizer, enough=count * max(1, own), split="train")
+    ids = read(spec, tokenizer, count * max(1, own))
     if len(ids) < own:
         what = f"the calibration text has {len(ids)} tokens, one sample needs {own}"
         raise UsageError(what, where=windows.text_name(spec), hint="give more text, or a shorter --seqlen")

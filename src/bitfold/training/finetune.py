@@ -37,10 +37,11 @@ from bitfold.training.masters import Group
 from bitfold.training.options import Finetuning
 from bitfold.training.reading import Loss, Reading
 from bitfold.training.student import blocks_of, fast_dtype, fitting
-from bitfold.training.texts import held_out_first
+from bitfold.training.texts import held_out_first, weighed
 from bitfold.workspace.folder import Workspace, software
 from bitfold.workspace.shared import Work, shared_work
 
+Windows = tuple[torch.Tensor, torch.Tensor | None]
 _STATE = 5 * 4  # bytes a trained number takes: itself, its master, two moments, a gradient
 PART = "finetune"  # of the record of the adapter's folder
 
@@ -57,6 +58,7 @@ class Finetuned:
         steps, planned, best: steps that were done, that were planned, and after how many the best was found.
         windows, held_out, tokens: windows learned from, windows held out, tokens of each.
         start_token: windows began as the tokenizer begins a text.
+        answers_only: only what the assistant says was learned, and counts in the losses.
         rank, layers, trained: of the adapters; layers that have one; numbers that were trained.
         dtype: computed in.
         seconds: wall-clock time of this process.
@@ -78,6 +80,7 @@ class Finetuned:
     held_out: int
     tokens: int
     start_token: bool
+    answers_only: bool
     rank: int
     layers: int
     trained: int
@@ -145,13 +148,14 @@ class Tuner:
     Args:
         model: PEFT's, around `inner`.
         inner: the model itself.
-        ids: int64 (windows, tokens).
+        windows: int64 (windows, tokens), and how much each prediction counts, see `texts.weighed`; None = all alike.
         blocks: paths of blocks that run once more in the backward pass.
         rate: of the adapters.
     """
 
-    def __init__(self, model: Any, inner: nn.Module, ids: torch.Tensor, blocks: list[str], rate: float) -> None:
-        self.model, self._inner, self._ids, self._blocks, self._rate = model, inner, ids, blocks, rate
+    def __init__(self, model: Any, inner: nn.Module, windows: Windows, blocks: list[str], rate: float) -> None:
+        self.model, self._inner, self._blocks, self._rate = model, inner, blocks, rate
+        self._ids, self._weights = windows
         self._reading = Reading(inner)
 
     def groups(self) -> list[Group]:
@@ -163,23 +167,30 @@ class Tuner:
         ids = self._ids[window]
         with torch.enable_grad(), recomputed(self._inner, self._blocks) if self._blocks else nullcontext():
             states = self._reading.states(ids)
-            total, gradient = self._reading.mean(states, ids, _surprise(ids), share)
+            total, gradient = self._reading.mean(states, ids, _surprise(ids, self._weights_of(window)), share)
             states.backward(gradient)
         return total
 
     def loss(self, window: int) -> float:
         """See `Learner`."""
-        return loss_of(self._reading, self._ids[window])
+        return loss_of(self._reading, self._ids[window], self._weights_of(window))
+
+    def _weights_of(self, window: int) -> torch.Tensor | None:
+        return None if self._weights is None else self._weights[window]
 
 
 @torch.no_grad()
-def loss_of(reading: Reading, ids: torch.Tensor) -> float:
-    """Mean negative log-probability of the tokens of a window, nats."""
-    return reading.mean(reading.states(ids), ids, _surprise(ids), None)[0]
+def loss_of(reading: Reading, ids: torch.Tensor, weights: torch.Tensor | None = None) -> float:
+    """Mean negative log-probability of the tokens of a window, nats; times how much each counts."""
+    return reading.mean(reading.states(ids), ids, _surprise(ids, weights), None)[0]
 
 
-def _surprise(ids: torch.Tensor) -> Loss:
-    return lambda logits, some: surprise_and_gradient(logits, ids[1:][some])
+def _surprise(ids: torch.Tensor, weights: torch.Tensor | None) -> Loss:
+    def loss(logits: torch.Tensor, some: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        found, gradient = surprise_and_gradient(logits, ids[1:][some])
+        return (found, gradient) if weights is None else (found * weights[some], gradient.mul_(weights[some, None]))
+
+    return loss
 
 
 @dataclass(frozen=True)
@@ -206,11 +217,11 @@ class _Task:
     def learn(self, work: Work, started: float) -> dict[str, Any]:
         """Train, write the adapter into the workspace, and say how it went."""
         skeleton, how, dtype = open_skeleton(self.source), self.how, fast_dtype()
-        ids, held_out = held_out_first(
-            self.source.path, how.data, skeleton, how.windows, how.seqlen, start_token=how.start_token
-        )
+        kinds: Any = {"start_token": how.start_token, "answers_only": how.answers_only}
+        ids, held_out = held_out_first(self.source.path, how.data, skeleton, how.windows, how.seqlen, **kinds)
+        found: Windows = weighed(ids, held_out, how.data) if how.answers_only else (ids, None)
         windows, ceiling = len(ids) - held_out, memory.Ceiling(self.max_memory)
-        tuner = self._tuner(ids, blocks_of(skeleton))
+        tuner = self._tuner(found, blocks_of(skeleton))
         ceiling.check()
         steps = how.steps
         if steps is None and how.minutes is None:
@@ -221,27 +232,23 @@ class _Task:
         learned = course.run(lambda: None if end is None else end - time.monotonic(), ceiling.check)
         if self.team.rank == 0:
             save_adapter(tuner.model, learned.values, work.result)
-        facts = {
-            "data": without_folders(how.data),
-            "data_digest": text_digest(how.data),
-            "start_token": how.start_token,
-        }
+        facts = {"data": without_folders(how.data), "data_digest": text_digest(how.data), **kinds}
         facts |= {"windows": windows, "held_out": held_out, "tokens": ids.shape[1]}
         return {**facts, **_facts_of(learned), "rank": how.rank, "dtype": str(dtype).removeprefix("torch.")}
 
-    def _tuner(self, ids: torch.Tensor, blocks: list[str]) -> Tuner:
+    def _tuner(self, windows: Windows, blocks: list[str]) -> Tuner:
         """The model with its adapters, in the memory that there is."""
         how, dtype = self.how, fast_dtype()
         model = load_folder(self.source.path, dtype=dtype).requires_grad_(False)
         limit = memory.default_ceiling() if self.max_memory is None else self.max_memory
         wide = how.rank * sum(sum(shape) for shape in _shapes(model))
-        fit = fitting(model, blocks, ids.shape[1], None if limit is None else limit - _STATE * wide)
+        fit = fitting(model, blocks, windows[0].shape[1], None if limit is None else limit - _STATE * wide)
         outer = add_adapters(model, how, str(self.source.path))
         if self.original is not None:
             progress.say("adapters start from what rounding lost")
             start_from(model, self.original, how.seed)
         install(model, dtype, keep=fit.keep, rows=False)
-        return Tuner(outer, model, ids, blocks if fit.recompute else [], how.rate)
+        return Tuner(outer, model, windows, blocks if fit.recompute else [], how.rate)
 
 
 def _shapes(model: nn.Module) -> list[tuple[int, int]]:

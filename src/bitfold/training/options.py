@@ -73,6 +73,7 @@ class Finetuning:
         windows: of the text at most, those held out included.
         start_token: windows begin as the tokenizer begins a text.
         seed: of the adapters and the order of windows.
+        answers_only: of conversations, only what the assistant says is learned; the rest is read.
     """
 
     data: str
@@ -88,6 +89,7 @@ class Finetuning:
     windows: int = 1 << 16
     start_token: bool = True
     seed: int = 0
+    answers_only: bool = False
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.minutes is not None:
