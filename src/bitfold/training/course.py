@@ -154,7 +154,9 @@ class Course:
             steps = _WARM + max(1, int(((left or 0.0) - self._pace.looks * look) / max(pace, 1e-9)))
         plan: dict[str, Any] = self._team.told({"kind": "course", "steps": steps, "before": before})
         self._work.journal.append(plan)
-        progress.say(f"{steps} steps of {self._pace.batch} windows; held-out {self._pace.measure} {before:.4f}")
+        windows = f"{self._pace.batch} window{'s' * (self._pace.batch != 1)}"
+        what = f"held-out {self._pace.measure} {before:.4f}"
+        progress.say(f"{steps} step{'s' * (steps != 1)} of {windows} each; {what}")
         return plan
 
     def _rest(self, plan: dict[str, Any], state: _State, check: Callable[[], None]) -> Learned:
