@@ -55,16 +55,17 @@ def test_a_ceiling_bounds_what_a_step_takes(monkeypatch):
             return type("P", (), {"total_memory": 4 << 30})
 
         @staticmethod
-        def set_per_process_memory_fraction(share, device):
-            shares.append(share)
+        def set_per_process_memory_fraction(share, *device):
+            shares.append((share, *device))
 
-    shares: list[float] = []
+    shares: list[tuple[object, ...]] = []
     device = torch.device("cuda")
     monkeypatch.setattr(backend, "_module", lambda kind: Module)
     monkeypatch.setattr(backend, "_CEILINGS", {})
     before = backend.scratch(device)
     backend.set_ceiling(device, 1 << 30)
-    assert shares == [0.25]
+    backend.set_ceiling(torch.device("cuda:1"), 1 << 30)
+    assert shares == [(0.25,), (0.25, torch.device("cuda:1"))]  # never a device without a number
     assert backend.scratch(device) == (1 << 30) // 4 < before
     with pytest.raises(ResourceError, match=r"4\.29 GB, not 8\.59 GB"):
         backend.set_ceiling(device, 8 << 30)
@@ -73,6 +74,10 @@ def test_a_ceiling_bounds_what_a_step_takes(monkeypatch):
 def test_running_out_of_memory_ends_in_words():
     with pytest.raises(ResourceError, match="the memory of cuda"), backend.within_memory(torch.device("cuda")):
         raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(ResourceError, match="the memory of mps"), backend.within_memory(torch.device("mps")):
+        raise RuntimeError("MPS backend out of memory")
+    with pytest.raises(RuntimeError, match="something else"), backend.within_memory(torch.device("mps")):
+        raise RuntimeError("something else")
 
 
 def test_what_takes_doubles_is_refused_where_there_are_none():

@@ -74,10 +74,11 @@ def matmul(x: Tensor, state: State) -> Tensor:
     from bitfold.kernels import triton_gemv
 
     multiply = triton_gemv.dense if state.q.format.code is None else triton_gemv.trellis
-    if state.act == "float":
-        return multiply(x.detach().contiguous(), *state.arguments)
-    codes, scale = quantize_tokens(x.detach())
-    return multiply(codes.float(), *state.arguments) * scale
+    with backend.current(x.device):
+        if state.act == "float":
+            return multiply(x.detach().contiguous(), *state.arguments)
+        codes, scale = quantize_tokens(x.detach())
+        return multiply(codes.float(), *state.arguments) * scale
 
 
 triton = Kernel("triton", accepts, prepack, matmul)

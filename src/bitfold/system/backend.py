@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -140,11 +140,14 @@ def set_ceiling(device: torch.device, limit: int | None) -> None:
     if limit > total:
         raise ResourceError(f"{device} has {size_text(total)}, not {size_text(limit)}", where=where)
     _CEILINGS[device.type] = limit
-    module, share = _module(device.type), limit / total
-    if device.type == "mps":
-        module.set_per_process_memory_fraction(share)
-    else:
-        module.set_per_process_memory_fraction(share, device)
+    # PyTorch wants the number of a device here, where it says one; mps has none.
+    _module(device.type).set_per_process_memory_fraction(limit / total, *(() if device.index is None else (device,)))
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """While it is open, kernels are launched on that device, of several of its kind."""
+    found: AbstractContextManager[Any] = nullcontext() if device.type == "cpu" else _module(device.type).device(device)
+    return found
 
 
 def scratch(device: torch.device) -> int:
@@ -161,7 +164,9 @@ def within_memory(device: torch.device) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error).lower():
+            raise
         limit = _CEILINGS.get(device.type)
         allowed = "" if limit is None else f", of which {size_text(limit)} are allowed"
         hint = "raise --max-gpu-memory, take fewer tokens or samples at once, or work on the cpu"
