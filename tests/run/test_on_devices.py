@@ -18,6 +18,8 @@ from bitfold.system import backend
 
 TEXT = Calibration(tiny_lm.TEXT, nsamples=4, seqlen=32, drift=0.5, fisher=False)
 
+FEW = ["re:.*(mlp|layers.0|[kvo]_proj|embed|head).*"]  # all but one: the search takes a while there
+
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -41,7 +43,7 @@ def test_rounding_to_nearest_writes_the_bytes_of_the_cpu(words, original, tmp_pa
 
 @pytest.mark.parametrize(
     "words",
-    [{"bits": 3, "method": "gptq", "group_size": 32}, {"bits": 2, "method": "trellis"}],
+    [{"bits": 3, "method": "gptq", "group_size": 32}, {"bits": 2, "method": "trellis", "ignore": FEW}],
     ids=lambda words: words["method"],
 )
 def test_calibrated_blocks_lose_as_little(words, original, tmp_path, device):
