@@ -156,7 +156,7 @@ def test_what_was_decoded_encodes_to_itself(format: Trellis) -> None:
 def exact_path(code: TrellisCode, x: torch.Tensor) -> float:
     """Least squared error, in float64, of any path (not closed to a circle) for x (steps), by exhaustion of symbols."""
     windows = torch.arange(1 << code.window)
-    values = V._values(code).double()
+    values = V.window_values(code).double()
     cost = torch.zeros(1 << code.window, dtype=torch.float64)
     low = 1 << code.window - code.bits
     for v in x.double():
@@ -171,7 +171,7 @@ SMALL = TrellisCode(2, (8, 4, 3, 5, 9, 14, 7, 2, 11), tuple(range(-75, 80, 10)),
 def test_every_path_of_a_short_stream() -> None:
     """All 4**9 ways to go on from a free start, against the recursion that the next test relies on."""
     x = gaussian(4, seed=8) * 30
-    values = V._values(SMALL).double()
+    values = V.window_values(SMALL).double()
     best = torch.full((), torch.inf, dtype=torch.float64)
     windows = torch.arange(1 << SMALL.window)
     for symbols in itertools.product(range(4), repeat=4):
@@ -194,7 +194,7 @@ def test_the_search_is_optimal_within_its_resolution(code: TrellisCode) -> None:
     x = (gaussian(2, steps, seed=9) * code.sigma).clamp(-100, 100)
     fixed = (x * 16).round().int()
     path = V._search(code, fixed, None)
-    found = ((fixed / 16).double() - V._values(code)[path].double()).square().sum(1)
+    found = ((fixed / 16).double() - V.window_values(code)[path].double()).square().sum(1)
     unit = 2.0 ** (16 - 2 * V._LIMITS[code.bits].gain) / 256
     for i in range(2):
         exact = exact_path(code, fixed[i] / 16)
