@@ -17,7 +17,9 @@ def windows(count: int, k: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.
     ]
 
 
-@pytest.mark.parametrize("wanted", [Wanted(False), Wanted(True), Wanted(True, 256, lambda v: v.flip(-1))], ids=str)
+@pytest.mark.parametrize(
+    "wanted", [Wanted(False), Wanted(True), Wanted(True, 256, lambda v: v.flip(-1))], ids=["one", "both", "turned"]
+)
 @pytest.mark.parametrize("k", [40, 1100])
 def test_groups_that_others_have_heard(k: int, wanted: Wanted) -> None:
     """Any assignment of groups to processes gives the bits of one process."""
