@@ -13,6 +13,7 @@ import pytest
 import bitfold
 from bitfold.checkpoints.staging import partial_of
 from bitfold.errors import CheckpointError, ResourceError, UsageError
+from bitfold.system import memory
 from executor_runs import children, content, model, started, wait_for, written
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -48,7 +49,8 @@ def test_what_cannot_be_meant(source: Path, tmp_path: Path) -> None:
     for how in ({"executor": "threads"}, {"executor": "processes", "workers": 0}, {"workers": 2}):
         with pytest.raises(UsageError):
             bitfold.quantize(source, tmp_path / "out", bits=4, method="rtn", **how)  # type: ignore[arg-type]
-    how = {"executor": "processes", "workers": 2, "max_memory": 900_000_000}
+    ceiling = (memory.resident() or 0) + 450_000_000  # enough for this process, and less than two others take
+    how = {"executor": "processes", "workers": 2, "max_memory": ceiling}
     with pytest.raises(ResourceError, match="2 workers"):
         bitfold.quantize(source, tmp_path / "out", bits=4, method="rtn", **how)  # type: ignore[arg-type]
     assert not partial_of(tmp_path / "out").exists()
