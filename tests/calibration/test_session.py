@@ -33,16 +33,6 @@ from numerics import check_all_same_answers, check_same_answers
 SHORT: dict[str, Any] = {"nsamples": 6, "seqlen": 48}
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small model with its tokenizer."""
-    folder = tmp_path_factory.mktemp("calibrated") / "source"
-    tiny_lm.model().save_pretrained(folder)
-    tiny_lm.tokenizer().save_pretrained(folder)
-    (folder / "text.txt").write_text(tiny_lm.TEXT, encoding="utf-8")
-    return folder
-
-
 def loss(folder: Path, source: Path) -> float:
     """KL from the original over the text."""
     text = tiny_lm.TEXT[:3000]
@@ -79,26 +69,6 @@ def test_both_loaders_agree_and_bytes_repeat(source: Path, tmp_path: Path) -> No
     with torch.no_grad():
         plain = LlamaForCausalLM.from_pretrained(tmp_path / "plain")(ids).logits
     assert torch.allclose(ours, plain, atol=1e-4 * float(plain.abs().max()))
-
-
-def test_the_original_is_not_run_in_vain(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a correction for drift its activations change not one byte, so they are not worked out."""
-    settings = Calibration(str(source / "text.txt"), **SHORT, drift=0.0, fisher=False)
-    options: dict[str, Any] = {"format": "int4-g32", "method": "gptq", "calibration": settings}
-    runs: list[int] = []
-    original = BlockWalk._run_original
-
-    def counted(walk: BlockWalk, index: int, *rest: Any) -> Any:
-        runs.append(index)
-        return original(walk, index, *rest)
-
-    monkeypatch.setattr(BlockWalk, "_run_original", counted)
-    bitfold.quantize(source, tmp_path / "without", **options)
-    assert runs == []
-    monkeypatch.setattr("bitfold.calibration.session.compares", lambda *_: True)
-    bitfold.quantize(source, tmp_path / "with", **options)
-    assert runs == [0, 1]
-    assert (tmp_path / "without/model.safetensors").read_bytes() == (tmp_path / "with/model.safetensors").read_bytes()
 
 
 def test_own_text(source: Path, tmp_path: Path) -> None:

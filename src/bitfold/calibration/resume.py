@@ -84,7 +84,8 @@ class Bookmarks:
         """A walk is at its end."""
         self._work.journal.append({"kind": "walk", "walk": walk.name})
         for name in walk.streams:
-            self._file(walk, name, len(walk)).unlink(missing_ok=True)
+            for file in self.folder_of(walk.name).glob(f"{name}-*.bin"):  # it may end before its last block
+                file.unlink(missing_ok=True)
 
     def _file(self, walk: Walk, stream: str, index: int) -> Path:
         return (self.folder_of(walk.name)) / f"{stream}-{index}.bin"

@@ -110,8 +110,8 @@ def solve_blocks(
         done = set[str]()
         room = _room_for_whole(session)
         instead = "what is left of it is solved while the whole model runs" if room else LEFT
-        behind = partial(_head, session, walk, reader, head, bookmarks) if last else None
-        outcomes = _walk_blocks(session, walk, inside, bookmarks, behind)
+        behind = partial(_head, session, walk, reader, head, bookmarks) if last and head is not None else None
+        outcomes = _walk_blocks(session, walk, inside, bookmarks, last, behind)
         ended = yield from _or_say(walk.name, _noting(outcomes, done), instead)
         if ended and room:
             done |= set(() if bookmarks is None else bookmarks.done)
@@ -186,20 +186,21 @@ def _walk_blocks(
     walk: BlockWalk,
     wanted: dict[str, Quantized],
     bookmarks: Bookmarks | None,
+    last: bool,
     behind: Callable[[], Iterator[Outcome]] | None,
 ) -> Iterator[Outcome]:
-    """One list of blocks; of the last one with `behind`, what follows it, and 8-bit activations, where a scheme leaves
-    them to measurement."""
+    """One list of blocks, then what follows it; of the last, 8-bit activations that are left to measurement."""
     if bookmarks is not None and bookmarks.over(walk):
         return
     walk.start()
-    undecided = {d.site.module: d for d in wanted.values() if behind is not None and _undecided(d)}
+    undecided = {d.site.module: d for d in wanted.values() if last and _undecided(d)}
     if undecided:
         walk.watch(lambda layer: _rounding(undecided.get(layer), session.seed))
     elif not compares(wanted.values(), session.calibration):
         walk.forget_original()
+    count = len(walk) if undecided or behind is not None else _needed(walk, wanted)
     try:
-        yield from _blocks(session, walk, wanted, bookmarks)
+        yield from _blocks(session, walk, wanted, bookmarks, count)
         if behind is not None:
             yield from behind()
     finally:
@@ -231,17 +232,17 @@ def _walk_whole(
     walk = WholeWalk(model, reader, original(session.source, reader), text, hessian_bytes)
     layers, stacks = inside("", wanted)
     walk.start(layers, list(stacks))
-    yield from _blocks(session, walk, wanted, bookmarks)
+    yield from _blocks(session, walk, wanted, bookmarks, len(walk))
 
 
 def _blocks(
-    session: Session, walk: BlockWalk | WholeWalk, wanted: dict[str, Quantized], bookmarks: Bookmarks | None
+    session: Session, walk: BlockWalk | WholeWalk, wanted: dict[str, Quantized], bookmarks: Bookmarks | None, count: int
 ) -> Iterator[Outcome]:
-    """Block after block, from where an earlier process has come to."""
+    """Block after block, the first `count` of them, from where an earlier process has come to."""
     first = 0 if bookmarks is None else bookmarks.enter(walk)
-    with progress.bar("calibrate", len(walk)) as bar:
+    with progress.bar("calibrate", count) as bar:
         bar.advance(first)
-        for index in range(first, len(walk)):
+        for index in range(first, count):
             solved = []
             for one in _solve_block(session, walk, index, wanted):
                 if not isinstance(one, Fallback):
@@ -251,6 +252,11 @@ def _blocks(
             if bookmarks is not None:
                 bookmarks.turn(index, solved, walk)
             bar.advance(1, walk.inside(index).rstrip("."))
+
+
+def _needed(walk: BlockWalk, wanted: dict[str, Quantized]) -> int:
+    """How many blocks there are up to the last one in which something is to be done."""
+    return max((i + 1 for i in range(len(walk)) if any(name.startswith(walk.inside(i)) for name in wanted)), default=0)
 
 
 def _solve_block(

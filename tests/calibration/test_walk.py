@@ -1,0 +1,58 @@
+"""Which blocks a calibrated walk runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import bitfold
+from bitfold import Calibration
+from bitfold.calibration import BlockWalk
+
+SHORT: dict[str, Any] = {"nsamples": 6, "seqlen": 48}
+
+
+def test_the_original_is_not_run_in_vain(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a correction for drift its activations change not one byte, so they are not worked out."""
+    settings = Calibration(str(source / "text.txt"), **SHORT, drift=0.0, fisher=False)
+    options: dict[str, Any] = {"format": "int4-g32", "method": "gptq", "calibration": settings}
+    runs: list[int] = []
+    original = BlockWalk._run_original
+
+    def counted(walk: BlockWalk, index: int, *rest: Any) -> Any:
+        runs.append(index)
+        return original(walk, index, *rest)
+
+    monkeypatch.setattr(BlockWalk, "_run_original", counted)
+    bitfold.quantize(source, tmp_path / "without", **options)
+    assert runs == []
+    monkeypatch.setattr("bitfold.calibration.session.compares", lambda *_: True)
+    bitfold.quantize(source, tmp_path / "with", **options)
+    assert runs == [0, 1]
+    assert (tmp_path / "without/model.safetensors").read_bytes() == (tmp_path / "with/model.safetensors").read_bytes()
+
+
+def test_the_walk_ends_where_nothing_is_left(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks behind the last one that is quantized are not run; what comes before has the same bytes."""
+    settings = Calibration(str(source / "text.txt"), **SHORT, fisher=False)
+    options: dict[str, Any] = {"format": "int4-g32", "method": "gptq", "calibration": settings}
+    runs: list[int] = []
+    block = BlockWalk.block
+
+    def counted(walk: BlockWalk, index: int, *rest: Any) -> Any:
+        runs.append(index)
+        return block(walk, index, *rest)
+
+    monkeypatch.setattr(BlockWalk, "block", counted)
+    bitfold.quantize(source, tmp_path / "all", **options)
+    bitfold.quantize(source, tmp_path / "first", ignore=["model.layers.1.*"], **options)
+    assert runs == [0, 1, 0]
+    assert not list(tmp_path.glob(".*partial"))
+    whole, part = (load_file(tmp_path / name / "model.safetensors") for name in ("all", "first"))
+    names = [name for name in part if name.startswith("model.layers.0.")]
+    assert names
+    assert all(torch.equal(part[name], whole[name]) for name in names)
