@@ -51,7 +51,7 @@ def token_weights(
     """Weights (samples, seqlen), float32 with mean 1, for each named layer.
 
     Args:
-        model: a language model, whole, in float32.
+        model: a language model, whole; in bfloat16 it takes half the time, and labels hide the difference.
         names: paths of its layers.
         ids: token ids (samples, seqlen).
         seed: of the labels.
@@ -166,7 +166,8 @@ def there_and_back(model: Any, tail: Tail | None, ids: torch.Tensor, generator: 
     hidden: Any = tail.hidden(ids)
     parts, size = list[torch.Tensor](), tokens_at_once(words)
     for piece, tokens in zip(torch.split(hidden.detach(), size, 1), torch.split(ids, size, 1), strict=True):
-        part = piece.clone().requires_grad_(True)
+        # Strides of a slice would stay, and make the head copy its weights into another order for each product.
+        part = piece.clone(memory_format=torch.contiguous_format).requires_grad_(True)
         logits: Any = tail.logits(part, tokens)[0]
         logits.backward(_surprise(logits.detach(), generator))
         assert part.grad is not None

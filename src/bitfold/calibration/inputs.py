@@ -17,6 +17,7 @@ from bitfold.calibration.shape import walk_shape
 from bitfold.calibration.walk import Text
 from bitfold.errors import ModelError
 from bitfold.models.vocabulary import refuse_unknown_tokens
+from bitfold.system.backend import fast_dtype
 from bitfold.text.start import text_start
 from bitfold.text.tokenizer import read_tokenizer
 from bitfold.text.tokens import SELF, calibration_tokens, own_text
@@ -42,7 +43,7 @@ class Wish:
 def prepare(
     wish: Wish,
     model: nn.Module,
-    read: Callable[[], nn.Module],
+    read: Callable[[torch.dtype], nn.Module],
     tokenizer: Path,
     bookmarks: Bookmarks | None,
     share: Callable[[Bookmarks, int], None] | None = None,
@@ -52,7 +53,7 @@ def prepare(
     Args:
         wish: which text.
         model: the skeleton.
-        read: brings the original model into memory; called where it is needed for its own text or for gradients.
+        read: brings the original model into memory in a dtype, where it is needed for its own text or for gradients.
         tokenizer: folder of the tokenizer.
         bookmarks: of the run.
         share: has others weigh the windows, so many, and keeps what they found with the bookmarks; None: nobody else.
@@ -62,9 +63,9 @@ def prepare(
     """
     if bookmarks is not None and (found := bookmarks.inputs()) is not None:
         return Text(*found), None
-    ids, whole = None if bookmarks is None else bookmarks.ids(), None
+    ids = None if bookmarks is None else bookmarks.ids()
     if ids is None:
-        ids, whole = _ids(wish, model, read, tokenizer)
+        ids = _ids(wish, model, read, tokenizer)
         if bookmarks is not None:
             bookmarks.keep_ids(ids)
     weights, failed = dict[str, torch.Tensor](), None
@@ -73,7 +74,8 @@ def prepare(
         try:
             if share is not None and bookmarks is not None:
                 share(bookmarks, len(ids))
-            weights = token_weights(whole or read(), wish.weighed, ids, seed=wish.seed, blocks=blocks, marks=bookmarks)
+            whole = read(fast_dtype())
+            weights = token_weights(whole, wish.weighed, ids, seed=wish.seed, blocks=blocks, marks=bookmarks)
             weights, failed = _even(weights)
         except Exception as error:  # whatever differentiating a model's own code comes up with
             failed = Fallback("token weights", "all tokens count alike", recoverable(error))
@@ -92,10 +94,8 @@ def _even(weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Fa
     return left, Fallback("token weights", f"all tokens count alike there, such as in {without[0]}", ModelError(what))
 
 
-def _ids(
-    wish: Wish, model: nn.Module, read: Callable[[], nn.Module], tokenizer: Path
-) -> tuple[torch.Tensor, nn.Module | None]:
-    """Token ids, and the whole model where it wrote them."""
+def _ids(wish: Wish, model: nn.Module, read: Callable[[torch.dtype], nn.Module], tokenizer: Path) -> torch.Tensor:
+    """Token ids."""
     asked, known = wish.calibration, read_tokenizer(tokenizer)
     sizes = {"nsamples": asked.nsamples, "seqlen": wish.seqlen}
     start = text_start(known, asked.start_token)
@@ -104,7 +104,6 @@ def _ids(
             tokenizer, asked.text, nsamples=asked.nsamples, seqlen=wish.seqlen, start_token=asked.start_token
         )
         refuse_unknown_tokens(model, ids, known)
-        return ids, None
+        return ids
     refuse_unknown_tokens(model, torch.tensor(start, dtype=torch.int64), known)  # before the whole model is read
-    whole = read()
-    return own_text(whole, **sizes, seed=wish.seed, start=start), whole
+    return own_text(read(torch.float32), **sizes, seed=wish.seed, start=start)

@@ -198,6 +198,7 @@ class Weighing:
         layers: whose tokens are weighed.
         first: window; it and those after it, as many as make a group.
         seed: of the labels.
+        dtype: that the model is read in: one for all, whatever a worker multiplies fastest.
     """
 
     opening: Callable[[], Opened]
@@ -205,6 +206,7 @@ class Weighing:
     layers: tuple[str, ...]
     first: int
     seed: int
+    dtype: torch.dtype
 
 
 _wholes: dict[str, nn.Module] = {}
@@ -217,7 +219,7 @@ def weigh(task: Weighing) -> str:
     assert run.model is not None
     if text not in _wholes:
         _wholes.clear()
-        _wholes[text] = original(run.source, Reader(run.source, run.model, run.plan))
+        _wholes[text] = original(run.source, Reader(run.source, run.model, run.plan), task.dtype)
     ids = load_file(text)[IDS][: task.first + WINDOWS]
     some = Some(task.first, ids.shape[1], task.seed)
     blocks = [block.path for block in walk_shape(run.model).blocks]

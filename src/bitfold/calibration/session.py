@@ -394,4 +394,4 @@ def _text(
         progress.say("tokens are weighed on the cpu: gradients of the whole model are taken nowhere else")
     wanted_text = Wish(calibration, window(calibration.seqlen, model), session.seed, weighed if fisher else ())
     share = None if session.team is None else partial(weigh_together, session.team, wanted_text.weighed, session.seed)
-    return prepare(wanted_text, model, lambda: original(session.source, reader), tokenizer, bookmarks, share)
+    return prepare(wanted_text, model, partial(original, session.source, reader), tokenizer, bookmarks, share)

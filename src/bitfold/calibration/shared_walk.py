@@ -26,6 +26,7 @@ from bitfold.calibration.statistics import WINDOWS, Statistics, Sums, Wanted
 from bitfold.calibration.walk import At, BlockWalk, Run, Tuner, member
 from bitfold.checkpoints.shards import written_error
 from bitfold.executors.protocol import Executor, Needs, Task, run_all
+from bitfold.system.backend import fast_dtype
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def weigh_together(team: Team, layers: tuple[str, ...], seed: int, bookmarks: Bo
         Task(
             f"weighing the tokens of windows from {first}",
             weigh,
-            (Weighing(team.opening, where, layers, first, seed),),
+            (Weighing(team.opening, where, layers, first, seed, fast_dtype()),),
             needs,
         )
         for first in left

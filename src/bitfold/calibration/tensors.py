@@ -60,13 +60,13 @@ class Reader:
         return name in self._items or self._tied.get(str(name)) in self._items
 
 
-def original(source: Source, reader: Reader) -> nn.Module:
-    """The original model in float32, whole."""
-    model = open_skeleton(source, dtype=torch.float32)
+def original(source: Source, reader: Reader, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The original model, whole."""
+    model = open_skeleton(source, dtype=dtype)
     assert model is not None
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
-            set_tensor(model, name, reader.read(name).float())
+            set_tensor(model, name, reader.read(name).to(dtype))
     for name, _ in list(model.named_buffers()):
         if name in reader:
             set_tensor(model, name, reader.read(name))

@@ -30,6 +30,7 @@ from bitfold.planning.decisions import Decision, Quantized, Tied
 from bitfold.planning.plan import Item, Plan
 from bitfold.planning.row_slices import WEIGHTS, in_pieces
 from bitfold.qtensor import ALIGNED as ROWS
+from bitfold.system.backend import fast_dtype
 from bitfold.text.tokens import SELF
 
 LIBRARIES = 60_000_000  # what PyTorch and tokenizers take when they first really work
@@ -171,7 +172,8 @@ def _before(plan: Plan, calibration: Calibration, model: nn.Module, work: Sequen
         saved = 4 * seqlen * (max(1, len(work)) * hidden + inside) if fisher else 0
         logits = 5 * 4 * words * tokens_at_once(words)
         what = "weighing tokens by gradients (--no-fisher does without)"
-        found.append(Stage(what, 4 * plan.numel + saved + logits))
+        size = 4 if calibration.text == SELF else fast_dtype().itemsize
+        found.append(Stage(what, size * plan.numel + saved + logits))
     if any(d.scheme.activations.measured for d in plan.quantized):
         inner = {d.tensor for block in work for d in block.decisions}
         ends = 4 * sum(d.info.numel for d in plan.written if d.tensor not in inner)

@@ -83,6 +83,13 @@ def describe(device: torch.device) -> str:
     return f"{device} ({name}), {'PyTorch and Triton' if has_triton(device) else 'PyTorch'}"
 
 
+def fast_dtype() -> torch.dtype:
+    """What products are computed in: bfloat16 where the CPU multiplies it (AMX, AVX-512 BF16), else float32."""
+    cpu: Any = torch.cpu
+    fast = any(getattr(cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return torch.bfloat16 if fast else torch.float32
+
+
 def core_for(*tensors: Tensor | None) -> ModuleType | None:
     """The native core, if it is there and all of these lie in the memory of the CPU; else None: PyTorch does it."""
     if any(t is not None and t.device.type != "cpu" for t in tensors):

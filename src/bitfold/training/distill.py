@@ -26,13 +26,14 @@ from bitfold.models.opening import open_skeleton
 from bitfold.models.vocabulary import embedding_rows
 from bitfold.records.run_report import peak_memory
 from bitfold.system import memory, progress
+from bitfold.system.backend import fast_dtype
 from bitfold.system.team import Team, alone
 from bitfold.text.windows import text_digest
 from bitfold.training.course import Course, Learned, Pace
 from bitfold.training.masters import Group
 from bitfold.training.options import Distillation
 from bitfold.training.result import write_result
-from bitfold.training.student import Student, blocks_of, fast_dtype, fitting
+from bitfold.training.student import Student, blocks_of, fitting
 from bitfold.training.teacher import Lessons
 from bitfold.training.texts import held_out_first
 from bitfold.workspace.folder import Workspace, software

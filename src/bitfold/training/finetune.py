@@ -26,6 +26,7 @@ from bitfold.models.opening import open_skeleton
 from bitfold.records.record import carry_record
 from bitfold.records.run_report import peak_memory
 from bitfold.system import memory, progress
+from bitfold.system.backend import fast_dtype
 from bitfold.system.team import Team, alone
 from bitfold.text.mixes import without_folders
 from bitfold.text.windows import text_digest
@@ -36,7 +37,7 @@ from bitfold.training.losses import surprise_and_gradient
 from bitfold.training.masters import Group
 from bitfold.training.options import Finetuning
 from bitfold.training.reading import Loss, Reading
-from bitfold.training.student import blocks_of, fast_dtype, fitting
+from bitfold.training.student import blocks_of, fitting
 from bitfold.training.texts import held_out_first, weighed
 from bitfold.workspace.folder import Workspace, software
 from bitfold.workspace.shared import Work, shared_work

@@ -65,7 +65,9 @@ class Reading:
         total, count = 0.0, len(ids) - 1
         gradients = None if share is None else torch.empty_like(states)
         for some in self.pieces(ids):
-            part = states.detach()[:, some].clone().requires_grad_(share is not None)
+            # Strides of a slice would stay, and make the head copy its weights into another order for each product.
+            part = states.detach()[:, some].clone(memory_format=torch.contiguous_format)
+            part.requires_grad_(share is not None)
             logits = self.logits(part, ids[some])
             found, gradient = loss(logits.detach().to(torch.float32, copy=True), some)
             total += float(found.sum(dtype=torch.float64))

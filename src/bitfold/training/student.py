@@ -27,13 +27,6 @@ _STATE = 4 * 5 + 4  # bytes a trained number takes: its master, as it began, the
 _TEMPORARIES = 6  # of a piece of logits in float32
 
 
-def fast_dtype() -> torch.dtype:
-    """What products are computed in: bfloat16 where the CPU multiplies it (AMX, AVX-512 BF16), else float32."""
-    cpu: Any = torch.cpu
-    fast = any(getattr(cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    return torch.bfloat16 if fast else torch.float32
-
-
 @dataclass(frozen=True)
 class Fit:
     """How a step is made to fit into memory.

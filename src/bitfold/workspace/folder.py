@@ -22,6 +22,7 @@ import torch
 
 from bitfold.checkpoints.shards import written_error
 from bitfold.checkpoints.staging import found_at, partial_of, placed, publish, refuse_existing, sync_folder
+from bitfold.system.backend import fast_dtype
 from bitfold.version import __version__
 from bitfold.workspace.journal import NAME, Journal, finished
 
@@ -135,7 +136,7 @@ def software() -> dict[str, str]:
         "bitfold": f"{__version__} {_digest_of_package()}",
         "torch": str(torch.__version__),
         "transformers": str(transformers.__version__),
-        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {fast_dtype()}",
     }
 
 
