@@ -8,10 +8,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
+from transformers import LlamaForCausalLM
 
 import bitfold
 from bitfold import Calibration
-from bitfold.calibration import BlockWalk
+from bitfold.calibration import BlockWalk, fisher
+from bitfold.calibration.tail import Tail
+from bitfold.training.reading import Reading
 
 SHORT: dict[str, Any] = {"nsamples": 6, "seqlen": 48}
 
@@ -56,3 +60,26 @@ def test_the_walk_ends_where_nothing_is_left(source: Path, tmp_path: Path, monke
     names = [name for name in part if name.startswith("model.layers.0.")]
     assert names
     assert all(torch.equal(part[name], whole[name]) for name in names)
+
+
+def test_the_head_is_given_plain_rows(source: Path) -> None:
+    """Some tokens of a window keep no strides of the window: with those, products copy the head's weights first."""
+    model = LlamaForCausalLM.from_pretrained(source).eval()
+    strides: list[tuple[int, ...]] = []
+
+    def note(_module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        x = inputs[0]
+        strides.append((x.stride(0) - x.shape[1] * x.shape[2], x.stride(1) - x.shape[2]))
+
+    model.lm_head.register_forward_pre_hook(note)
+    ids = torch.arange(300)[None] % 64
+    with torch.enable_grad():
+        tail = Tail.of(model.requires_grad_(True), ids[:, :8])
+        assert tail is not None
+        reading = Reading(model)
+        states = reading.states(ids[0])
+        strides.clear()
+        reading.mean(states, ids[0], lambda x, some: (x[:, 0], torch.zeros_like(x)), 1.0)
+        fisher.there_and_back(model, tail, ids, torch.Generator().manual_seed(0))
+    assert len(strides) >= 4
+    assert set(strides) == {(0, 0)}
