@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import bitfold
 import tiny_lm
+from bitfold.calibration import inputs
 from bitfold.calibration.options import Calibration
 from bitfold.checkpoints.bitfold_folder import QuantizedSource
 from bitfold.errors import ModelError, ResourceError, UsageError
@@ -77,9 +78,16 @@ def test_the_memory_of_the_weights_that_learn_is_counted(source: Path, half: Pat
 
 
 def test_stages_end_in_a_folder_like_any_other(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All blocks are packed, none of the folders between is left; after a failure in a stage the next call goes on."""
-    out, trained = tmp_path / "out", []
-    real = module.distill
+    """All blocks are packed, none of the folders between is left; after a failure in a stage the next call goes on. The
+    tokens are weighed once, for the layers of all stages."""
+    out, trained, weighed = tmp_path / "out", [], []
+    real, weigh = module.distill, inputs.token_weights
+
+    def counted(model: Any, names: Any, *args: Any, **more: Any) -> Any:
+        weighed.append(set(names))
+        return weigh(model, names, *args, **more)
+
+    monkeypatch.setattr(inputs, "token_weights", counted)
 
     def failing(*args: Any, **more: Any) -> Any:
         trained.append(sorted(QuantizedSource(args[0]).entries))
@@ -96,6 +104,8 @@ def test_stages_end_in_a_folder_like_any_other(source: Path, tmp_path: Path, mon
     assert all(name.startswith("model.layers.0.") for name in trained[0])
     assert report is not None
     assert found is not None
+    assert len(weighed) == 1
+    assert {name.split(".")[2] for name in weighed[0]} == {"0", "1"}
     entries = QuantizedSource(out).entries
     kept = json.loads((out / "config.json").read_text())["quantization_config"]["kept"]
     assert not any("proj" in name for name in kept)

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bitfold.calibration.fallback import Fallback, recoverable
 from bitfold.calibration.fisher import one_sided, token_weights
 from bitfold.calibration.options import Calibration
-from bitfold.calibration.resume import Bookmarks
+from bitfold.calibration.resume import IDS, Bookmarks
 from bitfold.calibration.shape import walk_shape
 from bitfold.calibration.walk import Text
+from bitfold.checkpoints.shards import sync_file, written_error
 from bitfold.errors import ModelError
 from bitfold.models.vocabulary import refuse_unknown_tokens
 from bitfold.system.backend import fast_dtype
@@ -32,12 +35,14 @@ class Wish:
         seqlen: tokens of a window.
         seed: of text that the model writes, and of labels.
         weighed: layers whose tokens are weighed; empty = none.
+        kept: a file that has the text and the weights for other runs, too; made where it is not there yet; None = none.
     """
 
     calibration: Calibration
     seqlen: int
     seed: int
     weighed: tuple[str, ...]
+    kept: Path | None = None
 
 
 def prepare(
@@ -63,6 +68,8 @@ def prepare(
     """
     if bookmarks is not None and (found := bookmarks.inputs()) is not None:
         return Text(*found), None
+    if wish.kept is not None and wish.kept.is_file():
+        return _from_file(wish.kept, bookmarks)
     ids = None if bookmarks is None else bookmarks.ids()
     if ids is None:
         ids = _ids(wish, model, read, tokenizer)
@@ -76,9 +83,33 @@ def prepare(
                 share(bookmarks, len(ids))
             whole = read(fast_dtype())
             weights = token_weights(whole, wish.weighed, ids, seed=wish.seed, blocks=blocks, marks=bookmarks)
+            if wish.kept is not None:
+                _keep({IDS: ids, **weights}, wish.kept)
             weights, failed = _even(weights)
         except Exception as error:  # whatever differentiating a model's own code comes up with
             failed = Fallback("token weights", "all tokens count alike", recoverable(error))
+    if bookmarks is not None:
+        bookmarks.keep_inputs(ids, weights)
+    return Text(ids, weights), failed
+
+
+def _keep(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Under its name when it is whole."""
+    aside = file.with_name(f"{file.name}.tmp")
+    try:
+        save_file(tensors, aside)
+        sync_file(aside)
+        aside.replace(file)
+    except (OSError, SafetensorError) as error:
+        cause = error if isinstance(error, OSError) else OSError(str(error))
+        raise written_error(cause, file, "cannot be written") from error
+
+
+def _from_file(file: Path, bookmarks: Bookmarks | None) -> tuple[Text, Fallback | None]:
+    """The text and its weights as an earlier run has left them."""
+    weights = load_file(file)
+    ids = weights.pop(IDS)
+    weights, failed = _even(weights)
     if bookmarks is not None:
         bookmarks.keep_inputs(ids, weights)
     return Text(ids, weights), failed

@@ -39,8 +39,6 @@ from bitfold.system.backend import CPU
 
 LEFT = "what is left of it is quantized without data"
 _GRADIENTS_UP_TO = 500_000_000  # parameters; gradients need the whole model and its activations in memory
-
-
 Outcome = Solved | Folded | ActivationCost | Fallback
 
 
@@ -57,6 +55,7 @@ class Session:
         max_memory: bytes that the process may take; None = a share of what is free.
         team: other processes that run windows of the text; None: this one runs all of them.
         device: where blocks run and are solved.
+        kept_text: a file of the text and its weights, see `Wish`.
     """
 
     source: Source
@@ -67,6 +66,7 @@ class Session:
     max_memory: int | None = None
     team: Team | None = None
     device: torch.device = CPU
+    kept_text: Path | None = None
 
     @property
     def shape(self) -> WalkShape:
@@ -389,9 +389,12 @@ def _text(
     """Windows of text, and token weights where they can be afforded."""
     calibration, model = session.calibration, runnable(session.model, session.source)
     weighed = tuple(d.site.module for d in wanted.values() if d.site.kind != EXPERTS)
+    if session.kept_text is not None:  # other runs may want other layers
+        weighed = tuple(dict.fromkeys((*session.shape.layers, *weighed)))
     fisher = weighs_tokens(wanted.values(), calibration)
     if fisher and session.device.type != "cpu":
         progress.say("tokens are weighed on the cpu: gradients of the whole model are taken nowhere else")
-    wanted_text = Wish(calibration, window(calibration.seqlen, model), session.seed, weighed if fisher else ())
+    seqlen = window(calibration.seqlen, model)
+    wanted_text = Wish(calibration, seqlen, session.seed, weighed if fisher else (), session.kept_text)
     share = None if session.team is None else partial(weigh_together, session.team, wanted_text.weighed, session.seed)
     return prepare(wanted_text, model, partial(original, session.source, reader), tokenizer, bookmarks, share)

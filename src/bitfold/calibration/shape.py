@@ -85,6 +85,11 @@ class WalkShape:
         """Of all chains."""
         return [block for chain in self.chains for block in chain.blocks]
 
+    @property
+    def layers(self) -> list[str]:
+        """Paths of the layers in them."""
+        return [layer for block in self.blocks for group in block.groups for layer in group]
+
 
 _KNOWN: WeakKeyDictionary[nn.Module, WalkShape] = WeakKeyDictionary()
 

@@ -68,6 +68,7 @@ def quantize_and_distill(
     else:
         request, how_here = replace(request, source=str(local)), replace(options, upload_repo=None)
         if stages != 1:
+            how_here = replace(how_here, kept_text=learning.text_file)
             request = learning.up_to_the_last(request, how_here, stages)
         report = run(replace(request, out=between), how_here)
         learning.clean()

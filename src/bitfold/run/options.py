@@ -120,6 +120,8 @@ class RunOptions:
         workers: how many of those; None: one for each core.
         device: what weights are rounded and solved on, and blocks run on. Sums are made in another order there, so the
             bytes of what is calibrated are seen to differ.
+        kept_text: a file in which the token ids and the weights of tokens, those of every layer, go from one run to
+            the next on the same text; the first one writes it.
     """
 
     seed: int = 0
@@ -138,3 +140,4 @@ class RunOptions:
     executor: str = LOCAL
     workers: int | None = None
     device: torch.device = CPU
+    kept_text: Path | None = None

@@ -88,8 +88,14 @@ class Staged:
     def _folder(self, what: str, stage: int) -> Path:
         return self.between.with_name(f"{self.between.name}-{what}-{stage + 1}")
 
+    @property
+    def text_file(self) -> Path:
+        """Of the text that all stages are calibrated on, and of what its tokens weigh in the original: found once."""
+        return self.between.with_name(f"{self.between.name}-text.safetensors")
+
     def clean(self) -> None:
         """Remove what the stages left."""
+        self.text_file.unlink(missing_ok=True)
         for folder in self.between.parent.glob(f"{self.between.name}-trained-*"):
             shutil.rmtree(folder, ignore_errors=True)
 

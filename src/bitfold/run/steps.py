@@ -313,6 +313,7 @@ def _identity(run: PlannedRun, options: RunOptions) -> dict[str, Any]:
         "source": {"name": Path(job.source).name, "files": run.source.fingerprint()},
         "calibration": calibration,
         "shard size": job.max_shard_bytes,
+        **({} if options.kept_text is None else {"text": "kept"}),
         **({} if options.device.type == "cpu" else {"device": options.device.type}),
         **({} if options.pre_tokenizer is None else {"pre-tokenizer": options.pre_tokenizer}),
     }

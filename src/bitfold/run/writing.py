@@ -191,7 +191,7 @@ class Writing:
         tokenizer = tokenizer_folder(run.source, self.work.state / "tokenizer")
         marks = Bookmarks(self.work, self.done.reports, self._target.sync, self._events)
         team = None if self._crew is None else self._crew.team()
-        how = (run.job.seed, self._options.max_memory, team, self._options.device)
+        how = (run.job.seed, self._options.max_memory, team, self._options.device, self._options.kept_text)
         session = Session(run.source, run.model, run.plan, calibration, *how)
         yield from solve_blocks(session, tokenizer, marks, run.hessian_bytes)
 
