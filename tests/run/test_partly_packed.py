@@ -12,6 +12,7 @@ import tiny_lm
 from bitfold.checkpoints.bitfold_folder import QuantizedSource, stored_tensors
 from bitfold.errors import CheckpointError
 from bitfold.recipes.recipe import Recipe, Rule
+from bitfold.records.record import read_record
 
 FIRST = "re:model\\.layers\\.0\\..*"
 
@@ -41,7 +42,11 @@ def test_the_rest_is_quantized_and_the_first_part_stays(tmp_path: Path, source: 
     old, new = fields(half, "model.layers.0."), fields(whole, "model.layers.0.")
     assert old.keys() == new.keys()
     assert all(torch.equal(w, new[name]) for name, w in old.items())
-    assert {t.format for t in report.tensors if t.reason == "packed already"} == {"trellis-2"}
+    stays = [t for t in report.tensors if t.reason == "packed already"]
+    assert {t.format for t in stays} == {"trellis-2"}
+    first = {t["tensor"]: t["error"] for t in read_record(half)["quantize"]["tensors"] if t["format"] is not None}
+    assert {t.tensor: t.error for t in stays} == first
+    assert all(error > 0 for error in first.values())
     assert bitfold.load(whole)(input_ids=torch.arange(8)[None]).logits.isfinite().all()
 
 

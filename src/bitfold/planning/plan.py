@@ -21,6 +21,7 @@ from bitfold.models.skeleton import tied_names
 from bitfold.models.swap import decide
 from bitfold.planning.decisions import Decision, Kept, Packed, Quantized, Tied, Unused
 from bitfold.recipes.recipe import Recipe
+from bitfold.records.run_report import PACKED_ALREADY
 from bitfold.system.tensorinfo import TensorInfo
 from bitfold.transforms import TransformSpec
 
@@ -111,7 +112,7 @@ def make_plan(source: Source, model: nn.Module | None, recipe: Recipe, *, shorte
         decisions: dict[str, Decision] = {}
         for name in target.names:
             if name in packed:
-                decisions[name] = Packed(name, infos[name], "packed already", packed[name])
+                decisions[name] = Packed(name, infos[name], PACKED_ALREADY, packed[name])
                 continue
             decision = _decide(name, infos, by_name, aliases, recipe, target.used)
             decisions[name] = _fitting(decision, shorten_groups) if isinstance(decision, Quantized) else decision

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bitfold.errors import CheckpointError
-from bitfold.records.run_report import QuantizeReport
+from bitfold.records.run_report import PACKED_ALREADY, QuantizeReport, TensorReport
 from bitfold.system.outputs import try_folder
 from bitfold.text.mixes import without_folders
 from bitfold.version import __version__
@@ -75,6 +76,28 @@ def write_record(folder: Path, report: QuantizeReport, facts: Mapping[str, Any])
         facts = {**facts, "calibration": {**calibration, "text": without_folders(calibration["text"])}}
     run = {**report.to_dict(), "source": Path(report.source).name, "output": None, **facts}
     _write(folder, {"quantize": run, "environment": environment()})
+
+
+def with_earlier_errors(source: Path, tensors: Sequence[TensorReport]) -> list[TensorReport]:
+    """The same, and of tensors that were packed in the source already the errors that its record has.
+
+    Args:
+        source: of the run.
+        tensors: what it reports.
+
+    Raises:
+        CheckpointError: the record of the source is damaged.
+    """
+    if all(t.reason != PACKED_ALREADY for t in tensors):
+        return list(tensors)
+    earlier = [TensorReport.from_known(t) for t in read_record(source).get("quantize", {}).get("tensors", [])]
+    known = {t.tensor: t for t in earlier}
+
+    def complete(t: TensorReport) -> TensorReport:
+        was = known.get(t.tensor) if t.reason == PACKED_ALREADY else None
+        return t if was is None else replace(t, error=was.error, output_error=was.output_error, flags=was.flags)
+
+    return [complete(t) for t in tensors]
 
 
 def carry_record(source: Path, folder: Path, parts: Mapping[str, Any]) -> None:

@@ -13,6 +13,8 @@ from bitfold.system.memory import peak as peak_memory
 from bitfold.system.parallel import parallel_map
 from bitfold.system.units import size_text
 
+PACKED_ALREADY = "packed already"  # the reason of what goes from the source into the output as it is
+
 
 @dataclass(frozen=True)
 class TensorReport:
@@ -43,6 +45,11 @@ class TensorReport:
     def from_dict(cls, text: dict[str, Any]) -> TensorReport:
         """As `asdict` and JSON left it."""
         return cls(**{**text, "shape": tuple(text["shape"]), "flags": tuple(text["flags"])})
+
+    @classmethod
+    def from_known(cls, text: dict[str, Any]) -> TensorReport:
+        """As `to_dict` and JSON left it."""
+        return cls.from_dict({key: value for key, value in text.items() if key != "bpw"})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, with stable keys."""

@@ -32,7 +32,7 @@ from bitfold.planning.auto import choose
 from bitfold.planning.plan import make_plan
 from bitfold.planning.tables import with_tables
 from bitfold.recipes.options import choose_recipe
-from bitfold.records.record import write_record
+from bitfold.records.record import with_earlier_errors, write_record
 from bitfold.records.run_report import QuantizeReport, TensorReport, peak_memory
 from bitfold.run.budget import Budget, budget_rules, check_budget
 from bitfold.run.crew import Crew, Share, share_memory
@@ -267,7 +267,7 @@ def report_of(expected: Forecast, options: RunOptions, written: Written | None =
         source=run.job.source,
         output=None if options.dry_run else str(run.job.out),
         recipe=run.job.rules.to_dict(),
-        tensors=done.tensors,
+        tensors=with_earlier_errors(run.source.path, done.tensors),
         files=done.files,
         account=run.account.totals(),
         unread=run.source.unread(),
