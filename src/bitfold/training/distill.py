@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from bitfold.checkpoints.bitfold_folder import QuantizedSource
-from bitfold.checkpoints.staging import open_output
 from bitfold.models.load import load_folder
 from bitfold.models.model_ref import ModelRef
 from bitfold.models.opening import open_skeleton
@@ -37,7 +36,7 @@ from bitfold.training.student import Student, blocks_of, fitting
 from bitfold.training.teacher import Lessons
 from bitfold.training.texts import held_out_first
 from bitfold.workspace.folder import Workspace, software
-from bitfold.workspace.shared import Work, shared_work
+from bitfold.workspace.shared import Work, shared_output, shared_work
 
 _TEACHER = 0.2  # of the time at most
 _BATCHES = 4  # of windows to learn from that there are at least, however little time there is
@@ -115,8 +114,9 @@ def distill(
     local = resolve(str(folder), revision=revision, token=token)
     source, original = QuantizedSource(local), ModelRef.of(teacher)
     original.require_causal("a causal language model can be distilled")
-    place = open_output(out, local)
-    task = _Task(source, original, how, max_memory, team or alone())
+    team = team or alone()
+    place = shared_output(out, local, team)
+    task = _Task(source, original, how, max_memory, team)
     with shared_work(place, task.identity(), task.team, restart=restart) as work:
         learned, facts = task.learn(work, started)
         found = Distilled(

@@ -19,7 +19,6 @@ from torch import nn
 from bitfold.calibration.tail import recomputed
 from bitfold.checkpoints.bitfold_folder import QuantizedSource
 from bitfold.checkpoints.manifest import weights_digest
-from bitfold.checkpoints.staging import open_output
 from bitfold.models.load import load_folder
 from bitfold.models.model_ref import ModelRef
 from bitfold.models.opening import open_skeleton
@@ -40,7 +39,7 @@ from bitfold.training.reading import Loss, Reading
 from bitfold.training.student import blocks_of, fitting
 from bitfold.training.texts import held_out_first, weighed
 from bitfold.workspace.folder import Workspace, software
-from bitfold.workspace.shared import Work, shared_work
+from bitfold.workspace.shared import Work, shared_output, shared_work
 
 Windows = tuple[torch.Tensor, torch.Tensor | None]
 _STATE = 5 * 4  # bytes a trained number takes: itself, its master, two moments, a gradient
@@ -127,8 +126,9 @@ def finetune(
     started, local = time.monotonic(), resolve(str(folder), revision=revision, token=token)
     source, original = QuantizedSource(local), None if start is None else ModelRef.of(start)
     ModelRef.of(local).require_causal("a causal language model can be finetuned")
-    place = open_output(out, local)
-    task = _Task(source, original, how, max_memory, team or alone())
+    team = team or alone()
+    place = shared_output(out, local, team)
+    task = _Task(source, original, how, max_memory, team)
     with shared_work(place, task.identity(), task.team, restart=restart) as work:
         facts = task.learn(work, started)
         found = Finetuned(

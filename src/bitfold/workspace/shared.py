@@ -7,10 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from bitfold.checkpoints.staging import partial_of
+from bitfold.checkpoints.staging import open_output, partial_of
 from bitfold.errors import UsageError
+from bitfold.system.outputs import real_path
 from bitfold.system.team import Team
 from bitfold.workspace.folder import Workspace, kept_after_failure
+
+_REFUSED = "the first process has said why it does not begin"
 
 
 class Notes(Protocol):
@@ -66,6 +69,31 @@ class _Follower:
         self.result, self.state, self.journal = folder / "result", folder / "state", _Heard(records)
 
 
+def shared_output(out: str | Path, source: Path, team: Team) -> Path:
+    """The real path of an output, which the leader alone tries: two at once would find each other's attempts there.
+
+    Args:
+        out: as the user wrote it.
+        source: what is read; nothing may be written into it.
+        team: the processes.
+
+    Raises:
+        UsageError: not a path; or the first process has refused it.
+        CheckpointError: of the first process: see `open_output`.
+    """
+    if team.rank > 0:
+        if not team.told(None):
+            raise UsageError(_REFUSED, where=str(out))
+        return real_path(out)
+    good = False
+    try:
+        place = open_output(out, source)
+        good = True
+    finally:
+        team.told(good)
+    return place
+
+
 @contextmanager
 def shared_work(place: Path, identity: Mapping[str, Any], team: Team, *, restart: bool) -> Iterator[Work]:
     """The workspace of a run; after a failure, what is finished stays for the next time. Who leads publishes it.
@@ -83,7 +111,7 @@ def shared_work(place: Path, identity: Mapping[str, Any], team: Team, *, restart
     if team.rank > 0:
         records = team.told(None)
         if records is None:
-            raise UsageError("the first process has said why it does not begin", where=str(place))
+            raise UsageError(_REFUSED, where=str(place))
         follower = _Follower(partial_of(place), records)
         _require_sight(follower.state, team)
         yield follower
