@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import forks
 from bitfold.checkpoints.staging import partial_of
 from bitfold.records.record import FILE as RECORD
 
@@ -35,10 +33,9 @@ def content(out: Path) -> dict[str, str]:
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
-def started(source: Path, out: Path, *options: str) -> subprocess.Popen[str]:
+def started(source: Path, out: Path, *options: str) -> forks.Interpreter:
     """`bitfold quantize` in a process of its own."""
-    command = [sys.executable, "-m", "bitfold", "quantize", str(source), "-o", str(out), *options]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return forks.Interpreter("-m", "bitfold", "quantize", source, "-o", out, *options)
 
 
 def children(pid: int) -> list[int]:

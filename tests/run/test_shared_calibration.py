@@ -12,6 +12,7 @@ import pytest
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import bitfold
+import forks
 import tiny_lm
 from bitfold.calibration.options import settings
 from bitfold.errors import ResourceError
@@ -38,7 +39,10 @@ def text_of(source: Path) -> bitfold.Calibration:
 
 
 @pytest.mark.parametrize("options", METHODS.values(), ids=METHODS.keys())
-def test_same_bytes_as_here(source: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_same_bytes_as_here(
+    source: Path, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forks.for_workers(monkeypatch)
     given = {**options, "calibration": text_of(source)}
     here = bitfold.quantize(source, tmp_path / "here", **given)
     there = bitfold.quantize(source, tmp_path / "there", executor="processes", workers=2, **given)
@@ -47,8 +51,9 @@ def test_same_bytes_as_here(source: Path, tmp_path: Path, options: dict[str, Any
     assert content(tmp_path / "here") == content(tmp_path / "there")
 
 
-def test_experts(tmp_path: Path) -> None:
+def test_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Are measured in the process that was called, among layers that are not."""
+    forks.for_workers(monkeypatch)
     config = MixtralConfig(
         vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=4, max_position_embeddings=128,
@@ -70,7 +75,7 @@ def test_a_killed_driver_and_a_killed_worker(source: Path, tmp_path: Path) -> No
     wait_for(lambda: bool(children(driver.pid)) or driver.poll() is not None)
     os.kill(children(driver.pid)[0], signal.SIGKILL)
     wait_for(lambda: len(written(out)) >= 8)  # one block is behind it
-    driver.send_signal(signal.SIGKILL)
+    driver.kill()
     driver.communicate()
     driver = started(source, out, *given)
     said = driver.communicate(timeout=200)[1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import forks
 import tiny_lm
 
 # The program itself, which asks itself to end after so many tensors.
@@ -31,8 +31,7 @@ main()
 
 def bitfold(last: int, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run it, ended after `last` tensors; 0 = not at all."""
-    command = [sys.executable, "-c", PROGRAM, str(last), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ), timeout=300)
+    return forks.run("-c", PROGRAM, last, *arguments)
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +14,7 @@ import torch
 from torch import nn
 
 import bitfold
+import forks
 import tiny_lm
 from bitfold.checkpoints.manifest import verify
 from bitfold.errors import ResourceError, UsageError
@@ -233,19 +231,18 @@ print(distill(sys.argv[1], sys.argv[2], sys.argv[3], how).kl_after)
 @pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
 def test_killed_it_goes_on_to_the_same_bytes(source: Path, quantized: Path, tmp_path: Path) -> None:
     """Killed while the teacher reads, and while the student learns."""
-    command = [sys.executable, "-c", _RUN, str(quantized), str(source)]
-    text = str(source / "text.txt")
-    subprocess.run([*command, str(tmp_path / "whole"), text], check=True, capture_output=True)
+    command, text = ("-c", _RUN, quantized, source), source / "text.txt"
+    assert forks.run(*command, tmp_path / "whole", text).returncode == 0
     out = tmp_path / "killed"
     journal = tmp_path / ".killed.partial" / "journal.jsonl"
     for sign in (b'"kind":"teacher","window":3,', b'"step":5,', b'"step":14,'):
-        process = subprocess.Popen([*command, str(out), text], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = forks.Interpreter(*command, out, text)
         while process.poll() is None and not (journal.is_file() and sign in journal.read_bytes()):
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
     assert journal.is_file()
-    subprocess.run([*command, str(out), text], check=True, capture_output=True)
+    assert forks.run(*command, out, text).returncode == 0
     for file in ("model.safetensors", "config.json"):
         assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import torch
 import transformers
 
 import bitfold
+import forks
 import tiny_lm
 from bitfold.nn import QLinear
 
@@ -18,8 +17,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run(name: str, *arguments: object) -> str:
-    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = forks.run(EXAMPLES / name, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import pytest
 import torch
 
 import bitfold
+import forks
 import tiny_lm
 from bitfold.errors import ResourceError, UsageError
 from bitfold.models.load import load_folder
@@ -168,15 +166,15 @@ print(finetune(sys.argv[1], sys.argv[2], how).loss_after)
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
 def test_killed_it_goes_on_to_the_same_bytes(source: Path, base: Path, tmp_path: Path) -> None:
-    command, text = [sys.executable, "-c", _RUN, str(base)], str(source / "text.txt")
-    subprocess.run([*command, str(tmp_path / "whole"), text], check=True, capture_output=True)
+    command, text = ("-c", _RUN, base), source / "text.txt"
+    assert forks.run(*command, tmp_path / "whole", text).returncode == 0
     out, journal = tmp_path / "killed", tmp_path / ".killed.partial" / "journal.jsonl"
-    process = subprocess.Popen([*command, str(out), text], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = forks.Interpreter(*command, out, text)
     while process.poll() is None and not (journal.is_file() and b'"step":14,' in journal.read_bytes()):
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     assert journal.is_file()
-    subprocess.run([*command, str(out), text], check=True, capture_output=True)
+    assert forks.run(*command, out, text).returncode == 0
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
