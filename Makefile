@@ -37,7 +37,7 @@ $(VENV)/.native.stamp: $(VENV)/.torch.stamp pyproject.toml CMakeLists.txt $(CSRC
 
 # One process for each core, one thread in each: on small tensors OpenMP teams only wait for each other.
 test: setup ## all the tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal $(ARGS)
 
 # Each engine lives in an environment of its own: BITFOLD_INTEROP_VLLM=/path/to/python, and so on (docs/interop.md).
 test-interop: setup ## other engines on what bitfold writes; those without an environment are skipped, and named

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 
@@ -10,6 +11,9 @@ import torch
 import torch.utils.backend_registration
 
 from bitfold.system import backend
+
+# torch.compile would start as many compilers as there are cores, each of which imports PyTorch, for each test process.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 @pytest.fixture(params=[*backend.present(), "pretended"])

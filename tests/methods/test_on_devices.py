@@ -70,6 +70,8 @@ def test_searched_scales_are_as_good(name, fit, device):
 )
 def test_error_feedback_loses_as_little(name, method, device):
     w, h = weight(), hessian()
+    if name.startswith("trellis"):  # each tile is a search of its own, and takes a second on a pretended device
+        w, h = w[:20, :48], h[:48, :48]
     how = {"method": method, "fit": "absmax"}
     here = quantize_tensor(w, name, hessian=h, **how)
     there = home(quantize_tensor(w.to(device), name, hessian=h.to(device), **how))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,13 @@ def stored(folder: Path, name: str, change: str) -> dict[str, str]:
     return tied
 
 
+@functools.cache
+def class_of(name: str) -> Any:
+    return type(ZOO[name].build())
+
+
 def by_transformers(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Any:
-    return type(ZOO[name].build()).from_pretrained(folder, dtype=dtype).eval()  # type: ignore[attr-defined]
+    return class_of(name).from_pretrained(folder, dtype=dtype).eval()
 
 
 def near(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:

@@ -97,9 +97,9 @@ def test_stages_end_in_a_folder_like_any_other(source: Path, tmp_path: Path, mon
 
     monkeypatch.setattr(module, "distill", failing)
     with pytest.raises(ModelError, match="it fails"):
-        quantize_and_distill(request(source, out), RunOptions(), 0.4, stages=2)
+        quantize_and_distill(request(source, out), RunOptions(), 0.1, stages=2)
     assert not out.exists()
-    report, found = quantize_and_distill(request(source, out), RunOptions(), 0.4, stages=2)
+    report, found = quantize_and_distill(request(source, out), RunOptions(), 0.1, stages=2)
     assert trained[0] == trained[1]
     assert all(name.startswith("model.layers.0.") for name in trained[0])
     assert report is not None
