@@ -22,10 +22,11 @@ from bitfold.system import native, progress
 pytestmark = pytest.mark.skipif(native.core() is None, reason="the engine is native")
 
 # A code of 8 bits that is no integer would be looked up, which the loops do for up to 4 bits; codebooks have no
-# loops here; ggml's other ternary type is packed by powers of three.
+# loops here; ggml's other ternary type is packed by powers of three, and its vector types have tables.
 WITHOUT = {
     *("fp8-e4m3", "fp8-e4m3-tensor", "fp8-e5m2", "mxfp8", "mxfp8-e5m2"),
     *("aqlm-1x8", "aqlm-2x8", "aqlm-3x8", "aqlm-4x8", "tq1_0"),
+    *("iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq1_s", "iq1_m"),
 }
 PAGE = Path(__file__).parents[2] / "docs" / "engine.md"
 

@@ -10,6 +10,8 @@ from bitfold.errors import FormatError, WeightError
 from bitfold.formats.base import Params
 from bitfold.formats.families import ggml_layouts as layouts
 from bitfold.formats.families.ggml import GGML, Ggml, writable
+from bitfold.formats.families.ggml_points import points
+from bitfold.formats.families.ggml_vectors import VECTORS, even_signs
 from bitfold.qtensor import QTensor
 
 gguf = pytest.importorskip("gguf", reason="the gguf package (dev extra) is the reference")
@@ -159,6 +161,28 @@ def test_splitting_and_joining_bytes_are_inverse():
     assert int(scale.max()) <= 63
     assert int(low.max()) <= 63
     assert torch.equal(layouts.join_six_bit_pairs(scale.int(), low.int()), raw[:, :12])
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_vector_blocks_taken_apart_and_joined_are_the_same_bytes(name: str):
+    raw = torch.from_numpy(random_bytes(GGML[name], 200, 1)[:, : GGML[name].block[1]])
+    raw[:, 1] &= 0x7B  # no NaN: which bits of one survive is nobody's promise
+    assert torch.equal(VECTORS[name].join(VECTORS[name].split(raw)), raw)
+
+
+@pytest.mark.parametrize("name", [*VECTORS, "iq1_s"])
+def test_points_are_those_of_the_reference(name: str):
+    reference = getattr(gguf.quants, name.upper())
+    reference.init_grid()
+    assert np.array_equal(points(name).numpy(), reference.grid.reshape(reference.grid_shape))
+    assert np.array_equal(even_signs(torch.arange(128)).numpy(), np.frombuffer(gguf.quants.IQ2_XXS.ksigns, np.uint8))
+
+
+def test_bits_of_vector_codes_are_what_blocks_have_beside_their_scales():
+    for name, vectors in VECTORS.items():
+        size = GGML[name].block[1]
+        scales = vectors.split(torch.zeros(1, size, dtype=torch.uint8)).scale.shape[1]
+        assert GGML[name].bits * 256 + 4 * scales + 16 == 8 * size
 
 
 def test_steps_are_the_stored_scales():

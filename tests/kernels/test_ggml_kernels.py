@@ -15,6 +15,7 @@ import torch
 
 from bitfold import kernels
 from bitfold.formats.families.ggml import GGML
+from bitfold.formats.families.ggml_vectors import VECTORS
 from bitfold.kernels.activations import quantize_tokens
 from bitfold.qtensor import QTensor
 from bitfold.system import native
@@ -73,10 +74,10 @@ def check(q: QTensor, x: torch.Tensor, act: str) -> None:
     assert worst <= 0, f"{q.format.name} {act}: the error exceeds the bound by {float(worst):g}"
 
 
-def test_the_core_knows_all_types_but_those_of_base_3():
+def test_the_core_knows_all_types_but_these():
     if CORE is None:
         pytest.skip("no native core in this installation")
-    assert set(GGML) - set(NATIVE) == {"tq1_0"}
+    assert set(GGML) - set(NATIVE) == {"tq1_0", "iq1_s", "iq1_m", *VECTORS}
 
 
 @pytest.mark.parametrize("name", NATIVE)

@@ -18,6 +18,7 @@ from torch import Tensor
 from bitfold.errors import FormatError, WeightError
 from bitfold.formats.base import Params, Scale
 from bitfold.formats.families import ggml_layouts as L
+from bitfold.formats.families import ggml_vectors
 from bitfold.formats.families.ggml_coder import GgmlCoder
 from bitfold.formats.families.ggml_scales import STRUCTURES
 from bitfold.system.tensorinfo import TensorInfo
@@ -35,7 +36,7 @@ class Ggml:
         codes: (lowest, highest) value of a code before scaling.
         split: bytes (b, block bytes) -> parts.
         write: weights float32 (b, block) -> bytes (b, block bytes); None = decode only.
-        levels: number of different codes.
+        levels: number of different codes; None: a code names several weights at once.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Ggml:
     codes: tuple[float, float]
     split: Callable[[Tensor], L.Parts]
     write: Callable[[Tensor], Tensor] | None
-    levels: int
+    levels: int | None
     plain = False
     grid = code = books = magnitudes = rescaled = decode_columns = None
 
@@ -54,7 +55,10 @@ class Ggml:
 
     @property
     def bits(self) -> Fraction:
-        """Bits of a code, scales not counted (8/5 for five ternary digits in a byte)."""
+        """Bits of a code for each weight, scales not counted (8/5 for five ternary digits in a byte)."""
+        if self.levels is None:
+            vectors = ggml_vectors.VECTORS.get(self.name)
+            return Fraction(11, 8) if vectors is None else vectors.bits
         return Fraction(8, 5) if self.levels == 3 and self.bpw < 2 else Fraction((self.levels - 1).bit_length())
 
     @property
@@ -251,8 +255,12 @@ def _write_tq2_0(w: Tensor) -> Tensor:
     return torch.cat([L.unplanes(codes, 32, 2), d], 1)
 
 
+# Bytes of a block, and the largest magnitude.
+_VECTORS = (("iq2_xxs", 66, 43), ("iq2_xs", 74, 43), ("iq2_s", 82, 43), ("iq3_xxs", 98, 62), ("iq3_s", 110, 15))
+
+
 def _types() -> list[Ggml]:
-    def k(name: str, size: int, codes: tuple[float, float], split: Any, write: Any, levels: int) -> Ggml:
+    def k(name: str, size: int, codes: tuple[float, float], split: Any, write: Any, levels: int | None) -> Ggml:
         return Ggml(name, (256, size), codes, split, write, levels)
 
     return [
@@ -272,6 +280,9 @@ def _types() -> list[Ggml]:
         Ggml("ggml_mxfp4", (32, 17), (-12, 12), L.split_mxfp4, _write_mxfp4, 16),
         k("tq1_0", 54, (-1, 1), L.split_tq1_0, None, 3),
         k("tq2_0", 66, (-1, 1), L.split_tq2_0, _write_tq2_0, 3),
+        *(k(name, size, (-top, top), ggml_vectors.VECTORS[name].parts, None, None) for name, size, top in _VECTORS),
+        k("iq1_s", 50, (-1.125, 1.125), ggml_vectors.split_iq1_s, None, None),
+        k("iq1_m", 56, (-1.125, 1.125), ggml_vectors.split_iq1_m, None, None),
     ]
 
 
