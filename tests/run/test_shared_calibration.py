@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import bitfold
@@ -54,6 +55,7 @@ def test_same_bytes_as_here(
 def test_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Are measured in the process that was called, among layers that are not."""
     forks.for_workers(monkeypatch)
+    torch.manual_seed(0)
     config = MixtralConfig(
         vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=4, max_position_embeddings=128,
