@@ -113,6 +113,7 @@ def test_zeros_stay_zeros_and_dtypes_do_not_matter(name: str):
 # SQNR on a Gaussian, dB: (at least, at most). Too good would be a bug as well: 6.02 dB a bit is the bound for 2**bits
 # equally likely levels with free scales, and block scales of extremes cost 2 to 4 dB of it.
 SQNR = {"q2_k": (9, 12), "q3_k": (15, 17.5), "q4_k": (21, 23.5), "q5_k": (27, 30), "q6_k": (33, 36), "iq4_nl": (21, 23)}
+SQNR |= {"iq2_xxs": (9, 10.5), "iq2_xs": (10, 12), "iq2_s": (11.5, 13), "iq3_xxs": (14, 16), "iq3_s": (16, 18.5)}
 
 
 @pytest.mark.parametrize("name", SQNR)

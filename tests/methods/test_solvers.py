@@ -55,7 +55,7 @@ class Recorder:
 
     step = 1
     at_once = 0
-    feed = None
+    feed = under = None
 
     def __init__(self) -> None:
         self.asked: dict[int, torch.Tensor] = {}

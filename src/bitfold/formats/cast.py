@@ -86,7 +86,7 @@ class CastCoder:
     values: torch.Tensor
     step = 1
     at_once = 0
-    feed = refit = None
+    feed = under = refit = None
 
     def encode(self, w: torch.Tensor, start: int) -> torch.Tensor:
         """See `Coder`."""

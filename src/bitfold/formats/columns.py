@@ -26,6 +26,12 @@ class Coder(Protocol):
     @property
     def feed(self) -> Callable[[rounding.FeedbackColumns], None] | None: ...
     @property
+    def under(self) -> Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor] | None:
+        """Like `encode`, (w (n, c), start, metric (c, c)): an error e of these columns costs e metric e^T; None:
+        it takes all errors for alike."""
+        ...
+
+    @property
     def refit(self) -> Callable[[torch.Tensor, Callable[[torch.Tensor, slice], torch.Tensor]], None] | None:
         """Choose anew, once all columns are coded, the numbers that several columns share; None: it cannot.
 
@@ -57,7 +63,7 @@ class GridCoder:
     """
 
     step = 1
-    refit = None
+    under = refit = None
 
     def __init__(self, format: Format, shape: tuple[int, int], params: Params | None, device: torch.device) -> None:
         self._format, self._shape = format, shape

@@ -223,7 +223,12 @@ class _Feedback:
         aim = torch.addmm(self._target[part], self._inverse[part.start], self._carried[part])
         if self._kept is not None:
             aim = aim * self._kept[part]
-        found = self._coder.encode(aim.T, self._places[part.start]).T
+        start, under = self._places[part.start], self._coder.under
+        if under is None:
+            found = self._coder.encode(aim.T, start).T
+        else:
+            pivots = self._lower[part, part]
+            found = under(aim.T, start, pivots.T @ pivots).T
         if self._kept is not None and bool((found[~self._kept[part]] != 0).any()):
             raise no_zeros()
         self.decoded[part] = found

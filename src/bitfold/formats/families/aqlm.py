@@ -162,7 +162,7 @@ class BookCoder:
 
     step = WIDTH
     at_once = 0
-    feed = refit = None
+    feed = under = refit = None
 
     def __init__(self, format: Additive, books: Tensor, scale: Tensor, width: int) -> None:
         self._format, self._stored = format, scale

@@ -305,7 +305,7 @@ class BlockCoder:
 
     step = BLOCK
     at_once = 0
-    feed = refit = None
+    feed = under = refit = None
 
     def __init__(self, format: E8PFormat, scale: Tensor, width: int) -> None:
         self._stored, self._scale = scale, scale.float()

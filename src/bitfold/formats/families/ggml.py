@@ -17,10 +17,13 @@ from torch import Tensor
 
 from bitfold.errors import FormatError, WeightError
 from bitfold.formats.base import Params, Scale
+from bitfold.formats.columns import Coder
 from bitfold.formats.families import ggml_layouts as L
-from bitfold.formats.families import ggml_vectors
 from bitfold.formats.families.ggml_coder import GgmlCoder
 from bitfold.formats.families.ggml_scales import STRUCTURES
+from bitfold.formats.families.ggml_vector_coder import VectorCoder
+from bitfold.formats.families.ggml_vector_coder import encode as encode_vectors
+from bitfold.formats.families.ggml_vectors import VECTORS, split_iq1_m, split_iq1_s
 from bitfold.system.tensorinfo import TensorInfo
 
 _CHUNK = 1 << 21  # weights at a time, so that temporaries stay in the cache and small beside the tensor
@@ -57,7 +60,7 @@ class Ggml:
     def bits(self) -> Fraction:
         """Bits of a code for each weight, scales not counted (8/5 for five ternary digits in a byte)."""
         if self.levels is None:
-            vectors = ggml_vectors.VECTORS.get(self.name)
+            vectors = VECTORS.get(self.name)
             return Fraction(11, 8) if vectors is None else vectors.bits
         return Fraction(8, 5) if self.levels == 3 and self.bpw < 2 else Fraction((self.levels - 1).bit_length())
 
@@ -72,14 +75,17 @@ class Ggml:
         return self.codes
 
     @property
-    def coder(self) -> Callable[[Tensor, Params | None, Tensor | None], GgmlCoder] | None:
+    def coder(self) -> Callable[[Tensor, Params | None, Tensor | None], Coder] | None:
         """Codes columns under error feedback; None for types without a search for scales."""
-        structure = STRUCTURES.get(self.name)
-        if structure is None:
+        structure, vectors = STRUCTURES.get(self.name), VECTORS.get(self.name)
+        if structure is None and vectors is None:
             return None
 
-        def start(w: Tensor, params: Params | None, importance: Tensor | None = None) -> GgmlCoder:
+        def start(w: Tensor, params: Params | None, importance: Tensor | None = None) -> Coder:
             self.layout(tuple(w.shape))  # raises where the rows are no whole blocks
+            if vectors is not None:
+                return VectorCoder(vectors, w, importance)
+            assert structure is not None
             return GgmlCoder(self.block[0], structure, w, importance)
 
         return start
@@ -112,7 +118,7 @@ class Ggml:
         if params is not None:
             raise FormatError(f"{self.name} chooses its own scales", hint="use it with the default fit")
         write = self.write
-        return self._encode(w, None, lambda rows, _: write(rows))
+        return self._encode(w, lambda rows: write(rows.reshape(-1, self.block[0])))
 
     def weighted(self, w: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
         """See `AnyFormat`; of experts (e, n, k) importance is (k,) or (e, 1, k). Types without a search, and those that
@@ -121,18 +127,24 @@ class Ggml:
         Raises:
             FormatError, WeightError: as `encode`.
         """
-        structure = STRUCTURES.get(self.name)
-        if structure is None or self.levels == 256:
+        structure, vectors = STRUCTURES.get(self.name), VECTORS.get(self.name)
+        if (structure is None and vectors is None) or self.levels == 256:
             return self.encode(w)
         if importance is not None and importance.dim() > 1:  # each expert has inputs of its own
             found = [self.weighted(one, row.flatten()) for one, row in zip(w, importance, strict=True)]
             return {"blocks": torch.stack([fields["blocks"] for fields in found])}
-        return self._encode(w, importance, structure.write)
 
-    def _encode(
-        self, w: Tensor, importance: Tensor | None, write: Callable[[Tensor, Tensor | None], Tensor]
-    ) -> dict[str, Tensor]:
-        """Fields of a weight, a few rows at a time."""
+        def write(rows: Tensor) -> Tensor:
+            if vectors is not None:
+                return encode_vectors(vectors, rows, importance)
+            assert structure is not None
+            wide = None if importance is None else importance.expand_as(rows).reshape(-1, self.block[0])
+            return structure.write(rows.reshape(-1, self.block[0]), wide)
+
+        return self._encode(w, write)
+
+    def _encode(self, w: Tensor, write: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Fields of a weight, a few rows (r, k) at a time."""
         info = self.layout(tuple(w.shape))["blocks"]
         out, k = torch.empty(info.shape, dtype=torch.uint8).view(-1, info.shape[-1]), w.shape[-1]
         rows, step = w.reshape(-1, k), max(1, _CHUNK // k)
@@ -140,8 +152,7 @@ class Ggml:
             piece = rows[at : at + step].float()
             if not torch.isfinite(piece).all():
                 raise WeightError("NaN or infinite weights")
-            wide = None if importance is None else importance.expand_as(piece).reshape(-1, self.block[0])
-            out[at : at + step] = write(piece.reshape(-1, self.block[0]), wide).view(len(piece), -1)
+            out[at : at + step] = write(piece).view(len(piece), -1)
         return {"blocks": out.view(info.shape)}
 
     def decode(self, fields: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
@@ -259,6 +270,11 @@ def _write_tq2_0(w: Tensor) -> Tensor:
 _VECTORS = (("iq2_xxs", 66, 43), ("iq2_xs", 74, 43), ("iq2_s", 82, 43), ("iq3_xxs", 98, 62), ("iq3_s", 110, 15))
 
 
+def _vectors(name: str, size: int, top: float) -> Ggml:
+    vectors = VECTORS[name]
+    return Ggml(name, (256, size), (-top, top), vectors.parts, lambda w: encode_vectors(vectors, w, None), None)
+
+
 def _types() -> list[Ggml]:
     def k(name: str, size: int, codes: tuple[float, float], split: Any, write: Any, levels: int | None) -> Ggml:
         return Ggml(name, (256, size), codes, split, write, levels)
@@ -280,9 +296,9 @@ def _types() -> list[Ggml]:
         Ggml("ggml_mxfp4", (32, 17), (-12, 12), L.split_mxfp4, _write_mxfp4, 16),
         k("tq1_0", 54, (-1, 1), L.split_tq1_0, None, 3),
         k("tq2_0", 66, (-1, 1), L.split_tq2_0, _write_tq2_0, 3),
-        *(k(name, size, (-top, top), ggml_vectors.VECTORS[name].parts, None, None) for name, size, top in _VECTORS),
-        k("iq1_s", 50, (-1.125, 1.125), ggml_vectors.split_iq1_s, None, None),
-        k("iq1_m", 56, (-1.125, 1.125), ggml_vectors.split_iq1_m, None, None),
+        *(_vectors(*facts) for facts in _VECTORS),
+        k("iq1_s", 50, (-1.125, 1.125), split_iq1_s, None, None),
+        k("iq1_m", 56, (-1.125, 1.125), split_iq1_m, None, None),
     ]
 
 

@@ -24,6 +24,7 @@ class GgmlCoder:
     """
 
     step = 1
+    under = None
 
     def __init__(self, block: int, structure: Structure, w: Tensor, importance: Tensor | None) -> None:
         self._block, self._structure = block, structure
@@ -64,25 +65,16 @@ class GgmlCoder:
     def refit(self, w: Tensor, times: Callable[[Tensor, slice], Tensor]) -> None:
         """See `Coder`: the half-precision numbers of each block, one block of columns after the other."""
         n, k = w.shape
-        block, points = self._block, torch.tensor(self._structure.points, dtype=torch.float32)
+        points = torch.tensor(self._structure.points, dtype=torch.float32)
         along = points[self._codes.T.long()]
         if self._scales.scale_codes is not None:
             along = along * self._scales.scale_codes.view(n, -1).repeat_interleave(self._structure.sub, 1)
+        directions, numbers = [along], [self._scales.d.view(n, -1)]
         across = self._across(n, k)
-        d = self._scales.d.view(n, -1)
-        low = None if self._scales.low is None else self._scales.low.view(n, -1)
-        error = w - along * d.repeat_interleave(block, 1)
-        if across is not None and low is not None:
-            error -= across * low.repeat_interleave(block, 1)
-        for i in range(k // block):
-            part = slice(i * block, (i + 1) * block)
-            directions = [along[:, part]] + ([] if across is None else [across[:, part]])
-            numbers = [d[:, i]] + ([] if low is None else [low[:, i]])
-            turned = [times(direction, part) for direction in directions]
-            changes = _best(directions, turned, numbers, times(error, part))
-            for number, change, direction in zip(numbers, changes, directions, strict=True):
-                number += change
-                error[:, part] -= change[:, None] * direction
+        if across is not None and self._scales.low is not None:
+            directions.append(across)
+            numbers.append(self._scales.low.view(n, -1))
+        refit_numbers(w, self._block, directions, numbers, times)
 
     def _across(self, n: int, k: int) -> Tensor | None:
         """What the second number of each block is multiplied by, (n, k)."""
@@ -91,6 +83,31 @@ class GgmlCoder:
         if self._scales.low_codes is None:
             return torch.ones(n, k)
         return -self._scales.low_codes.view(n, -1).repeat_interleave(self._structure.sub, 1)
+
+
+def refit_numbers(
+    w: Tensor, block: int, directions: list[Tensor], numbers: list[Tensor], times: Callable[[Tensor, slice], Tensor]
+) -> None:
+    """Choose the half-precision numbers of each block anew, in place, one block of columns after the other.
+
+    Args:
+        w: (n, k), what is aimed at.
+        block: columns that share the numbers.
+        directions: (n, k) each, what a number is multiplied by.
+        numbers: (n, k / block) each.
+        times: see `Coder.refit`.
+    """
+    error = w.clone()
+    for direction, number in zip(directions, numbers, strict=True):
+        error -= direction * number.repeat_interleave(block, 1)
+    for i in range(w.shape[1] // block):
+        part = slice(i * block, (i + 1) * block)
+        here = [direction[:, part] for direction in directions]
+        turned = [times(direction, part) for direction in here]
+        changes = _best(here, turned, [number[:, i] for number in numbers], times(error, part))
+        for number, change, direction in zip(numbers, changes, here, strict=True):
+            number[:, i] += change
+            error[:, part] -= change[:, None] * direction
 
 
 def _best(directions: list[Tensor], turned: list[Tensor], numbers: list[Tensor], pull: Tensor) -> list[Tensor]:

@@ -94,9 +94,9 @@ class Structure:
             return self._affine(sub, weight)
         scale = _centred(sub, weight, self.points)
         if self.top is None:
-            return Scales(_half(scale))
+            return Scales(as_half(scale))
         whole = tuple(range(-self.top, self.top))
-        d = _half(_centred(scale[:, None], weight.sum(2)[:, None], whole))
+        d = as_half(_centred(scale[:, None], weight.sum(2)[:, None], whole))
         codes = (scale * _inverse(d)).round().clamp(-self.top, self.top - 1)
         return Scales(d, None, codes)
 
@@ -104,9 +104,9 @@ class Structure:
         last = self.points[-1]
         scale, shift = _from_below(sub, weight, last, free=self.top is None)
         if self.top is None:
-            return Scales(_half(scale), _half(shift))
+            return Scales(as_half(scale), as_half(shift))
         whole = weight.sum(2)
-        d, low = (_half(_from_zero(x, whole, self.top)) for x in (scale, -shift))
+        d, low = (as_half(_from_zero(x, whole, self.top)) for x in (scale, -shift))
         codes = ((x * _inverse(y)).round().clamp(0, self.top) for x, y in ((scale, d), (-shift, low)))
         return Scales(d, low, *codes)
 
@@ -149,7 +149,7 @@ def _nearest_of(points: tuple[int, ...]) -> Tensor:
     return torch.bucketize(middles, (values[1:] + values[:-1]) / 2)
 
 
-def _half(x: Tensor) -> Tensor:
+def as_half(x: Tensor) -> Tensor:
     """As half precision stores it; numbers beyond its range stay, and are refused when they are written."""
     rounded = x.to(torch.float16).float()
     return torch.where(torch.isfinite(rounded), rounded, x)

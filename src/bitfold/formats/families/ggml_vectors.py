@@ -43,6 +43,7 @@ class VectorType:
     Args:
         name: of the type, and of its points.
         parity: eight signs take 7 bits: the number of negative ones is even.
+        sub: neighbouring weights that share a scale.
         unit: power of two.
         split: bytes (b, block bytes) -> codes.
         join: codes -> bytes.
@@ -50,6 +51,7 @@ class VectorType:
 
     name: str
     parity: bool
+    sub: int
     unit: float
     split: Callable[[Tensor], Codes]
     join: Callable[[Codes], Tensor]
@@ -162,11 +164,11 @@ def _join_iq3_s(codes: Codes) -> Tensor:
 
 
 VECTORS: dict[str, VectorType] = {
-    "iq2_xxs": VectorType("iq2_xxs", True, 0.125, _split_iq2_xxs, _join_iq2_xxs),
-    "iq2_xs": VectorType("iq2_xs", True, 0.125, _split_iq2_xs, _join_iq2_xs),
-    "iq2_s": VectorType("iq2_s", False, 0.125, _split_iq2_s, _join_iq2_s),
-    "iq3_xxs": VectorType("iq3_xxs", True, 0.25, _split_iq3_xxs, _join_iq3_xxs),
-    "iq3_s": VectorType("iq3_s", False, 1.0, _split_iq3_s, _join_iq3_s),
+    "iq2_xxs": VectorType("iq2_xxs", True, 32, 0.125, _split_iq2_xxs, _join_iq2_xxs),
+    "iq2_xs": VectorType("iq2_xs", True, 16, 0.125, _split_iq2_xs, _join_iq2_xs),
+    "iq2_s": VectorType("iq2_s", False, 16, 0.125, _split_iq2_s, _join_iq2_s),
+    "iq3_xxs": VectorType("iq3_xxs", True, 32, 0.25, _split_iq3_xxs, _join_iq3_xxs),
+    "iq3_s": VectorType("iq3_s", False, 32, 1.0, _split_iq3_s, _join_iq3_s),
 }
 
 # IQ1: points of -1, 0 and 1, all eight moved by an eighth to one side or the other.

@@ -233,7 +233,7 @@ class TileCoder:
 
     step = TILE_COLS
     at_once = 0
-    feed = refit = None
+    feed = under = refit = None
 
     def __init__(self, format: Trellis, scale: Tensor, width: int) -> None:
         self._format, self._scale = format, scale
