@@ -3,9 +3,17 @@ one of keys, tied, given an importance matrix; rows that 256 divides stand for w
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
+import pytest
+import torch
+
+import bitfold
+from bitfold.checkpoints import open_source
+from bitfold.checkpoints.gguf.file import GgufFile
 from bitfold.checkpoints.gguf.mixtures import Facts, Typed, names, typed
+from bitfold.checkpoints.repack import repack
+from gguf_families import random_model, rebuilt
 
 FACTS = Facts(layers=30, shared=3, experts=0, tied=True)
 # head; queries, values, output of attention; gate in the middle; down of layer 0, of layer 10.
@@ -44,3 +52,25 @@ def test_rows_that_do_not_divide() -> None:
 
 def test_names_come_once() -> None:
     assert len(set(names())) == len(names())
+
+
+@pytest.mark.filterwarnings("ignore:.*has no tokenizer")
+def test_files_of_vector_types_run_and_are_quantized_from(tmp_path: Path) -> None:
+    options = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
+    random_model("llama", options).save_pretrained(tmp_path / "model")
+    path = Path(repack(tmp_path / "model", tmp_path / "m.gguf", "gguf:IQ2_M").path)
+    file = GgufFile(path)
+    assert {t.type for t in file.tensors.values()} >= {"iq2_s", "iq3_s"}
+    file.close()
+    ids = torch.tensor([[3, 4, 5, 6]])
+    source = open_source(path)
+    with torch.no_grad():
+        expected = rebuilt(source).eval()(input_ids=ids).logits
+        found = bitfold.load(path, dtype=torch.float32)(input_ids=ids).logits
+    assert (found - expected).norm() < 2e-3 * expected.norm()
+    name = "model.layers.0.mlp.up_proj.weight"
+    before = source.read(name)
+    source.close()
+    bitfold.quantize(path, tmp_path / "from", format="int8-g64", method="rtn")
+    again = open_source(tmp_path / "from").read(name)
+    assert (again - before).norm() < 0.02 * before.norm()
