@@ -80,7 +80,9 @@ class Staged:
                 run(part, options)
         minutes = self.minutes / (stages - 1)
         how = Distillation(self.text, minutes, seed=options.seed, weights=True, first=stage * _WINDOWS, looks=1)
-        distill(packed, self.original, trained, how, max_memory=options.max_memory, restart=options.restart)
+        found = distill(packed, self.original, trained, how, max_memory=options.max_memory, restart=options.restart)
+        change = f"held-out KL {found.kl_before:.4f} -> {found.kl_after:.4f}"
+        progress.say(f"stage {stage + 1} of {stages}: {change} in {found.steps} steps")
         shutil.rmtree(packed, ignore_errors=True)
         if stage > 0:
             shutil.rmtree(self._folder("trained", stage - 1), ignore_errors=True)
