@@ -21,6 +21,7 @@ from bitfold.recipes.recipe import Recipe, Rule
 from bitfold.run import stages as module
 from bitfold.run.learning import quantize_and_distill
 from bitfold.run.options import Request, RunOptions
+from bitfold.system import memory
 from bitfold.training.distill import distill
 from bitfold.training.options import Distillation
 
@@ -73,8 +74,9 @@ def test_other_windows_come_first(source: Path, half: Path, tmp_path: Path) -> N
 
 
 def test_the_memory_of_the_weights_that_learn_is_counted(source: Path, half: Path, tmp_path: Path) -> None:
+    limit = (memory.resident() or 0) + 150_000_000  # the teacher fits; what a step is given beside it does not
     with pytest.raises(ResourceError, match="a step needs"):
-        distill(half, source, tmp_path / "out", learning(source, weights=True), max_memory=200_000_000)
+        distill(half, source, tmp_path / "out", learning(source, weights=True), max_memory=limit)
 
 
 def test_stages_end_in_a_folder_like_any_other(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
