@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import bitfold
@@ -16,6 +18,7 @@ from bitfold.calibration import inputs
 from bitfold.calibration.options import Calibration
 from bitfold.checkpoints.bitfold_folder import QuantizedSource
 from bitfold.errors import ModelError, ResourceError, UsageError
+from bitfold.models.model_ref import ModelRef
 from bitfold.recipes.options import MethodOptions
 from bitfold.recipes.recipe import Recipe, Rule
 from bitfold.run import stages as module
@@ -114,6 +117,41 @@ def test_stages_end_in_a_folder_like_any_other(source: Path, tmp_path: Path, mon
     assert {e.format.name for name, e in entries.items() if "layers" in name} == {"trellis-2"}
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     assert bitfold.load(out)(input_ids=torch.arange(8)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 5, 18, 30])
+def test_parts_become_smaller(blocks: int) -> None:
+    """All blocks are in one part; no part is empty, and none is larger than an earlier one but for rounding."""
+    for stages in range(1, blocks + 1):
+        edges = module.edges_of(blocks, stages)
+        sizes = [end - begin for begin, end in pairwise(edges)]
+        assert edges[0] == 0
+        assert sum(sizes) == edges[-1] == blocks
+        assert len(sizes) == stages
+        assert min(sizes) >= 1
+        assert all(later <= earlier + 1 for earlier, later in pairwise(sizes))
+    assert module.edges_of(30, 5) == [0, 10, 18, 24, 28, 30]
+
+
+def test_what_the_teacher_predicts_is_kept(
+    source: Path, half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Learned from again, in another order, without the teacher; with nothing kept it comes out the same."""
+    kept = tmp_path / "lessons"
+    distill(half, source, tmp_path / "one", learning(source, steps=2), lessons=kept)
+    count = len(list(kept.iterdir()))
+    assert count > 0
+    loads = []
+    real = ModelRef.load
+    monkeypatch.setattr(ModelRef, "load", lambda *args: loads.append(args) or real(*args))
+    distill(half, source, tmp_path / "two", learning(source, steps=2, first=3), lessons=kept)
+    assert len(loads) == (len(list(kept.iterdir())) > count)
+    loads.clear()
+    distill(half, source, tmp_path / "three", learning(source, steps=2), lessons=kept)
+    assert loads == []
+    with safe_open(tmp_path / "one" / "model.safetensors", "pt") as one:
+        three = load_file(tmp_path / "three" / "model.safetensors")
+        assert all(torch.equal(one.get_tensor(name), w) for name, w in three.items())
 
 
 def test_more_stages_than_blocks_are_refused(source: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from bitfold.calibration.options import Calibration
 from bitfold.checkpoints import open_source
@@ -16,7 +17,7 @@ from bitfold.models.model_ref import ModelRef
 from bitfold.records.run_report import QuantizeReport
 from bitfold.run.driver import run
 from bitfold.run.options import Request, RunOptions
-from bitfold.run.stages import Staged
+from bitfold.run.stages import BETWEEN, Staged
 from bitfold.system import progress
 from bitfold.text.tokens import BUNDLED, SELF
 from bitfold.training.distill import Distilled, distill
@@ -32,8 +33,8 @@ def quantize_and_distill(
         request: a run that ends in a folder.
         options: how.
         minutes: of distillation, on the calibration text.
-        stages: parts of the blocks that are quantized one after the other; between them, for half of the time, what is
-            still in floating point learns to make up for what is packed. See `stages`.
+        stages: parts of the blocks that are quantized one after the other; between them, for two thirds of the time,
+            what is still in floating point learns to make up for what is packed. See `stages`.
 
     Returns:
         The reports of both; None for the first where an earlier call has done it, for the second where nothing is
@@ -61,8 +62,8 @@ def quantize_and_distill(
         check_place(options.upload_repo, options.token)
     between, report = _between(request, options, local, out, stages), None
     text = _text(request.calibration)
-    learning = Staged(local, between, text, minutes if stages == 1 else minutes / 2)
-    how = Distillation(text, learning.minutes, seed=options.seed)
+    learning = Staged(local, between, text, 0.0 if stages == 1 else BETWEEN * minutes)
+    how = Distillation(text, minutes - learning.minutes, seed=options.seed)
     if (between / "config.json").is_file():
         progress.say("quantized already; going on with the distillation")
     else:
@@ -72,8 +73,10 @@ def quantize_and_distill(
             request = learning.up_to_the_last(request, how_here, stages)
         report = run(replace(request, out=between), how_here)
         learning.clean()
-    found = distill(between, local, out, how, max_memory=options.max_memory, restart=options.restart)
-    shutil.rmtree(between, ignore_errors=True)
+    again: dict[str, Any] = {"restart": options.restart, "lessons": None if stages == 1 else learning.lessons}
+    found = distill(between, local, out, how, max_memory=options.max_memory, **again)
+    for folder in (between, learning.lessons):
+        shutil.rmtree(folder, ignore_errors=True)
     if options.upload_repo is not None:
         publish(out, options.upload_repo, options.token)
     return report, found

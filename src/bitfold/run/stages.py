@@ -4,7 +4,8 @@ Scales and norms can take back a part of what rounding loses; the weights of blo
 back more, since they are free. So the blocks are quantized in parts, and between two of them the rest of the model
 learns the original's predictions again, on the text that it is calibrated on. The order of QuIP#'s fine-tuning
 (Tseng et al. 2024, arXiv 2402.04396, section 5: layers that are not quantized yet are trained before their turn), here
-with the whole rest of the model and the divergence at its end as loss.
+with the whole rest of the model and the divergence at its end as loss. Nothing behind the last part makes up for what
+it loses, so parts become smaller.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from bitfold.errors import UsageError
 from bitfold.recipes.options import MethodOptions
@@ -27,6 +29,7 @@ from bitfold.training.distill import distill
 from bitfold.training.options import Distillation
 from bitfold.training.student import blocks_of
 
+BETWEEN = 2 / 3  # of the time to learn: what is behind the parts learns most of what can be won back
 _WINDOWS = 64  # of the text that a stage learns from; the next stage reads those behind them
 
 
@@ -38,7 +41,7 @@ class Staged:
         original: the folder that is quantized.
         between: by whose name the folders of the stages are called; they lie beside it, hidden.
         text: what is learned from.
-        minutes: of learning, all stages together.
+        minutes: of learning between the parts, all together.
     """
 
     original: Path
@@ -57,11 +60,11 @@ class Staged:
         if not 1 <= stages <= len(blocks):
             what = f"{stages} stages, and the model has {len(blocks)} blocks"
             raise UsageError(what, where="--stages", hint=f"1 to {len(blocks)}")
-        current = self.original
+        current, edges = self.original, edges_of(len(blocks), stages)
         for stage in range(stages - 1):
             trained = self._folder("trained", stage)
             if not (trained / "config.json").is_file():
-                part = blocks[len(blocks) * stage // stages : len(blocks) * (stage + 1) // stages]
+                part = blocks[edges[stage] : edges[stage + 1]]
                 progress.say(f"stage {stage + 1} of {stages}: {part[0]} to {part[-1]}")
                 self._stage(stage, replace(request, source=str(current)), options, only(rules, part), stages)
             current = trained
@@ -80,7 +83,8 @@ class Staged:
                 run(part, options)
         minutes = self.minutes / (stages - 1)
         how = Distillation(self.text, minutes, seed=options.seed, weights=True, first=stage * _WINDOWS, looks=1)
-        found = distill(packed, self.original, trained, how, max_memory=options.max_memory, restart=options.restart)
+        again: dict[str, Any] = {"restart": options.restart, "lessons": self.lessons}
+        found = distill(packed, self.original, trained, how, max_memory=options.max_memory, **again)
         change = f"held-out KL {found.kl_before:.4f} -> {found.kl_after:.4f}"
         progress.say(f"stage {stage + 1} of {stages}: {change} in {found.steps} steps")
         shutil.rmtree(packed, ignore_errors=True)
@@ -95,8 +99,13 @@ class Staged:
         """Of the text that all stages are calibrated on, and of what its tokens weigh in the original: found once."""
         return self.between.with_name(f"{self.between.name}-text.safetensors")
 
+    @property
+    def lessons(self) -> Path:
+        """The folder of what the original predicts, which all stages learn from."""
+        return self.between.with_name(f"{self.between.name}-lessons")
+
     def clean(self) -> None:
-        """Remove what the stages left."""
+        """Remove what the stages left, but for the lessons: more may be learned from them."""
         self.text_file.unlink(missing_ok=True)
         for folder in self.between.parent.glob(f"{self.between.name}-trained-*"):
             shutil.rmtree(folder, ignore_errors=True)
@@ -106,6 +115,15 @@ def _rules_and_blocks(request: Request, options: RunOptions) -> tuple[Recipe, li
     """What a run would do, where that is left open, and the paths of the model's blocks."""
     with open_model(request, options) as opened:
         return plan(opened, request, options).job.rules, blocks_of(opened.model)
+
+
+def edges_of(blocks: int, stages: int) -> list[int]:
+    """Where the parts of so many blocks begin and end: the first has `stages` times as many as the last."""
+    edges = [0]
+    for stage in range(stages):
+        done = 1 - (stages - stage - 1) * (stages - stage) / (stages * (stages + 1))
+        edges.append(min(max(edges[-1] + 1, int(blocks * done + 0.5)), blocks - (stages - stage - 1)))
+    return edges
 
 
 def only(rules: Recipe, blocks: Sequence[str]) -> Recipe:

@@ -91,6 +91,7 @@ def distill(
     revision: str | None = None,
     token: str | None = None,
     team: Team | None = None,
+    lessons: Path | None = None,
 ) -> Distilled:
     """Train the scales of a quantized folder on its original's predictions, and write the folder anew.
 
@@ -104,6 +105,7 @@ def distill(
         restart: forget what an earlier run that was cut short has finished.
         revision, token: of the Hub repository.
         team: the processes that call this together, each on a share of the windows; they see the same folders.
+        lessons: a folder in which this teacher's predictions are kept from one call to another; None = they go.
 
     Raises:
         BitfoldError: what is wrong, where, and what to do; finished work stays, and the same call goes on with it.
@@ -116,7 +118,7 @@ def distill(
     original.require_causal("a causal language model can be distilled")
     team = team or alone()
     place = shared_output(out, local, team)
-    task = _Task(source, original, how, max_memory, team)
+    task = _Task(source, original, how, max_memory, team, lessons)
     with shared_work(place, task.identity(), task.team, restart=restart) as work:
         learned, facts = task.learn(work, started)
         found = Distilled(
@@ -157,6 +159,7 @@ class _Task:
     how: Distillation
     max_memory: int | None
     team: Team
+    lessons: Path | None
 
     def identity(self) -> dict[str, Any]:
         """What decides the bytes of the result."""
@@ -177,7 +180,7 @@ class _Task:
             self.source.path, how.text, skeleton, how.windows, how.seqlen, start_token=how.start_token
         )
         ids = torch.cat([ids[:held_out], ids[held_out:].roll(-how.first, 0)])
-        lessons, dtype = Lessons(work, ids, self.how.likeliest, self.team), fast_dtype()
+        lessons, dtype = Lessons(work, ids, how.likeliest, self.team, self.lessons), fast_dtype()
         ceiling = memory.Ceiling(self.max_memory)
         most = len(ids) if how.steps is None else min(len(ids), held_out + how.steps * how.batch)
         windows = lessons.write(self.teacher, dtype, self._enough(held_out, started), embedding_rows(skeleton), most)
