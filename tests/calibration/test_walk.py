@@ -14,7 +14,10 @@ from transformers import LlamaForCausalLM
 import bitfold
 from bitfold import Calibration
 from bitfold.calibration import BlockWalk, fisher
+from bitfold.calibration import walk as walks
+from bitfold.calibration.resume import Bookmarks
 from bitfold.calibration.tail import Tail
+from bitfold.recipes.recipe import Recipe, Rule
 from bitfold.training.reading import Reading
 
 SHORT: dict[str, Any] = {"nsamples": 6, "seqlen": 48}
@@ -83,3 +86,42 @@ def test_the_head_is_given_plain_rows(source: Path) -> None:
         fisher.there_and_back(model, tail, ids, torch.Generator().manual_seed(0))
     assert len(strides) >= 4
     assert set(strides) == {(0, 0)}
+
+
+@pytest.mark.parametrize("killed", [None, 0, 1])
+@pytest.mark.parametrize("drift", [0.0, 0.5])
+def test_what_lies_before_the_first_quantized_block_runs_once(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drift: float, killed: int | None
+) -> None:
+    """The original and the quantized model are the same there; a run goes on behind any block, to the same bytes."""
+    rules, runs = Recipe((Rule("re:(?!model.layers.1.).*"), Rule("*", "int3-g32", "ldlq"))), list[int]()
+    settings = Calibration(str(source / "text.txt"), **SHORT, drift=drift)
+    turn, run = Bookmarks.turn, walks.run_block
+
+    def quantize(out: Path) -> int:
+        runs.clear()
+        bitfold.quantize(source, out, recipe=rules, calibration=settings)
+        return len(runs)
+
+    def counted(*given: Any) -> torch.Tensor:
+        runs.append(1)
+        return run(*given)
+
+    def killing(self: Bookmarks, index: int, *given: Any) -> None:
+        turn(self, index, *given)
+        if index == killed:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(walks, "run_block", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(walks.BlockWalk, "unchanged_before", lambda *_: None)
+        slow = quantize(tmp_path / "slow")
+    if killed is not None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Bookmarks, "turn", killing)
+            with pytest.raises(KeyboardInterrupt):
+                quantize(tmp_path / "fast")
+    fast = quantize(tmp_path / "fast")
+    assert fast < slow if drift else fast <= slow
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("slow", "fast")]
+    assert files[0] == files[1]

@@ -68,7 +68,7 @@ class Bookmarks:
         if last is None:
             return 0
         following, facts, opened = int(last["index"]) + 1, last["streams"], dict[str, Stream | None]()
-        for name in walk.streams:
+        for name in facts.keys() | walk.streams.keys():  # what entered the first block may have been less
             opened[name] = Stream.opened(self._file(walk, name, following), facts[name]) if name in facts else None
         streams = {name: stream for name, stream in opened.items() if stream is not None}
         if len(streams) < len(opened):

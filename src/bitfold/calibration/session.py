@@ -198,7 +198,9 @@ def _walk_blocks(
         walk.watch(lambda layer: _rounding(undecided.get(layer), session.seed))
     elif not compares(wanted.values(), session.calibration):
         walk.forget_original()
-    count = len(walk) if undecided or behind is not None else _needed(walk, wanted)
+    first, end = _span(walk, wanted)
+    walk.unchanged_before(first)
+    count = len(walk) if undecided or behind is not None else end
     try:
         yield from _blocks(session, walk, wanted, bookmarks, count)
         if behind is not None:
@@ -254,9 +256,10 @@ def _blocks(
             bar.advance(1, walk.inside(index).rstrip("."))
 
 
-def _needed(walk: BlockWalk, wanted: dict[str, Quantized]) -> int:
-    """How many blocks there are up to the last one in which something is to be done."""
-    return max((i + 1 for i in range(len(walk)) if any(name.startswith(walk.inside(i)) for name in wanted)), default=0)
+def _span(walk: BlockWalk, wanted: dict[str, Quantized]) -> tuple[int, int]:
+    """The first block in which something is to be done, and the one behind the last; 0 and 0 if there is none."""
+    found = [i for i in range(len(walk)) if any(name.startswith(walk.inside(i)) for name in wanted)]
+    return (found[0], found[-1] + 1) if found else (0, 0)
 
 
 def _solve_block(
@@ -292,17 +295,15 @@ def _others(shape: WalkShape, wanted: dict[str, Quantized]) -> dict[str, Quantiz
 def _statistics_of(wanted: dict[str, Quantized], calibration: Calibration, seed: int, layer: str) -> Wanted:
     """What is to be known of the inputs of a layer, and of those that share them."""
     decision = wanted[f"{layer}.weight"]
-    cross = calibration.drift > 0
     if not in_ranges(decision, calibration):
-        return Wanted(cross)
-    return Wanted(cross, calibration.columns, transform_of(decision.scheme, decision.site, seed))
+        return Wanted(calibration.drift > 0)
+    return Wanted(calibration.drift > 0, calibration.columns, transform_of(decision.scheme, decision.site, seed))
 
 
 def in_ranges(decision: Quantized, calibration: Calibration) -> bool:
     """Whether the inputs of a layer are more than are to be taken together."""
-    site = decision.site
-    layer = _calibrated(decision) and site.kind != EXPERTS and not decision.scheme.solver.tunes_blocks
-    return layer and calibration.columns is not None and site.qshape[-1] > calibration.columns
+    layer = _calibrated(decision) and decision.site.kind != EXPERTS and not decision.scheme.solver.tunes_blocks
+    return layer and calibration.columns is not None and decision.site.qshape[-1] > calibration.columns
 
 
 def check_ranges(decisions: Iterable[Quantized], calibration: Calibration) -> None:
@@ -370,10 +371,9 @@ def _before(
 
 
 def _calibrated(decision: Quantized) -> bool:
-    scheme, site = decision.scheme, decision.site
-    if not scheme.needs_text or site.kind == EMBEDDING:
-        return False
-    return site.kind != EXPERTS or not scheme.solver.tunes_blocks  # experts are not tuned, only rounded
+    scheme, kind = decision.scheme, decision.site.kind
+    rounded = kind != EXPERTS or not scheme.solver.tunes_blocks  # experts are not tuned, only rounded
+    return scheme.needs_text and kind != EMBEDDING and rounded
 
 
 def weighs_tokens(decisions: Iterable[Quantized], calibration: Calibration) -> bool:

@@ -89,7 +89,7 @@ class BlockWalk:
         self._catcher = Catcher(model, chain, text.ids)
         self._calls: list[list[Call]] = []  # for each block, for each sample
         self._original = self._quantized = Stream()
-        self._compared = True
+        self._compared, self._apart, self._unchanged = True, False, 0
         self._probe: Probe | None = None
         self._rounding: Callable[[str], Rounding] = lambda _layer: lambda x: x
         self.device = CPU
@@ -120,20 +120,24 @@ class BlockWalk:
     def streams(self) -> dict[str, Stream]:
         """What enters the next block, in the original model, the quantized one and, if watched, with rounded inputs."""
         found = {"quantized": self._quantized}
-        if self._compared:
+        if self._compared and self._apart:
             found["original"] = self._original
         return found if self._probe is None else {**found, "rounded": self._probe.hidden}
 
     def enter(self, streams: Mapping[str, Stream]) -> None:
         """Go on with a later block, after `start` and `watch`: the activations that enter it are these."""
         self._quantized = streams["quantized"]
-        self._original = streams.get("original", self._quantized)
+        self._original, self._apart = streams.get("original", self._quantized), "original" in streams
         if self._probe is not None:
             self._probe.hidden = streams["rounded"]
 
     def forget_original(self) -> None:
         """Nothing will be compared with the original model, after `start`: its blocks are not run."""
         self._compared = False
+
+    def unchanged_before(self, index: int) -> None:
+        """In blocks before this one nothing is quantized: they are run once, for both models. Before any is run."""
+        self._unchanged = index
 
     def watch(self, rounding: Callable[[str], Rounding]) -> None:
         """Measure 8-bit activations on the way, after `start`: `rounding` says what a layer's input goes through."""
@@ -204,12 +208,14 @@ class BlockWalk:
             wanted: what is to be known of the inputs of a layer, by its name.
         """
         name = self.chain.blocks[index].path
+        self._apart = self._apart or index >= self._unchanged
         self.fill(f"{name}.", self.device)
         block, run = self.model.get_submodule(name), self.run(index)
         inside = [n.removeprefix(f"{name}.") for n in layers]
         stacked = {n.removeprefix(f"{name}."): experts for n, experts in (stacks or {}).items()}
         groups = self.runner(block, run, self._original).groups(inside, list(stacked))
-        kept, outputs = self._run_original(index, groups, run) if self._compared else ([], self._quantized)
+        both = self._compared and self._apart
+        kept, outputs = self._run_original(index, groups, run) if both else ([], self._quantized)
         finished = AnswerReplay(block, groups, len(self._quantized), self._spill)
         runner = self.runner(block, run, self._quantized)
         for number, group in enumerate(groups):
@@ -255,7 +261,7 @@ class BlockWalk:
         if self._probe is not None:
             rounding = {layer: self._rounding(f"{name}.{layer}") for layer in layers}
             self._probe.advance(block, rounding, run, self._spill.stream(f"rounded-{index + 1}"))
-        self._original, self._quantized = outputs if self._compared else quantized, quantized
+        self._original, self._quantized = outputs if self._compared and self._apart else quantized, quantized
         self.empty(f"{name}.")
 
     def _outputs(self, at: At, run: Run, into: Stream, _originals: Stream) -> None:
