@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import bitfold
 import forks
 import tiny_lm
+from bitfold.calibration import shared_walk
 from bitfold.calibration.options import settings
 from bitfold.errors import ResourceError
 from executor_runs import children, content, started, wait_for, written
@@ -47,6 +48,38 @@ def test_same_bytes_as_here(
     given = {**options, "calibration": text_of(source)}
     here = bitfold.quantize(source, tmp_path / "here", **given)
     there = bitfold.quantize(source, tmp_path / "there", executor="processes", workers=2, **given)
+    assert here.fallbacks == there.fallbacks == []
+    assert here.tensors == there.tensors
+    assert content(tmp_path / "here") == content(tmp_path / "there")
+
+
+@pytest.mark.parametrize("name", ["gptq", "trellis"])
+def test_rows_of_large_layers_are_coded_by_others(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several pieces of rows, of which no process has all: bytes and errors are those of a run that has."""
+    forks.for_workers(monkeypatch)
+    config = LlamaConfig(
+        vocab_size=257, hidden_size=64, intermediate_size=640, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    source = tiny_lm.folder(tmp_path / "source", LlamaForCausalLM(config).eval())
+    (source / "text.txt").write_text(tiny_lm.TEXT)
+    given = {**METHODS[name], "calibration": text_of(source)}
+    threads, shared = torch.get_num_threads(), list[str]()
+    real = shared_walk.code_together
+
+    def noted(coding: Any, *more: Any) -> Any:
+        shared.extend(coding.names)
+        return real(coding, *more)
+
+    monkeypatch.setattr(shared_walk, "code_together", noted)
+    try:
+        torch.set_num_threads(1)
+        here = bitfold.quantize(source, tmp_path / "here", **given)
+        there = bitfold.quantize(source, tmp_path / "there", executor="processes", workers=2, **given)
+    finally:
+        torch.set_num_threads(threads)
+    assert any("up_proj" in tensor for tensor in shared)
     assert here.fallbacks == there.fallbacks == []
     assert here.tensors == there.tensors
     assert content(tmp_path / "here") == content(tmp_path / "there")

@@ -19,7 +19,7 @@ from bitfold.calibration.resume import Bookmarks
 from bitfold.calibration.runner import HESSIANS
 from bitfold.calibration.shape import ChainShape, WalkShape, walk_shape, window
 from bitfold.calibration.shared_input import Folded, SharedInput, Solved, solve_group
-from bitfold.calibration.shared_walk import SharedWalk, Team, weigh_together
+from bitfold.calibration.shared_walk import SharedWalk, Team, coder_of, weigh_together
 from bitfold.calibration.signround import tune
 from bitfold.calibration.spill import Spill
 from bitfold.calibration.statistics import TuningBlock, Wanted
@@ -107,8 +107,7 @@ def solve_blocks(
         if not inside and (head is None or not last):
             continue
         walk = _walk(session, reader, chain, text, bookmarks, hessian_bytes)
-        done = set[str]()
-        room = _room_for_whole(session)
+        done, room = set[str](), _room_for_whole(session)
         instead = "what is left of it is solved while the whole model runs" if room else LEFT
         behind = partial(_head, session, walk, reader, head, bookmarks) if last and head is not None else None
         outcomes = _walk_blocks(session, walk, inside, bookmarks, last, behind)
@@ -271,10 +270,11 @@ def _solve_block(
     layers, stacks = inside(prefix, wanted)
     tuned = {name: d for name, d in _tuned(prefix, wanted).items() if name in layers}
     tuner = partial(_learn, tuned, learned, session.seed) if tuned else None
-    known = partial(_statistics_of, wanted, calibration, session.seed)
-    for group, statistics in walk.block(index, [n for n in layers if n not in tuned], stacks, tuner, known):
+    known, others = partial(_statistics_of, wanted, calibration, session.seed), [n for n in layers if n not in tuned]
+    for group, statistics in walk.block(index, others, stacks, tuner, known):
         decisions = [wanted.get(f"{name}.weight") or wanted[name] for name in group]
-        together = SharedInput(walk.model, decisions, statistics, *_before(decisions, session.plan, waiting))
+        before = _before(decisions, session.plan, waiting)
+        together = SharedInput(walk.model, decisions, statistics, *before, coder_of(walk))
         for one in solve_group(together, drift=calibration.drift, seed=session.seed, refit=calibration.refit):
             if isinstance(one, Solved) and one.decision.tensor in takers:
                 waiting[one.decision.tensor] = one

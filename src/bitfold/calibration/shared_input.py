@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from bitfold.calibration.channel_factors import find_factors
+from bitfold.calibration.coding import Coder, Coding, code, share_of
 from bitfold.calibration.fallback import Fallback, recoverable
 from bitfold.calibration.one_layer import solve
 from bitfold.calibration.statistics import Statistics
@@ -25,15 +25,13 @@ from bitfold.models.sites import EXPERTS
 from bitfold.models.swap import in_basis, transform_of
 from bitfold.nn import set_tensor
 from bitfold.planning.decisions import Decision, Quantized
-from bitfold.qtensor import QTensor, rows_stack, split_rows, stack
+from bitfold.qtensor import QTensor, split_rows, stack
 from bitfold.recipes.scheme import Scheme
 from bitfold.system.backend import CPU
 from bitfold.transforms import Diagonal, Transform
 from bitfold.transforms.activations import ACT_SCALE
 
-_RIDGE = 0.02  # of the mean diagonal, in the drift correction
 _WIDEST = 256.0  # factor of a row before whose scales are stored in 16 bits
-_PIECE = 1 << 18  # weights compared at a time
 _FEW = 4  # fewer tokens than a layer's inputs divided by this say too little about them
 
 
@@ -78,6 +76,7 @@ class SharedInput:
         statistics: of their input; one for each expert of a stack, which may be measured only when it is asked for.
         before: decisions about the parameters of the norm or layer that takes their factors, by name of the parameter.
         feeding: that layer as it was solved, if it is one.
+        code: codes rows; others may help it.
     """
 
     model: nn.Module
@@ -85,6 +84,7 @@ class SharedInput:
     statistics: Iterable[Statistics]
     before: Mapping[str, Decision] = field(default_factory=dict)
     feeding: Solved | None = None
+    code: Coder = code
 
 
 def solve_group(
@@ -127,6 +127,7 @@ def _solve_alike(
 ) -> Iterator[Solved | Folded | Fallback]:
     """Layers of one input under one scheme; without data where it cannot be done with them."""
     scheme, weights = decisions[0].scheme, [_weight(group.model, d) for d in decisions]
+    shapes = tuple((d.site.qshape[0], d.site.qshape[1]) for d in decisions)
     failure: Exception | None = None
     try:
         transform, folded = _basis(group, statistics, decisions, weights, options.seed)
@@ -134,68 +135,45 @@ def _solve_alike(
         failure = recoverable(error)
         transform, folded = transform_of(scheme, decisions[0].site, options.seed), []
     yield from folded
-    hessian: Moments | None = None
-    few, flags = too_few(statistics), tuple[str, ...]()
+    few, names = too_few(statistics), tuple(d.tensor for d in decisions)
+    coding = Coding(
+        scheme,
+        names,
+        shapes,
+        transform,
+        statistics,
+        bool(few),
+        options.drift,
+        options.seed,
+        options.refit,
+        options.last,
+    )
+    whole = torch.cat(weights) if len(weights) > 1 else weights[0]
     if failure is None:
         try:
-            target = _target(weights, statistics, transform, options)
-            hessian = _in_basis(statistics, transform)
-            if options.last:  # a wide one is among the largest things there are
-                statistics.hessian = torch.zeros(0, 0)
-            qs, flags = _code(scheme, decisions, target, None if few else hessian, options)
+            coded = group.code(coding, whole)
         except Exception as error:
             failure = recoverable(error)
     if failure is not None:
-        fallback = Fallback(", ".join(d.tensor for d in decisions), "quantized without data", failure)
+        fallback = Fallback(", ".join(names), "quantized without data", failure)
         yield fallback
-        few, target = (f"{fallback.instead}: {fallback.why}",), _stacked(weights, transform)
-        qs, _ = _code(scheme, decisions, target, None, options)
+        few = (f"{fallback.instead}: {fallback.why}",)
+        coded = code(replace(coding, statistics=None, drift=0.0), whole)
+    del whole
     sides = {} if decisions[0].fold is not None or transform is None else transform.fields()
     sides = {**sides, **_act_scale(scheme, statistics, transform)}
-    parts = torch.split(target, [len(w) for w in weights])
-    for decision, w, part, q in zip(decisions, weights, parts, qs, strict=True):
+    sizes = [n for n, _ in shapes]
+    apart = torch.split(coded.apart, sizes)
+    losses = [None] * len(sizes) if few or coded.losses is None else torch.split(coded.losses, sizes)
+    qs = split_rows(coded.qs[0], shapes) if coding.stacked else coded.qs
+    for decision, w, q, lost, aside in zip(decisions, weights, qs, losses, apart, strict=True):
         decoded = q.dequantize()
-        lost = None if few or hessian is None else proxy_loss(part, decoded, hessian)
         was = w if transform is None else transform.weights(w)
         _put(group.model, decision, decoded if transform is None else transform.inverse(decoded))
-        coded = _apart(part, decoded) if options.drift > 0 else None
-        yield Solved(decision, q.to(CPU), was.to(CPU), lost, sides, (*few, *flags), coded)
-
-
-def _apart(aim: torch.Tensor, decoded: torch.Tensor) -> float:
-    """|a - d|^2 / |a|^2, some rows at a time."""
-    step = max(1, _PIECE // aim.shape[1])
-    lost = whole = 0.0
-    for a, d in zip(torch.split(aim, step), torch.split(decoded, step), strict=True):
-        lost += float(torch.linalg.vector_norm(a - d, dtype=torch.float64)) ** 2
-        whole += float(torch.linalg.vector_norm(a, dtype=torch.float64)) ** 2
-    return lost / whole if whole > 0 else 0.0
-
-
-def _stacked(weights: list[torch.Tensor], transform: Transform | None) -> torch.Tensor:
-    """All weights, rows upon rows, in the new basis."""
-    whole = torch.cat(weights) if len(weights) > 1 else weights[0]
-    return whole if transform is None else transform.weights(whole)
-
-
-def _target(
-    weights: list[torch.Tensor], statistics: Statistics, transform: Transform | None, options: _SolveOptions
-) -> torch.Tensor:
-    """What is to be coded: all weights, rows upon rows, corrected for drift, in the new basis."""
-    whole = torch.cat(weights) if len(weights) > 1 else weights[0]
-    if statistics.in_basis and transform is not None:
-        return statistics.target(transform.weights(whole), options.drift, damp=_RIDGE, last=options.last)
-    whole = statistics.target(whole, options.drift, damp=_RIDGE, last=options.last)
-    return whole if transform is None else transform.weights(whole)
-
-
-def _in_basis(statistics: Statistics, transform: Transform | None) -> Moments:
-    """The Hessian of the inputs as the codes will meet them."""
-    hessian = statistics.hessian
-    if statistics.in_basis or transform is None:
-        return hessian
-    assert isinstance(hessian, torch.Tensor), "ranges of inputs are measured in their basis"
-    return transform.hessian(hessian)
+        loss, flags = None if lost is None else share_of(lost), (*few, *coded.flags)
+        yield Solved(
+            decision, q.to(CPU), was.to(CPU), loss, sides, flags, share_of(aside) if options.drift > 0 else None
+        )
 
 
 def too_few(statistics: Statistics) -> tuple[str, ...]:
@@ -260,22 +238,6 @@ def _act_scale(scheme: Scheme, statistics: Statistics, transform: Transform | No
     return {ACT_SCALE: (largest.amax() / 127).reshape(1).to(CPU)}
 
 
-def _code(
-    scheme: Scheme, decisions: list[Quantized], whole: torch.Tensor, hessian: Moments | None, options: _SolveOptions
-) -> tuple[list[QTensor], tuple[str, ...]]:
-    """Stacked where rows can be taken apart again, one after the other elsewhere."""
-    shapes = [(d.site.qshape[0], d.site.qshape[1]) for d in decisions]
-    # SparseGPT shares its zeros out among all rows that it sees: each layer gets its own.
-    if rows_stack(scheme.format, shapes) and not (scheme.sparsity is not None and scheme.sparsity.on_the_way):
-        name = ", ".join(d.tensor for d in decisions)
-        q, flags = solve(scheme, whole, hessian, options.seed, name, refit=options.refit)
-        return split_rows(q, shapes), flags
-    parts = torch.split(whole, [n for n, _ in shapes])
-    how = partial(solve, scheme, hessian=hessian, seed=options.seed, refit=options.refit)
-    found = [how(p, name=d.tensor) for d, p in zip(decisions, parts, strict=True)]
-    return [q for q, _ in found], tuple(dict.fromkeys(flag for _, flags in found for flag in flags))
-
-
 def _solve_stack(group: SharedInput, options: _SolveOptions) -> Iterator[Solved | Fallback]:
     """A stack of experts, each under the Hessian of the tokens that were sent to it; or without data, if that fails."""
     (decision,) = group.decisions
@@ -305,13 +267,18 @@ def _solve_experts(
     qs, losses, flags = list[QTensor](), list[float](), list[str]()
     for expert, (w, statistics) in enumerate(zip(stacked, group.statistics, strict=True)):
         few = too_few(statistics)
-        hessian = _in_basis(statistics, transform)
+        hessian = statistics.hessian if transform is None else transform.hessian(_dense(statistics.hessian))
         name = f"{decision.tensor}, expert {expert}"
         q, odd = solve(decision.scheme, w, None if few else hessian, options.seed, name, refit=options.refit)
         qs.append(q)
         flags += [f"expert {expert}: {flag}" for flag in (*few, *odd)]
         losses += [] if few else [proxy_loss(w, q.dequantize(), hessian)]
     return qs, losses, flags
+
+
+def _dense(hessian: Moments) -> torch.Tensor:
+    assert isinstance(hessian, torch.Tensor), "experts are measured whole"
+    return hessian
 
 
 def _weight(model: nn.Module, decision: Quantized) -> torch.Tensor:

@@ -2,9 +2,9 @@
 
 The windows are shared out in groups of WINDOWS. A worker runs its group through the block as far as the layers that are
 next, and answers with the products of their inputs; they are added here in the order of the groups, so the bits do not
-depend on who ran which. Then the layers are solved here, and their new weights go into a file that workers read before
-they run on. What a worker keeps between two tasks (the block, answers of parts that are finished, inputs in the
-original model) only saves time: another one finds out the same.
+depend on who ran which. Then the layers are solved here, rows of large ones by the others as well (`shared_rows`), and
+their new weights go into a file that workers read before they run on. What a worker keeps between two tasks (the block,
+answers of parts that are finished, inputs in the original model) only saves time: another one finds out the same.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from bitfold.calibration.coding import Coded, Coder, Coding, code
 from bitfold.calibration.listening import Errand, Facts, Heard, Weighing, listen, weigh, weighed
 from bitfold.calibration.resume import Bookmarks
 from bitfold.calibration.runner import Runner
+from bitfold.calibration.shared_rows import code_together, shared_out
 from bitfold.calibration.spill import Keyed, Stream
 from bitfold.calibration.statistics import WINDOWS, Statistics, Sums, Wanted
 from bitfold.calibration.walk import At, BlockWalk, Run, Tuner, member
@@ -140,6 +142,14 @@ class SharedWalk(BlockWalk):
         self._clean()
         self._saved = 0
 
+    def code(self, coding: Coding, whole: torch.Tensor) -> Coded:
+        """See `coding.code`; rows of large layers are shared out."""
+        if self._alone or not shared_out(coding, whole):
+            return code(coding, whole)
+        team = self._team
+        needs = Needs(team.executor.threads, team.needs)
+        return code_together(coding, whole, (team.executor, team.opening, needs, team.limit), self._folder)
+
     def _sent(self, at: At, doing: str) -> Iterator[Heard]:
         """The answers of all groups of windows, in their order."""
         self._save(at)
@@ -183,6 +193,11 @@ class SharedWalk(BlockWalk):
             except OSError as error:
                 raise written_error(error, file, "cannot be written") from error
         self._saved = at.number
+
+
+def coder_of(walk: object) -> Coder:
+    """What codes the rows of the layers of a walk."""
+    return walk.code if isinstance(walk, SharedWalk) else code
 
 
 _RUN = ("quantized", "original")

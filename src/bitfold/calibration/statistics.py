@@ -57,7 +57,15 @@ class Statistics:
     mean: torch.Tensor | None = None
     in_basis: bool = False
 
-    def target(self, w: torch.Tensor, strength: float, damp: float, *, last: bool = False) -> torch.Tensor:
+    def target(
+        self,
+        w: torch.Tensor,
+        strength: float,
+        damp: float,
+        *,
+        last: bool = False,
+        pieces: Sequence[slice] = (slice(None),),
+    ) -> torch.Tensor:
         """The weight that makes up for what the layers before have lost, part of the way (QEP, Qronos).
 
         (1 - a) W + a W C H^-1 is the least-squares solution of W f = W' x at a = 1; C and H are damped alike.
@@ -67,6 +75,7 @@ class Statistics:
             strength: a, 0 to 1.
             damp: added to both diagonals, as a share of the mean diagonal of H.
             last: C is not needed any more, and let go before the factorization.
+            pieces: rows that are multiplied at a time; other ones round otherwise.
         """
         mean = float(self.hessian.diagonal().mean())
         if self.cross is None or strength == 0 or mean == 0 or not math.isfinite(mean):
@@ -75,22 +84,24 @@ class Statistics:
         for (part, h), (_, c) in zip(diagonal_blocks(self.hessian), diagonal_blocks(self.cross), strict=True):
             for at in range(part.start, part.stop, _COLUMNS):
                 here = slice(at - part.start, min(at + _COLUMNS, part.stop) - part.start)
-                moved[:, at : at + here.stop - here.start] = w[:, part] @ (c[:, here] - h[:, here])
+                difference = c[:, here] - h[:, here]
+                for rows in pieces:
+                    moved[rows, at : at + here.stop - here.start] = w[rows, part] @ difference
         if last:
             self.cross = None
         for part, h in diagonal_blocks(self.hessian):
-            _divide(moved[:, part], h, damp)
+            _divide([moved[rows, part] for rows in pieces], h, damp)
         return moved.mul_(strength).add_(w)
 
 
-def _divide(x: torch.Tensor, hessian: torch.Tensor, damp: float) -> None:
-    """x <- x H^-1 with a ridge, some rows at a time."""
+def _divide(some: Sequence[torch.Tensor], hessian: torch.Tensor, damp: float) -> None:
+    """x <- x H^-1 with a ridge, for each x of some."""
     damped = hessian.double()
     damped.diagonal().add_(damp * float(hessian.diagonal().mean()))
     damped.diagonal().clamp_min_(torch.finfo(torch.float32).tiny)  # inputs that are always zero
     lower = damped.mT  # symmetric; its columns lie together, so that LAPACK works in place
     torch.linalg.cholesky(lower, out=lower)
-    for rows in torch.split(x, max(1, _WEIGHTS // x.shape[1])):
+    for rows in (rows for x in some for rows in torch.split(x, max(1, _WEIGHTS // x.shape[1]))):
         wanted = rows.T.double()
         for triangle in (lower, lower.mT):
             wanted = torch.linalg.solve_triangular(triangle, wanted, upper=triangle is not lower)

@@ -29,6 +29,7 @@ from bitfold.qtensor import QTensor, row_ranges
 DAMP = 0.01  # of the mean diagonal
 _ROWS = 256  # of a matrix turned at a time
 WEIGHTS = 1 << 24  # coded at a time
+_ROWS_EACH = 256  # for each thread: those of one piece fill its vectors, and a layer has pieces for many processes
 _SQUARE = 1024  # columns of a Hessian whose products are made at a time
 _ATTEMPTS = 12  # doublings of the damping before a Hessian is given up
 
@@ -76,7 +77,7 @@ def ldlq(
         return _without_data(w, format, fit, start)
     dead = _check(hessian, w.shape[1])
     alive = torch.where(dead, 0.0, w) if dead.any() else w
-    pieces = [slice(0, len(w))] if pruner is not None else row_ranges(format, (len(w), w.shape[1]), WEIGHTS)
+    pieces = [slice(0, len(w))] if pruner is not None else row_pieces(format, w)
     factors: list[_Factor] = []
     found = []
     for rows in pieces:  # rows do not know each other: memory holds the errors of some at a time
@@ -320,27 +321,40 @@ def _best_scale(w: torch.Tensor, q: torch.Tensor, hessian: Moments) -> torch.Ten
     return factor.clamp(0.5, 2.0)[:, None]
 
 
+def row_pieces(format: AnyFormat, w: torch.Tensor) -> list[slice]:
+    """Rows of w (n, k) that are coded together: memory holds their errors. Those of one piece do not know of another.
+
+    Other pieces round otherwise, so they are the same for everybody who codes some of them: a start that is a multiple
+    of the first one's length begins a piece. An accelerator takes as many rows as its memory likes.
+    """
+    n, k = w.shape
+    some = WEIGHTS if w.device.type != "cpu" else min(WEIGHTS, _ROWS_EACH * torch.get_num_threads() * k)
+    return row_ranges(format, (n, k), some)
+
+
 def proxy_loss(w: torch.Tensor, q: torch.Tensor, hessian: Moments) -> float:
     """tr((w - q) H (w - q)^T) / tr(w H w^T): the relative error of the layer's output. A few rows at a time."""
-    unit = float(w.abs().max())
-    if unit == 0:
-        return 0.0
-    lost = whole = 0.0
     step = max(1, WEIGHTS // w.shape[1])
-    for at in range(0, len(w), step):  # squares of huge weights would leave float32
-        part, difference = w[at : at + step] / unit, (w[at : at + step] - q[at : at + step]) / unit
-        whole += _energy(part, hessian)
-        lost += _energy(difference, hessian)
+    some = zip(torch.split(w, step), torch.split(q, step), strict=True)
+    lost, whole = torch.stack([row_losses(part, codes, hessian).sum(0) for part, codes in some]).sum(0).tolist()
     return lost / whole if whole > 0 else 0.0
 
 
-def _energy(w: torch.Tensor, hessian: Moments) -> float:
-    """tr(w H w^T), from the upper half of H: nearly half of the products."""
-    total = 0.0
+def row_losses(w: torch.Tensor, q: torch.Tensor, hessian: Moments) -> torch.Tensor:
+    """(n, 2) float64, of each row: (w - q) H (w - q)^T and w H w^T."""
+    unit = w.abs().amax(1, keepdim=True)
+    unit = torch.where(unit > 0, unit, 1.0)  # squares of huge weights would leave float32
+    found = torch.stack([_energy((w - q) / unit, hessian), _energy(w / unit, hessian)], 1)
+    return found * unit.double().square()
+
+
+def _energy(w: torch.Tensor, hessian: Moments) -> torch.Tensor:
+    """w H w^T of each row, float64, from the upper half of H: nearly half of the products."""
+    total = torch.zeros(len(w), dtype=torch.float64, device=w.device)
     for columns, part in diagonal_blocks(hessian):
         x, h = w[:, columns], part.to(w.dtype)
         for at in range(0, len(h), _SQUARE):
             here = slice(at, at + _SQUARE)
             turned = torch.addmm(x[:, here] @ h[here, here], x[:, :at], h[:at, here], alpha=2)
-            total += float((turned * x[:, here]).sum(dtype=torch.float64))
+            total += (turned * x[:, here]).sum(1, dtype=torch.float64)
     return total

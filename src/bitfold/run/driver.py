@@ -7,7 +7,8 @@ under a name that no loader looks at, and renamed when it is complete; a run tha
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from bitfold.calibration.options import Calibration
 from bitfold.errors import ResourceError
 from bitfold.executors.opening import LOCAL, open_executor
+from bitfold.executors.protocol import Executor
 from bitfold.recipes.options import MethodOptions
 from bitfold.recipes.recipe import Recipe
 from bitfold.records.run_report import QuantizeReport
@@ -25,6 +27,17 @@ from bitfold.run.steps import check, execute, forecast, open_model, plan, record
 from bitfold.system.backend import find_device, within_memory
 
 
+@contextmanager
+def _as_many_threads(executor: Executor) -> Iterator[None]:
+    """What is solved here is solved with the threads of a worker: another number would make other bytes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(executor.threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def run(request: Request, options: RunOptions) -> QuantizeReport:
     """One run: open, plan, forecast, execute, record. See `quantize`."""
     started = time.perf_counter()
@@ -33,6 +46,7 @@ def run(request: Request, options: RunOptions) -> QuantizeReport:
     with (
         open_model(request, options) as opened,
         open_executor(name, options.workers) as executor,
+        _as_many_threads(executor),
         within_memory(options.device),
     ):
         planned = plan(opened, request, options)
