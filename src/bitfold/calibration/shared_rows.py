@@ -6,7 +6,6 @@ Everyone factors the Hessian for himself: it takes no longer than waiting for an
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 import platform
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from bitfold.calibration.coding import Coded, Coding, code
 from bitfold.calibration.fallback import recoverable
 from bitfold.calibration.statistics import Statistics
+from bitfold.checkpoints.safetensors import digest_of
 from bitfold.checkpoints.shards import written_error
 from bitfold.errors import CheckpointError
 from bitfold.executors.protocol import Executor, Needs, Task, run_all
@@ -88,7 +88,7 @@ def code_together(
     executor, opening, needs, limit = team
     known, pieces = coding.statistics, shared_out(coding, whole)
     assert known is not None
-    file = folder / f"coding-{next(_counter)}.part"
+    file = _aside(folder, "coding")
     _write(file, {_WEIGHTS: whole, **_statistics(known), **_factors(coding)})
     numbers = (known.tokens, known.in_basis, coding.seed, coding.refit)
     tasks = [
@@ -98,7 +98,7 @@ def code_together(
             (Rows(opening, limit, str(file), coding.names, (first, stop), numbers, coding.drift),),
             needs,
         )
-        for first, stop in _cut(pieces, executor.workers)
+        for first, stop in cut(pieces, executor.workers)
     ]
     answers = {task.name: answer for task, answer in run_all(executor, tasks)}
     found = []
@@ -115,8 +115,13 @@ def code_together(
     return Coded([q], flags, joined[_APART], joined[_LOSSES])
 
 
-def _cut(pieces: list[slice], workers: int) -> list[tuple[int, int]]:
-    """Neighbours together, as many rows for each as can be."""
+def _aside(folder: Path, kind: str) -> Path:
+    """A new file, of a name that no other process gives, and none gave before: a node might still know its content."""
+    return folder / f"{kind}-{platform.node()}-{os.getpid()}-{next(_counter)}.part"
+
+
+def cut(pieces: list[slice], workers: int) -> list[tuple[int, int]]:
+    """First row and the one after the last of what each takes: neighbours together, as many for each as can be."""
     count = min(len(pieces), max(1, workers))
     ends = [len(pieces) * i // count for i in range(count + 1)]
     return [(pieces[a].start, pieces[b - 1].stop) for a, b in itertools.pairwise(ends)]
@@ -128,7 +133,8 @@ def _statistics(known: Statistics) -> dict[str, torch.Tensor]:
 
 
 def _factors(coding: Coding) -> dict[str, torch.Tensor]:
-    return {_FACTORS: coding.transform.scale} if isinstance(coding.transform, Diagonal) else {}
+    factors = coding.transform.scale if isinstance(coding.transform, Diagonal) else None
+    return {} if factors is None else {_FACTORS: factors}
 
 
 def _write(file: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -140,10 +146,9 @@ def _write(file: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def _read(answer: Answer) -> dict[str, torch.Tensor]:
     path = Path(answer.file)
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != answer.digest:
-            hint = "the same command makes it again"
-            raise CheckpointError("codes of another process are not as they were written", where=str(path), hint=hint)
+    if digest_of(path) != answer.digest:
+        hint = "the same command makes it again"
+        raise CheckpointError("codes of another process are not as they were written", where=str(path), hint=hint)
     found = load_file(path)
     path.unlink()
     return found
@@ -173,12 +178,11 @@ def code_rows(task: Rows) -> Answer | Exception:
     except Exception as error:
         return recoverable(error)
     assert coded.losses is not None
-    path = Path(task.file).with_name(f"coded-{platform.node()}-{os.getpid()}-{next(_counter)}.part")
+    path = _aside(Path(task.file).parent, "coded")
     fields = {f"{_FIELD}{name}": value for name, value in coded.qs[0].fields.items()}
     _write(path, {**fields, _APART: coded.apart, _LOSSES: coded.losses})
     ceiling.check()
-    with path.open("rb") as written:
-        return Answer(str(path), hashlib.file_digest(written, "sha256").hexdigest(), coded.flags)
+    return Answer(str(path), digest_of(path), coded.flags)
 
 
 def _moments(file: Any, keys: set[str], kind: str) -> Moments | None:

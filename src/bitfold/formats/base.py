@@ -213,6 +213,11 @@ class Format:
         """Codes the columns of w (n, k) one by one under given scales."""
         return GridCoder(self, (w.shape[0], w.shape[1]), params, w.device)
 
+    @property
+    def rows_at_once(self) -> int | None:
+        """See `AnyFormat`: steps between integers are made in the native core, others column by column by PyTorch."""
+        return 256 if self.grid.uniform and self.scale is not None else None
+
     def rescaled(self, fields: Fields, factor: torch.Tensor) -> dict[str, torch.Tensor]:
         """The same codes with the scales of each row times `factor` (n, 1); unchanged where scales span rows."""
         if self.scale is None or self.scale.block[0] != 1 or isinstance(self.scale.store, Grid):

@@ -24,7 +24,7 @@ class Cast:
     name: str
     dtype: torch.dtype
     plain = True
-    scale = grid = levels = code = books = magnitudes = ggml = rescaled = weighted = None
+    scale = grid = levels = code = books = magnitudes = ggml = rescaled = weighted = rows_at_once = None
 
     @property
     def bits(self) -> Fraction:

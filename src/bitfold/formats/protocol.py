@@ -90,6 +90,11 @@ class AnyFormat(Protocol):
         ...
 
     @property
+    def rows_at_once(self) -> int | None:
+        """With how many rows for each thread that coder is as fast as it gets; None: more are always faster."""
+        ...
+
+    @property
     def rescaled(self) -> Callable[[Fields, Tensor], dict[str, Tensor]] | None:
         """(fields, factor (n, 1)) -> fields with the same codes and each row's scale times its factor."""
         ...

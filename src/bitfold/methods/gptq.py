@@ -29,7 +29,6 @@ from bitfold.qtensor import QTensor, row_ranges
 DAMP = 0.01  # of the mean diagonal
 _ROWS = 256  # of a matrix turned at a time
 WEIGHTS = 1 << 24  # coded at a time
-_ROWS_EACH = 256  # for each thread: those of one piece fill its vectors, and a layer has pieces for many processes
 _SQUARE = 1024  # columns of a Hessian whose products are made at a time
 _ATTEMPTS = 12  # doublings of the damping before a Hessian is given up
 
@@ -328,7 +327,8 @@ def row_pieces(format: AnyFormat, w: torch.Tensor) -> list[slice]:
     of the first one's length begins a piece. An accelerator takes as many rows as its memory likes.
     """
     n, k = w.shape
-    some = WEIGHTS if w.device.type != "cpu" else min(WEIGHTS, _ROWS_EACH * torch.get_num_threads() * k)
+    each = format.rows_at_once if w.device.type == "cpu" else None
+    some = WEIGHTS if each is None else min(WEIGHTS, each * torch.get_num_threads() * k)
     return row_ranges(format, (n, k), some)
 
 

@@ -45,7 +45,7 @@ class Additive:
     books: int
     code_bits: int
     plain = False
-    grid = levels = code = magnitudes = ggml = decode_columns = weighted = None
+    grid = levels = code = magnitudes = ggml = decode_columns = weighted = rows_at_once = None
 
     @property
     def bits(self) -> Fraction:

@@ -195,7 +195,7 @@ class E8PFormat:
 
     name: str = "e8p"
     plain = False
-    grid = levels = code = books = ggml = decode_columns = weighted = None
+    grid = levels = code = books = ggml = decode_columns = weighted = rows_at_once = None
 
     @property
     def bits(self) -> Fraction:

@@ -91,6 +91,11 @@ class Ggml:
         return start
 
     @property
+    def rows_at_once(self) -> int:
+        """See `AnyFormat`: vectors are compared with all points in products of matrices."""
+        return 256 if self.name in STRUCTURES else 1024
+
+    @property
     def scale(self) -> Scale | None:
         """None: the scales are part of the blocks, no fit chooses them."""
         return None

@@ -48,6 +48,7 @@ class Trellis:
     code: TrellisCode
     plain = False
     grid = books = magnitudes = ggml = decode_columns = weighted = None
+    rows_at_once = 32 * TILE_ROWS  # the search has a tile in each lane of its vectors
 
     @property
     def bits(self) -> Fraction:
