@@ -13,7 +13,7 @@ import torch
 import bitfold
 import tiny_lm
 from bitfold import Calibration
-from bitfold.calibration import fisher, inputs, session, shared_input
+from bitfold.calibration import coding, fisher, inputs, session
 from bitfold.calibration.fallback import recoverable
 from bitfold.calibration.runner import Runner
 from bitfold.calibration.walk import BlockWalk
@@ -104,14 +104,14 @@ def test_inputs_that_are_all_zero(tmp_path: Path) -> None:
 
 def test_one_layer_that_cannot_be_solved(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is rounded without data, and the layers after it see what it has become."""
-    solve = shared_input.solve
+    solve = coding.solve
 
     def failing(scheme: Any, w: Any, hessian: Any, *args: Any, **options: Any) -> Any:
         if hessian is not None and len(hessian) == 96:  # the inputs of down_proj
             fail()
         return solve(scheme, w, hessian, *args, **options)
 
-    monkeypatch.setattr(shared_input, "solve", failing)
+    monkeypatch.setattr(coding, "solve", failing)
     log = tmp_path / "events.jsonl"
     report = bitfold.quantize(source, tmp_path / "out", **OPTIONS, calibration=text(source, fisher=False), events=log)
     assert len(report.fallbacks) == 2

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import bitfold
-import bitfold.calibration.shared_input
+import bitfold.calibration.coding
 import tiny_lm
 from bitfold import Calibration
 from bitfold.calibration import Statistics, Wanted, calibration_tokens
@@ -171,7 +171,7 @@ def test_a_run_in_ranges_is_the_library_s_solution(
             seen.append((w.clone(), hessian, q.fields["codes"]))
         return q, flags
 
-    monkeypatch.setattr(bitfold.calibration.shared_input, "solve", spy)
+    monkeypatch.setattr(bitfold.calibration.coding, "solve", spy)
     report = bitfold.quantize(source, tmp_path / "out", **GPTQ, calibration=text(source, columns=NARROWEST))
     assert report.preflight["ranges"] == ["model.layers.0.mlp.down_proj.weight"]
     convert(tmp_path / "out", tmp_path / "plain", dtype="float32")
