@@ -115,8 +115,11 @@ def test_a_storage_that_fails_for_a_moment_is_asked_again(
     monkeypatch.setattr(type(system), "get_file", failing)
     assert module.fetch(store, tmp_path).is_dir()
     monkeypatch.setattr(type(system), "find", lambda *_, **__: (_ for _ in ()).throw(OSError("503 Slow Down")))
+    waits = list[float]()
+    monkeypatch.setattr(module, "_sleep", waits.append)
     with pytest.raises(CheckpointError, match="503 Slow Down"):
         module.fetch(f"{store}/other", tmp_path)
+    assert waits == [0.001, 0.002, 0.004]  # they grow, and end
 
 
 def test_a_file_that_came_short_is_not_taken(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

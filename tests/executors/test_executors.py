@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -12,7 +13,7 @@ import pytest
 from bitfold.errors import BitfoldError, CheckpointError, ResourceError, UsageError
 from bitfold.executors.opening import check_executor, open_executor
 from bitfold.executors.processes import cores
-from bitfold.executors.protocol import TRIES, Needs, Task, run_all
+from bitfold.executors.protocol import TRIES, WAIT, Needs, Task, carried_out, run_all
 
 
 def square(x: int) -> int:
@@ -91,6 +92,34 @@ def test_storage_may_fail_for_a_moment(tmp_path: Path) -> None:
         assert [answer for _, answer in run_all(executor, [task(fail_until, str(tmp_path), TRIES - 1)])] == ["done"]
     with open_executor("processes", 1) as executor, pytest.raises(ResourceError, match="503, mark"):
         list(run_all(executor, [task(fail_until, str(tmp_path), 99)]))
+
+
+def test_waits_grow() -> None:
+    """Of storage that fails, whether the error is its own or says what could not be read; not of a full disk."""
+    for error in (OSError("503"), _caused(OSError(errno.EIO, "")), _caused(ConnectionResetError())):
+        waits, times = list[float](), list[int]()
+
+        def failing(error: Exception = error, times: list[int] = times) -> str:
+            times.append(1)
+            if len(times) < TRIES:
+                raise error
+            return "done"
+
+        assert carried_out(failing, (), waits.append) == "done"
+        assert waits == [WAIT, 2 * WAIT]
+        with pytest.raises(type(error)):
+            carried_out(lambda error=error: failing(error, []), (), waits.append)
+    waits = []
+    for error in (OSError(errno.ENOSPC, ""), _caused(OSError(errno.ENOSPC, "")), CheckpointError("is broken")):
+        with pytest.raises(type(error)):
+            carried_out(failing, (error, []), waits.append)
+    assert waits == []
+
+
+def _caused(error: OSError) -> CheckpointError:
+    found = CheckpointError("cannot be read")
+    found.__cause__ = error
+    return found
 
 
 def test_errors_for_people_come_as_they_were_raised() -> None:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from bitfold.calibration.fallback import Fallback, recoverable
@@ -17,7 +16,7 @@ from bitfold.calibration.options import Calibration
 from bitfold.calibration.resume import IDS, Bookmarks
 from bitfold.calibration.shape import walk_shape
 from bitfold.calibration.walk import Text
-from bitfold.checkpoints.shards import sync_file, written_error
+from bitfold.checkpoints.shards import save_tensors, sync_file, written_error
 from bitfold.errors import ModelError
 from bitfold.models.vocabulary import refuse_unknown_tokens
 from bitfold.system.backend import fast_dtype
@@ -96,13 +95,12 @@ def prepare(
 def _keep(tensors: dict[str, torch.Tensor], file: Path) -> None:
     """Under its name when it is whole."""
     aside = file.with_name(f"{file.name}.tmp")
+    save_tensors(tensors, aside)
     try:
-        save_file(tensors, aside)
         sync_file(aside)
         aside.replace(file)
-    except (OSError, SafetensorError) as error:
-        cause = error if isinstance(error, OSError) else OSError(str(error))
-        raise written_error(cause, file, "cannot be written") from error
+    except OSError as error:
+        raise written_error(error, file, "cannot be written") from error
 
 
 def _from_file(file: Path, bookmarks: Bookmarks | None) -> tuple[Text, Fallback | None]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from bitfold.calibration.finished import AnswerReplay
@@ -23,6 +23,7 @@ from bitfold.calibration.statistics import WINDOWS, Sums, Wanted
 from bitfold.calibration.tensors import Reader, original
 from bitfold.calibration.walk import BlockWalk, Run, Text, member
 from bitfold.checkpoints import Source
+from bitfold.checkpoints.shards import save_tensors
 from bitfold.errors import ModelError
 from bitfold.models.swap import transform_of
 from bitfold.nn import set_tensor
@@ -227,7 +228,7 @@ def weigh(task: Weighing) -> str:
     found = {f"{number}/{name}": row for number, (squares, _) in some.found.items() for name, row in squares.items()}
     states = {f"{number}/": state for number, (_, state) in some.found.items()}
     path = Path(text).with_name(f"weighed-{platform.node()}-{os.getpid()}-{next(_counter)}.safetensors")
-    save_file({**found, **states}, path)
+    save_tensors({**found, **states}, path)
     ceiling.check()
     return str(path)
 
@@ -299,7 +300,7 @@ def _measured(bench: _Bench, seat: _Seat, errand: Errand, run: Run, group: list[
         group[0], sums, kept, walk.text.weight(full), closing=False
     )
     path = bench.aside("heard")
-    save_file(sums.part(), path)
+    save_tensors(sums.part(), path)
     return str(path)
 
 

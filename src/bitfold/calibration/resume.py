@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from bitfold.calibration.spill import Stream
 from bitfold.checkpoints.safetensors import digest_of
-from bitfold.checkpoints.shards import sync_file, written_error
+from bitfold.checkpoints.shards import save_tensors, sync_file
 from bitfold.system.memory import peak
 from bitfold.workspace.events import Events
 from bitfold.workspace.folder import Workspace
@@ -154,9 +153,5 @@ class Bookmarks:
         return load_file(file) if file.is_file() and digest_of(file) == known.get(name) else None
 
     def _save(self, file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-        try:
-            save_file({name: value.contiguous() for name, value in tensors.items()}, file)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            cause: Any = error if isinstance(error, OSError) else OSError(str(error))
-            raise written_error(cause, file, "cannot be written") from error
+        save_tensors(tensors, file)
         sync_file(file)

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from bitfold.calibration.coding import Coded, Coding, code
 from bitfold.calibration.fallback import recoverable
 from bitfold.calibration.statistics import Statistics
 from bitfold.checkpoints.safetensors import digest_of
-from bitfold.checkpoints.shards import written_error
+from bitfold.checkpoints.shards import save_tensors
 from bitfold.errors import CheckpointError
 from bitfold.executors.protocol import Executor, Needs, Task, run_all
 from bitfold.methods.gptq import row_pieces
@@ -89,7 +89,7 @@ def code_together(
     known, pieces = coding.statistics, shared_out(coding, whole)
     assert known is not None
     file = _aside(folder, "coding")
-    _write(file, {_WEIGHTS: whole, **_statistics(known), **_factors(coding)})
+    save_tensors({_WEIGHTS: whole, **_statistics(known), **_factors(coding)}, file)
     numbers = (known.tokens, known.in_basis, coding.seed, coding.refit)
     tasks = [
         Task(
@@ -137,13 +137,6 @@ def _factors(coding: Coding) -> dict[str, torch.Tensor]:
     return {} if factors is None else {_FACTORS: factors}
 
 
-def _write(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    try:
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, file)
-    except OSError as error:
-        raise written_error(error, file, f"cannot be written on {platform.node()}") from error
-
-
 def _read(answer: Answer) -> dict[str, torch.Tensor]:
     path = Path(answer.file)
     if digest_of(path) != answer.digest:
@@ -180,7 +173,7 @@ def code_rows(task: Rows) -> Answer | Exception:
     assert coded.losses is not None
     path = _aside(Path(task.file).parent, "coded")
     fields = {f"{_FIELD}{name}": value for name, value in coded.qs[0].fields.items()}
-    _write(path, {**fields, _APART: coded.apart, _LOSSES: coded.losses})
+    save_tensors({**fields, _APART: coded.apart, _LOSSES: coded.losses}, path)
     ceiling.check()
     return Answer(str(path), digest_of(path), coded.flags)
 

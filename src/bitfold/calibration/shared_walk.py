@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from bitfold.calibration.coding import Coded, Coder, Coding, code
 from bitfold.calibration.listening import Errand, Facts, Heard, Weighing, listen, weigh, weighed
@@ -26,7 +26,7 @@ from bitfold.calibration.shared_rows import code_together, shared_out
 from bitfold.calibration.spill import Keyed, Stream
 from bitfold.calibration.statistics import WINDOWS, Statistics, Sums, Wanted
 from bitfold.calibration.walk import At, BlockWalk, Run, Tuner, member
-from bitfold.checkpoints.shards import written_error
+from bitfold.checkpoints.shards import save_tensors
 from bitfold.executors.protocol import Executor, Needs, Task, run_all
 from bitfold.system.backend import fast_dtype
 
@@ -186,12 +186,8 @@ class SharedWalk(BlockWalk):
             for name in at.groups[number]:
                 one = member(block, name)
                 full = f"{name}.weight" if isinstance(one, torch.nn.Module) else name
-                found[f"{self.inside(at.index)}{full}"] = block.get_parameter(full).detach().contiguous()
-            file = self._solved(at, number)
-            try:
-                save_file(found, file)
-            except OSError as error:
-                raise written_error(error, file, "cannot be written") from error
+                found[f"{self.inside(at.index)}{full}"] = block.get_parameter(full)
+            save_tensors(found, self._solved(at, number))
         self._saved = at.number
 
 

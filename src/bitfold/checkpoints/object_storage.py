@@ -186,11 +186,12 @@ class _Place:
                     hint = "is it reachable, and are there credentials? The same command goes on"
                     what = f"the storage fails: {type(error).__name__}: {_line(error)}"
                     raise CheckpointError(what, where=self.url, hint=hint) from error
-                time.sleep(_WAIT * 2**attempt)
+                _sleep(_WAIT * 2**attempt)
         raise AssertionError("unreachable")
 
 
 _WAIT = 1.0  # seconds before the second attempt
+_sleep = time.sleep
 
 
 def _inside(name: str, url: str) -> str:

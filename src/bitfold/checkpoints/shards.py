@@ -10,12 +10,16 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from bitfold.checkpoints.headers import make_header
 from bitfold.checkpoints.safetensors import write_json
@@ -25,6 +29,7 @@ from bitfold.system.tensorinfo import TensorInfo
 
 SHARD_BYTES = 4 << 30  # a new file of a folder is begun there where nothing else is said
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_NUMBER = re.compile(r"\(os error (\d+)\)")  # as safetensors tells of an error of the system
 _PIECE = 1 << 24  # bytes hashed at a time when a file is read back
 
 
@@ -216,3 +221,19 @@ def written_error(error: OSError, path: Path, what: str) -> CheckpointError:
         hint = "make room, and run the same command again"
         return CheckpointError(f"{what}: {reason}", where=str(path), hint=hint)
     return CheckpointError(f"{what}: {error}", where=str(path))
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Write a file of safetensors; nothing is left of one that could not be written whole.
+
+    Raises:
+        CheckpointError: see `written_error`; safetensors itself raises an error that is no OSError.
+    """
+    try:
+        save_file({name: value.detach().contiguous() for name, value in tensors.items()}, file)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
+        number = _NUMBER.search(str(error))
+        cause = error if isinstance(error, OSError) else OSError(int(number[1]) if number else 0, str(error))
+        raise written_error(cause, file, "cannot be written") from error

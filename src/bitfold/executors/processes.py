@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from bitfold.errors import BitfoldError
-from bitfold.executors.protocol import TRIES, Executor, Task, died
+from bitfold.executors.protocol import TRIES, Executor, Task, carried_out, died
 
 _BEGIN = 'in a script, call it below `if __name__ == "__main__":`, for each worker imports the script'
 
@@ -109,10 +109,10 @@ class Processes:
                 self._failed(task, answer)
 
     def _failed(self, task: Task, error: BaseException) -> None:
-        """Storage may fail for a moment; what else a task raises, it would raise again."""
-        if not isinstance(error, OSError):
-            raise error
-        self._again(task, f"{type(error).__name__}: {error}", error)
+        """Storage has been waited for; what else a task raises, it would raise again."""
+        if isinstance(error, OSError):
+            raise died(task, TRIES, f"{type(error).__name__}: {error}") from error
+        raise error
 
     def _lost(self, worker: _Worker) -> None:
         """Its process is gone: another one will take its task."""
@@ -132,10 +132,10 @@ class Processes:
             cause += f" ({_BEGIN})"
         self._again(task, cause)
 
-    def _again(self, task: Task, cause: str, error: BaseException | None = None) -> None:
+    def _again(self, task: Task, cause: str) -> None:
         self._tries[task.name] = self._tries.get(task.name, 0) + 1
         if self._tries[task.name] >= TRIES:
-            raise died(task, TRIES, cause) from error
+            raise died(task, TRIES, cause)
         self._waiting.append(task)
 
     def blind(self, paths: Sequence[str]) -> list[str]:
@@ -177,7 +177,7 @@ def _serve(pipe: Connection, threads: int) -> None:
         except (EOFError, OSError):
             return
         try:
-            answer: tuple[bool, Any] = True, function(*arguments)
+            answer: tuple[bool, Any] = True, carried_out(function, arguments)
         except Exception as error:
             answer = False, _sendable(error)
         pipe.send(answer)

@@ -2,12 +2,14 @@
 
 A task is a function that can be imported, with small arguments: names, paths, numbers. It answers with something small
 as well; what is large lies in files. It may be run twice, or be cut off at any moment, and must leave nothing that
-looks whole. An engine tries a task again when the process or the machine under it goes away, or when storage fails for
-a moment.
+looks whole. An engine tries a task again when the process or the machine under it goes away, and after a while when
+storage fails for a moment.
 """
 
 from __future__ import annotations
 
+import errno
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,6 +17,8 @@ from typing import Any, Protocol
 from bitfold.errors import BitfoldError, ResourceError
 
 TRIES = 3  # of a task that dies
+_LASTS = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOENT}
+WAIT = 0.5  # seconds before storage that failed is tried a second time; twice as many before each further one
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,31 @@ def run_all(executor: Executor, tasks: Iterable[Task]) -> Iterator[tuple[Task, A
     except BaseException:
         executor.cancel()
         raise
+
+
+def carried_out(
+    function: Callable[..., Any], arguments: tuple[Any, ...], sleep: Callable[[float], object] = time.sleep
+) -> Any:
+    """What a task answers, where it runs; storage that fails for a moment (503, a server that begins anew) is awaited.
+
+    Raises:
+        Exception: what the task raised, the last time it was tried if storage failed, otherwise the first time.
+    """
+    for attempt in range(TRIES - 1):
+        try:
+            return function(*arguments)
+        except (OSError, BitfoldError) as error:
+            if not _passes(error):
+                raise
+        sleep(WAIT * 2**attempt)
+    return function(*arguments)
+
+
+def _passes(error: BaseException) -> bool:
+    """Whether it comes from storage, and may be over in a moment: a full disk does not get empty, nor a name right."""
+    while isinstance(error, BitfoldError) and error.__cause__ is not None:
+        error = error.__cause__
+    return isinstance(error, OSError) and error.errno not in _LASTS
 
 
 def died(task: Task, tries: int, cause: str) -> BitfoldError:

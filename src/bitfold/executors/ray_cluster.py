@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import re
 import socket
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 from bitfold.errors import BitfoldError, ResourceError, UsageError
 from bitfold.executors.processes import cores
-from bitfold.executors.protocol import TRIES, Executor, Task, died
+from bitfold.executors.protocol import TRIES, Executor, Task, carried_out, died
 
 _HOST_PORT = re.compile(r"(?:ray://)?([^:/]+):(\d+)")
 _PATIENCE = 10.0  # seconds
@@ -112,7 +113,7 @@ class RayCluster:
             what = f"no machine of the cluster has {needs.cores} cores and {needs.memory} bytes of memory"
             raise ResourceError(what, where=task.name, hint="add one, or choose a method that needs less")
         options = {"num_cpus": needs.cores, "memory": needs.memory, "max_retries": TRIES - 1, "name": task.name}
-        remote = self._ray.remote(retry_exceptions=[OSError], **options)(_call)
+        remote = self._ray.remote(**options)(_call)
         self._running[remote.remote(task.function, task.arguments, self.threads)] = task
 
     def wait(self) -> tuple[Task, Any]:
@@ -171,8 +172,14 @@ def _connected(address: str | None) -> Any:
 
 
 def _call(function: Callable[..., Any], arguments: tuple[Any, ...], threads: int) -> Any:
-    """What runs over there."""
+    """What runs over there; errors say where that is."""
     import torch
 
     torch.set_num_threads(threads)
-    return function(*arguments)
+    here = platform.node()
+    try:
+        return carried_out(function, arguments)
+    except BitfoldError as error:
+        raise type(error)(f"on {here}: {error.what}", where=error.where, hint=error.hint) from error
+    except OSError as error:
+        raise OSError(error.errno, f"on {here}: {error}") from error

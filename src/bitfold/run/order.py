@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
@@ -112,8 +111,7 @@ def _compare(asked: dict[str, Any], found: dict[str, Any]) -> None:
             different.append(key)
     if different:
         raise CheckpointError(
-            f"a worker on {platform.node()} would make other bytes than the program that called it: different are"
-            f" {', '.join(different)}",
+            f"a worker would make other bytes than the program that called it: different are {', '.join(different)}",
             where="--executor",
             hint="the same bitfold, libraries, kind of processor and source everywhere",
         )

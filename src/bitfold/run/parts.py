@@ -82,7 +82,7 @@ def make_part(order: Order, tensors: tuple[str, ...], folder: str, limit: int | 
         sync_file(aside / _FACTS)
         _give_name(aside, Path(folder) / name)
     except OSError as error:
-        raise written_error(error, aside, f"cannot be written on {platform.node()}") from error
+        raise written_error(error, aside, "cannot be written") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return name

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from bitfold.checkpoints.safetensors import digest_of
-from bitfold.checkpoints.shards import sync_file
+from bitfold.checkpoints.shards import save_tensors, sync_file
 from bitfold.errors import ModelError, UsageError
 from bitfold.system import progress
 from bitfold.system.team import Team, alone
@@ -208,7 +208,7 @@ class Course:
             return
         file = self._work.state / _FILE.format(state.step)
         best = {f"best/{name}": w for name, w in state.values.items()}
-        save_file({**self._masters.state(), **best}, file)
+        save_tensors({**self._masters.state(), **best}, file)
         sync_file(file)
         facts = {"step": state.step, "best": state.best, "loss": state.loss, "looks": state.looks}
         self._work.journal.append({"kind": "step", "file": file.name, "sha256": digest_of(file), **facts})

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from bitfold.checkpoints.safetensors import digest_of
-from bitfold.checkpoints.shards import sync_file
+from bitfold.checkpoints.shards import save_tensors, sync_file
 from bitfold.errors import ModelError, UsageError
 from bitfold.evaluation.predictions import TopRows
 from bitfold.models.model_ref import ModelRef
@@ -105,7 +105,7 @@ class Lessons:
             _also(kept, file)
         else:
             rows = self._predicted(teacher, number, words)
-            save_file({"words": rows.words, "codes": rows.codes, "top": rows.top}, file)
+            save_tensors({"words": rows.words, "codes": rows.codes, "top": rows.top}, file)
             sync_file(file)
             if kept is not None:
                 kept.parent.mkdir(exist_ok=True)
