@@ -392,5 +392,5 @@ def test_tasks_of_lm_eval(original: Path, tmp_path: Path) -> None:
 
 def test_tasks_without_lm_eval(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.setattr("bitfold.evaluation.fidelity._run", None)  # it is found out before anything is run
+    monkeypatch.setattr("bitfold.evaluation.fidelity._outcome", None)  # it is found out before anything is run
     _refused(UsageError, "need lm-eval", original, None, tiny_lm.TEXT, tasks=["arc"], context=CONTEXT, max_tokens=128)

@@ -141,6 +141,13 @@ Device = Annotated[
 MaxGpuMemory = Annotated[
     str | None, typer.Option(help="Ceiling on the memory of the accelerator, such as 8GB.", show_default=False)
 ]
+Executor = Annotated[
+    str,
+    typer.Option(help="Where the work is done: local, processes (of this machine), ray or ray:ADDRESS (a cluster)."),
+]
+Workers = Annotated[
+    int | None, typer.Option(help="How many processes (default: one for each core).", show_default=False)
+]
 ModelArgument = Annotated[
     str, typer.Argument(help="A model folder, a GGUF file, or a Hub repository (org/name).", show_default=False)
 ]

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitfold.cli.app import Device, Json, MaxGpuMemory, ModelArgument, Revision, app, print_json, the_device
+from bitfold.cli.app import (
+    Device,
+    Executor,
+    Json,
+    MaxGpuMemory,
+    ModelArgument,
+    Revision,
+    Workers,
+    app,
+    print_json,
+    the_device,
+)
 from bitfold.errors import UsageError
 
 if TYPE_CHECKING:
@@ -107,6 +118,8 @@ def evaluate(
     cache_dir: CacheDirOption = None,
     save: SaveOption = False,
     update_card: UpdateCardOption = False,
+    executor: Executor = "local",
+    workers: Workers = None,
     device: Device = "cpu",
     max_gpu_memory: MaxGpuMemory = None,
     revision: Revision = None,
@@ -118,8 +131,10 @@ def evaluate(
     text = with_column(text, text_column)
     limits = {"max_kl": max_kl, "max_perplexity": max_perplexity, "min_top1": min_top1}
     if metric is Metric.embedding:
-        if tasks or save or update_card or any(limit is not None for limit in limits.values()):
-            raise UsageError("embeddings have no limits, no tasks and no record", where="--metric embedding")
+        kept = tasks or save or update_card or any(limit is not None for limit in limits.values())
+        if kept or (executor, workers) != ("local", None):
+            what = "embeddings have no limits, no tasks, no record, and are computed in this process"
+            raise UsageError(what, where="--metric embedding")
         _embedding(model, reference, text, batch, the_device(device, max_gpu_memory), json=json)
         return
     if reference is None and (max_kl is not None or min_top1 is not None):
@@ -137,6 +152,8 @@ def evaluate(
         "limit": limit,
         "start_token": start_token,
         "device": the_device(device, max_gpu_memory),
+        "executor": executor,
+        "workers": workers,
     }
     _language(model, reference, text, options, _After(save, update_card, limits), json=json)
 

@@ -7,7 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from bitfold.cli.app import Device, Json, MaxGpuMemory, PreTokenizer, Revision, app, print_json, the_device
+from bitfold.cli.app import (
+    Device,
+    Executor,
+    Json,
+    MaxGpuMemory,
+    PreTokenizer,
+    Revision,
+    Workers,
+    app,
+    print_json,
+    the_device,
+)
 from bitfold.errors import UsageError
 from bitfold.system.units import parse_size
 
@@ -138,13 +149,6 @@ MaxShardSizeOption = Annotated[
 UploadRepoOption = Annotated[
     str | None, typer.Option(help="Publish the folder as this Hub repository when it is complete.")
 ]
-ExecutorOption = Annotated[
-    str,
-    typer.Option(help="Where the work is done: local, processes (of this machine), ray or ray:ADDRESS (a cluster)."),
-]
-WorkersOption = Annotated[
-    int | None, typer.Option(help="How many processes (default: one for each core).", show_default=False)
-]
 LowDiskOption = Annotated[
     bool,
     typer.Option("--low-disk", help="Fetch and send file by file, keeping neither: repository to --upload-repo."),
@@ -193,8 +197,8 @@ def quantize(
     revision: Revision = None,
     upload_repo: UploadRepoOption = None,
     low_disk: LowDiskOption = False,
-    executor: ExecutorOption = "local",
-    workers: WorkersOption = None,
+    executor: Executor = "local",
+    workers: Workers = None,
     device: Device = "cpu",
     max_gpu_memory: MaxGpuMemory = None,
     json: Json = False,

@@ -30,13 +30,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from bitfold.checkpoints.inspection import inspect
 from bitfold.errors import QualityError, UsageError
 from bitfold.evaluation.reading import CausalPassages, Passages, masked_passages
-from bitfold.evaluation.scoring import TOP, Beside, Scores, Setting, perplexity, reference_on_disk, score
+from bitfold.evaluation.scoring import TOP, Outcome, Scores, Setting, perplexity, run_both
+from bitfold.evaluation.shared import score_together
 from bitfold.evaluation.tasks import check_tasks, run_tasks
+from bitfold.executors.opening import LOCAL, check_executor, open_executor
 from bitfold.models.model_ref import Model, ModelRef, read_dtype, weight_files
 from bitfold.records.run_report import peak_memory
 from bitfold.system.backend import find_device, within_memory
@@ -140,6 +141,8 @@ def evaluate(
     limit: int | None = None,
     start_token: bool = True,
     device: str | torch.device = "cpu",
+    executor: str = LOCAL,
+    workers: int | None = None,
 ) -> Evaluation:
     """Judge a language model, alone or against the model it was made from.
 
@@ -161,7 +164,7 @@ def evaluate(
         revision: branch, tag or commit of the model's Hub repository.
         tasks, limit: of lm-eval (extra `tasks`), run on the loaded model as well; documents of each, None: all.
         start_token: windows begin as the tokenizer begins a text (masked models': always).
-        device: where the models run: "cpu", "cuda", "mps", "xpu" or "auto". Predictions are compared on the CPU.
+        device, executor, workers: where the models run, as for `quantize`. Predictions are compared on the CPU.
 
     Raises:
         UsageError: a text that is missing or too short, sizes that do not fit, tokenizers that differ.
@@ -169,23 +172,26 @@ def evaluate(
         CheckpointError, HubError: a model that cannot be read or fetched.
     """
     start, place = time.monotonic(), find_device(device)
-    _check(metric, tasks, cache_dir)
+    _check(metric, tasks, cache_dir, (executor, workers))
     judged, against = _subjects(model, revision, reference, metric)
     sizes = _Sizes(metric, context, stride, max_tokens, start_token)
     passages, tokenizer = _passages(judged, against, text, tokenizer, sizes)
     setting = Setting(passages, batch, read_dtype(dtype), _AUTO[metric], tokenizer, place)
-    with _workspace(cache_dir) as folder, within_memory(place):
-        scores, reference_nll, loaded = _run(judged, against, setting, folder)
-    facts = {"metric": metric, "text": texts.text_name(text), "bpw": stored_bpw(loaded), **_file_facts(judged)}
-    facts["start_token"] = start_name(passages.start, tokenizer)
-    if tasks:
-        facts["tasks"] = run_tasks(loaded, tokenizer, tasks, limit=limit, batch=batch)
-    facts["seconds"] = time.monotonic() - start
-    return _summary(scores, reference_nll, passages, facts)
+    found = _outcome(judged, against, setting, cache_dir, (executor, workers))
+    facts = {"metric": metric, "text": texts.text_name(text), "bpw": found.bpw, **_file_facts(judged)}
+    if tasks and found.model is not None:
+        facts["tasks"] = run_tasks(found.model, tokenizer, tasks, limit=limit, batch=batch)
+    facts |= {"start_token": start_name(passages.start, tokenizer), "seconds": time.monotonic() - start}
+    return _summary(found.scores, found.lost, passages, facts)
 
 
-def _check(metric: str, tasks: Sequence[str], cache_dir: str | Path | None) -> None:
-    """UsageError, before anything is run, for an unknown metric, tasks that cannot be run, a folder that is none."""
+def _check(metric: str, tasks: Sequence[str], cache_dir: str | Path | None, how: tuple[str, int | None]) -> None:
+    """UsageError, before anything is run, for an unknown metric, tasks that cannot be run, a folder that is none, an
+    executor that there is not."""
+    check_executor(*how)
+    if how[0] != LOCAL and (tasks or cache_dir is not None):
+        what = "tasks are run, and predictions kept, by one process"
+        raise UsageError(what, where=f"--executor {how[0]}", hint="leave out --tasks and --cache-dir")
     if metric not in _AUTO:
         raise UsageError(f"unknown metric {metric!r}", hint=" or ".join(_AUTO))
     if tasks and metric != CAUSAL:
@@ -266,19 +272,19 @@ def _workspace(cache_dir: str | Path | None) -> Iterator[Path]:
             yield Path(temporary)
 
 
-def _run(
-    judged: ModelRef, against: ModelRef | None, setting: Setting, folder: Path
-) -> tuple[Scores, float | None, nn.Module]:
-    """Scores, the negative log-likelihood of the reference, and the model that was judged."""
-    if against is not None and against.module is None:
-        predictions, nll = reference_on_disk(against, setting, folder)
-        model = setting.load(judged)
-        return score(model, setting, predictions), nll, model
-    model = setting.load(judged)
-    if against is None:
-        return score(model, setting, None), None, model
-    beside = Beside(setting.load(against), setting)
-    return score(model, setting, beside), beside.nll, model
+def _outcome(
+    judged: ModelRef,
+    against: ModelRef | None,
+    setting: Setting,
+    cache_dir: str | Path | None,
+    how: tuple[str, int | None],
+) -> Outcome:
+    """What is measured, here or by others."""
+    if how[0] != LOCAL:
+        with open_executor(*how) as executor:
+            return score_together(judged, against, setting, executor)
+    with _workspace(cache_dir) as folder, within_memory(setting.device):
+        return run_both(judged, against, setting, folder)
 
 
 def _file_facts(judged: ModelRef) -> dict[str, Any]:
@@ -288,12 +294,12 @@ def _file_facts(judged: ModelRef) -> dict[str, Any]:
     return {"size": size, "bpw_whole": 8 * size / max(1, inspect(judged.path).numel)}
 
 
-def _summary(scores: Scores, reference_nll: float | None, passages: Passages, facts: dict[str, Any]) -> Evaluation:
+def _summary(scores: Scores, lost: list[float] | None, passages: Passages, facts: dict[str, Any]) -> Evaluation:
     tokens, kl = passages.total, scores.divergences
     read = tokens if facts["metric"] == MASKED else len(passages) * passages.context
     return Evaluation(
         perplexity=perplexity(scores.nll, tokens),
-        reference_perplexity=None if reference_nll is None else perplexity(reference_nll, tokens),
+        reference_perplexity=None if lost is None else perplexity(math.fsum(lost), tokens),
         kl_mean=None if kl is None else float(kl.mean(dtype=np.float64)),
         kl_median=None if kl is None else float(np.median(kl)),
         kl_p99=None if kl is None else float(np.quantile(kl, 0.99)),
@@ -307,12 +313,3 @@ def _summary(scores: Scores, reference_nll: float | None, passages: Passages, fa
         peak_memory=peak_memory(),
         **facts,
     )
-
-
-def stored_bpw(model: nn.Module) -> float | None:
-    """Stored bits per weight over all quantized weights of a model, shared ones once; None when there are none."""
-    from bitfold.nn import QWeight
-
-    weights = {id(m): m for m in model.modules() if isinstance(m, QWeight)}.values()
-    count = sum(math.prod(w.qshape) for w in weights)
-    return 8 * sum(w.nbytes for w in weights) / count if count else None

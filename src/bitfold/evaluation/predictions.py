@@ -28,7 +28,7 @@ from bitfold.system.parallel import parallel_map
 RANGE = 40.0
 STEP = RANGE / 65534
 OCTAVE = 2.77  # nats after which the step doubles
-VERSION = 2  # of the file
+VERSION = 3  # of the file
 _BELOW = 65535
 _SIGNED = 32768  # taken off codes, which then fit int16
 _HEAD = struct.Struct("<II")  # rows, compressed bytes

@@ -71,9 +71,61 @@ class Passages(Protocol):
         """Hash of the tokens, and of which predictions count."""
         ...
 
-    def read(self, model: nn.Module, batch: int) -> Iterator[Piece]:
-        """Run the model over the text."""
+    def counted(self, some: range) -> int:
+        """Predictions that count in some of the windows."""
         ...
+
+    def read(self, model: nn.Module, batch: int, some: range | None = None) -> Iterator[Piece]:
+        """Run the model over the text, or over some of its windows."""
+        ...
+
+
+@dataclass(frozen=True)
+class Portion:
+    """Some neighbouring windows of a text, read as they are within the whole.
+
+    Args:
+        whole: the text.
+        some: its windows; the first one is the first of a batch.
+    """
+
+    whole: Passages
+    some: range
+
+    @property
+    def total(self) -> int:
+        """Predictions that count."""
+        return self.whole.counted(self.some)
+
+    @property
+    def context(self) -> int:
+        """Tokens of a window."""
+        return self.whole.context
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """See `Passages`: those of the whole text."""
+        return self.whole.tokens
+
+    @property
+    def start(self) -> tuple[int, ...]:
+        """See `Passages`."""
+        return self.whole.start
+
+    def __len__(self) -> int:
+        return len(self.some)
+
+    def digest(self) -> str:
+        """See `Passages`."""
+        return hashlib.sha256(f"{self.whole.digest()} {self.some}".encode()).hexdigest()
+
+    def counted(self, some: range) -> int:
+        """See `Passages`."""
+        return self.whole.counted(self.some[some.start : some.stop])
+
+    def read(self, model: nn.Module, batch: int, some: range | None = None) -> Iterator[Piece]:
+        """See `Passages`; the windows of pieces are numbered as in the whole."""
+        return self.whole.read(model, batch, self.some if some is None else self.some[some.start : some.stop])
 
 
 @dataclass(frozen=True)
@@ -109,13 +161,18 @@ class CausalPassages:
         """See `Passages`."""
         return self.windows.digest()
 
+    def counted(self, some: range) -> int:
+        """See `Passages`."""
+        return sum(self.windows.scored(i) for i in some)
+
     @torch.no_grad()
-    def read(self, model: nn.Module, batch: int) -> Iterator[Piece]:
+    def read(self, model: nn.Module, batch: int, some: range | None = None) -> Iterator[Piece]:
         """See `Passages`."""
         windows, size = self.windows, piece_rows(model)
+        some = range(len(windows)) if some is None else some
         reader = by_engine(model, windows.context, size) or _HeadInPieces(model)
-        for first in range(0, len(windows), batch):
-            ids = windows.ids[first : first + batch]
+        for first in range(some.start, some.stop, batch):
+            ids = windows.ids[first : min(first + batch, some.stop)]
             with reader.run(ids) as rows:
                 for offset in range(len(ids)):
                     window = first + offset
@@ -147,7 +204,7 @@ class MaskedPassages:
     @property
     def total(self) -> int:
         """Predictions that count."""
-        return sum(len(self._hidden(w)) for w in range(len(self)))
+        return self.counted(range(len(self)))
 
     @property
     def context(self) -> int:
@@ -176,10 +233,14 @@ class MaskedPassages:
         head = f"masked {tuple(self.ids.shape)} {self.edges} {self.mask} {self.every} ".encode()
         return hashlib.sha256(head + self.ids.contiguous().numpy().tobytes()).hexdigest()
 
+    def counted(self, some: range) -> int:
+        """See `Passages`."""
+        return sum(len(self._hidden(w)) for w in some)
+
     @torch.no_grad()
-    def read(self, model: nn.Module, batch: int) -> Iterator[Piece]:
+    def read(self, model: nn.Module, batch: int, some: range | None = None) -> Iterator[Piece]:
         """See `Passages`; `batch` is the number of copies at once, at least a handful."""
-        for window in range(len(self)):
+        for window in range(len(self)) if some is None else some:
             for places in torch.split(self._hidden(window), max(batch, MASK_EVERY)):
                 copies = self.ids[window].repeat(len(places), 1)
                 copies[torch.arange(len(places)), places] = self.mask

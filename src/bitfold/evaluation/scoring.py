@@ -62,14 +62,14 @@ class Scores:
     """Sums over all predictions that count.
 
     Args:
-        nll: negative log-likelihood, nats.
+        lost: negative log-likelihood, nats, of a few neighbouring predictions each.
         kl: KL(reference || model) of each prediction, float32.
         agreements: predictions with the same most likely token.
         shared: of the five most likely tokens of each prediction, how many both have, summed.
         seconds: running the model.
     """
 
-    nll: float = 0.0
+    lost: list[float] = field(default_factory=list)
     done: int = 0
     kl: list[torch.Tensor] = field(default_factory=list)
     agreements: int = 0
@@ -80,12 +80,21 @@ class Scores:
         """Count the predictions of a piece, a few rows at a time."""
         for logits, targets in _few_rows(piece):
             q = torch.log_softmax(logits, -1)
-            self.nll -= _likelihood(q, targets)
+            self.lost.append(-_likelihood(q, targets))
             self.done += len(q)
-            if not math.isfinite(self.nll):
+            if not math.isfinite(self.lost[-1]):
                 raise ModelError(f"NaN or infinity in the predictions of window {piece.window + 1}", where=name)
             if reference is not None:
                 self._compare(reference.take(len(q)), q, name)
+
+    def follow(self, others: Scores) -> None:
+        """Take in the sums over the predictions that come next, which another process has counted meanwhile."""
+        self.lost += others.lost
+        self.kl += others.kl
+        self.done += others.done
+        self.agreements += others.agreements
+        self.shared += others.shared
+        self.seconds = max(self.seconds, others.seconds)
 
     def _compare(self, p: torch.Tensor, q: torch.Tensor, name: str) -> None:
         self.kl.append(divergence(p, q, name))
@@ -94,6 +103,11 @@ class Scores:
         k = min(TOP, p.shape[-1])
         tops = p.topk(k).indices, q.topk(k).indices
         self.shared += int((tops[0][:, :, None] == tops[1][:, None, :]).sum())
+
+    @property
+    def nll(self) -> float:
+        """Negative log-likelihood, nats: the same whoever has counted what."""
+        return math.fsum(self.lost)
 
     @property
     def divergences(self) -> Floats | None:
@@ -149,7 +163,7 @@ class Beside:
     """The predictions of a module that runs in step with the model judged."""
 
     def __init__(self, model: nn.Module, setting: Setting) -> None:
-        self.nll = 0.0
+        self.lost: list[float] = []
         self._source: Iterator[Piece] = setting.read(model)
         self._logits, self._targets = torch.empty(0, 0), torch.empty(0, dtype=torch.int64)
 
@@ -161,13 +175,52 @@ class Beside:
         if len(self._targets) < rows:  # pieces are cut by the size of the vocabulary
             raise UsageError("the reference and the model have vocabularies of different sizes", where="reference")
         p = torch.log_softmax(self._logits[:rows], -1)
-        self.nll -= _likelihood(p, self._targets[:rows])
+        self.lost.append(-_likelihood(p, self._targets[:rows]))
         self._logits, self._targets = self._logits[rows:], self._targets[rows:]
         return p
 
 
-def reference_on_disk(reference: ModelRef, setting: Setting, folder: Path) -> tuple[DiskPredictions, float]:
-    """The reference's predictions and its total negative log-likelihood; computed unless the folder has them.
+@dataclass
+class Outcome:
+    """Of one reading of a text, or of a portion of it.
+
+    Args:
+        scores: of the model judged.
+        lost: of the reference, as `Scores.lost`; None without one.
+        bpw: stored bits per weight over the quantized tensors of the model judged; None when none is.
+        model: it, as long as it is in memory.
+    """
+
+    scores: Scores
+    lost: list[float] | None
+    bpw: float | None
+    model: nn.Module | None
+
+
+def run_both(judged: ModelRef, against: ModelRef | None, setting: Setting, folder: Path) -> Outcome:
+    """Read the text: the reference first, its predictions kept in the folder; or beside the model, if in memory."""
+    if against is not None and against.module is None:
+        predictions, lost = reference_on_disk(against, setting, folder)
+        model = setting.load(judged)
+        return Outcome(score(model, setting, predictions), lost, stored_bpw(model), model)
+    model = setting.load(judged)
+    if against is None:
+        return Outcome(score(model, setting, None), None, stored_bpw(model), model)
+    beside = Beside(setting.load(against), setting)
+    return Outcome(score(model, setting, beside), beside.lost, stored_bpw(model), model)
+
+
+def stored_bpw(model: nn.Module) -> float | None:
+    """Stored bits per weight over all quantized weights of a model, shared ones once; None when there are none."""
+    from bitfold.nn import QWeight
+
+    weights = {id(m): m for m in model.modules() if isinstance(m, QWeight)}.values()
+    count = sum(math.prod(w.qshape) for w in weights)
+    return 8 * sum(w.nbytes for w in weights) / count if count else None
+
+
+def reference_on_disk(reference: ModelRef, setting: Setting, folder: Path) -> tuple[DiskPredictions, list[float]]:
+    """The reference's predictions, and what it lost, as `Scores.lost`; computed unless the folder has them.
 
     Raises:
         CheckpointError: the stored facts cannot be read.
@@ -179,7 +232,7 @@ def reference_on_disk(reference: ModelRef, setting: Setting, folder: Path) -> tu
         facts.write_text(json.dumps(_write_predictions(reference, setting, data)), encoding="utf-8")
     try:
         known = json.loads(facts.read_text(encoding="utf-8"))
-        return DiskPredictions(data, int(known["vocabulary"])), float(known["nll"])
+        return DiskPredictions(data, int(known["vocabulary"])), [float(x) for x in known["lost"]]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"cannot be read: {error}", where=str(facts), hint="delete the file") from error
 
@@ -187,12 +240,12 @@ def reference_on_disk(reference: ModelRef, setting: Setting, folder: Path) -> tu
 def _write_predictions(reference: ModelRef, setting: Setting, path: Path) -> dict[str, Any]:
     model = setting.load(reference)
     writer = Writer(path, setting.passages.total)
-    nll, vocabulary, complete = 0.0, 0, False
+    lost, vocabulary, complete = list[float](), 0, False
     try:
         with progress.bar("reference", setting.passages.total) as bar:
             for piece in setting.read(model):
                 for logits, targets in _few_rows(piece):
-                    nll -= _likelihood(torch.log_softmax(logits, -1), targets)
+                    lost.append(-_likelihood(torch.log_softmax(logits, -1), targets))
                 writer.append(piece.logits)
                 vocabulary = int(piece.logits.shape[-1])
                 bar.advance(len(piece.targets))
@@ -202,4 +255,4 @@ def _write_predictions(reference: ModelRef, setting: Setting, path: Path) -> dic
         del model
         gc.collect()
         memory.trim()  # before the next model comes: freed pieces of logits would stay beside it
-    return {"vocabulary": vocabulary, "nll": nll}
+    return {"vocabulary": vocabulary, "lost": lost}

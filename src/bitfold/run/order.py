@@ -13,12 +13,11 @@ from torch import nn
 
 from bitfold.checkpoints import Source, open_source
 from bitfold.checkpoints.targets import ENGINES, open_target
-from bitfold.errors import CheckpointError
 from bitfold.models.opening import open_skeleton
 from bitfold.planning.plan import Plan, make_plan
 from bitfold.recipes.recipe import Recipe
 from bitfold.run.engine_export import held_by_engine
-from bitfold.workspace.folder import software
+from bitfold.workspace.folder import other_result, require_same_software, software
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def planned(order: Order) -> Planned:
         CheckpointError: this process would make other bytes; it says of what it has another one.
     """
     asked = json.loads(order.identity)
-    _compare({"version": asked["version"]}, {"version": software()})
+    require_same_software(asked["version"])
     source = open_source(Path(order.source), pre_tokenizer=order.pre_tokenizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # whoever gave the order has said it
@@ -100,18 +99,5 @@ def planned(order: Order) -> Planned:
 
 def _compare(asked: dict[str, Any], found: dict[str, Any]) -> None:
     found = json.loads(as_text(found))
-    different = []
-    for key, value in asked.items():
-        if found[key] == value:
-            continue
-        if key == "version":
-            different += [f"{name} ({found[key].get(name)} here, {value[name]} there)" for name in value
-                          if found[key].get(name) != value[name]]  # fmt: skip
-        else:
-            different.append(key)
-    if different:
-        raise CheckpointError(
-            f"a worker would make other bytes than the program that called it: different are {', '.join(different)}",
-            where="--executor",
-            hint="the same bitfold, libraries, kind of processor and source everywhere",
-        )
+    if different := [key for key, value in asked.items() if found[key] != value]:
+        raise other_result(different)

@@ -12,7 +12,7 @@ import hashlib
 import platform
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 
 from bitfold.checkpoints.shards import written_error
 from bitfold.checkpoints.staging import found_at, partial_of, placed, publish, refuse_existing, sync_folder
+from bitfold.errors import CheckpointError
 from bitfold.system.backend import fast_dtype
 from bitfold.version import __version__
 from bitfold.workspace.journal import NAME, Journal, finished
@@ -138,6 +139,22 @@ def software() -> dict[str, str]:
         "transformers": str(transformers.__version__),
         "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {fast_dtype()}",
     }
+
+
+def require_same_software(asked: Mapping[str, str]) -> None:
+    """CheckpointError where this process is not of the `software` that is asked for."""
+    found = software()
+    if different := [f"{n} ({found.get(n)} here, {v} there)" for n, v in asked.items() if found.get(n) != v]:
+        raise other_result(different)
+
+
+def other_result(different: Sequence[str]) -> CheckpointError:
+    """The error of a worker that differs in such things from the program that called it."""
+    what = (
+        f"a worker would come to another result than the program that called it: different are {', '.join(different)}"
+    )
+    hint = "the same bitfold, libraries, kind of processor and source everywhere"
+    return CheckpointError(what, where="--executor", hint=hint)
 
 
 def _digest_of_package() -> str:
