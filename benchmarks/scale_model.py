@@ -5,10 +5,10 @@
     python benchmarks/scale_model.py check --model FOLDER [--method trellis-3|gptq] [--ignore PATTERN]
 
 The model of a run: work that is shared out in tasks of known size among workers that take the next one when they are
-idle, a start of each worker, and what the process that was called does by itself (reads parts, adds sums, solves
-layers). Times of larger shapes follow from those measured by counting operations: encoding by weights, running by
-weights times tokens, products of inputs by tokens times k^2, factoring by k^3, solving by n k^2. Times are those of the
-processor, so that other programs on the machine do not count; `check` takes times by the clock.
+idle, a start of each worker, and what the process that was called does by itself (reads parts, adds sums, hands out
+layers whose rows are coded). Times of larger shapes follow from those measured by counting operations: encoding by
+weights, running by weights times tokens, products of inputs by tokens times k^2, factoring by k^3, solving by n k^2.
+Times are those of the processor, so that other programs on the machine do not count; `check` takes times by the clock.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from typing import Any
 
 TASK = 256 << 20  # bytes of the source in a data-free task
 WINDOWS = 4  # of the text in a calibrated one
+ROWS = 256  # of a layer that are coded together
 MACHINE_CORES = 16
 
 
@@ -117,7 +118,7 @@ def data_free(shape: Shape, times: Times, workers: int, bits: int = 3) -> dict[s
 
 
 def calibrated(shape: Shape, times: Times, workers: int, windows: int = 32, seqlen: int = 2048) -> dict[str, float]:
-    """Hours, gigabytes over the network; GPTQ, the layers solved by the process that was called."""
+    """Hours, gigabytes over the network; GPTQ. Each worker that codes rows of a layer factors its Hessian first."""
     groups = -(-windows // WINDOWS)
     tokens = WINDOWS * seqlen
     shared = alone = moved = 0.0
@@ -125,8 +126,11 @@ def calibrated(shape: Shape, times: Times, workers: int, windows: int = 32, seql
         before = sum(a * b for a, b, other in shape.linears if other < number)
         listen = before * tokens * times.run * (number < 3 or 1) + tokens * k * k * times.product
         shared += makespan([listen] * groups, workers, 0.0)
-        alone += groups * k * k * times.add + k**3 * times.factor + n * k * k * times.solve
-        moved += groups * 4 * k * k + 4 * n * k * min(workers, groups)
+        pieces = -(-n // ROWS)
+        coders = min(pieces, workers)
+        shared += k**3 * times.factor + -(-pieces // coders) * ROWS * k * k * times.solve
+        alone += groups * k * k * times.add + 4 * k * (n + k) * times.take
+        moved += groups * 4 * k * k + 4 * n * k * min(workers, groups) + 4 * k * (n + coders * k)
     shared += makespan([shape.block * tokens * times.run] * groups, workers, 0.0)
     moved += windows * seqlen * shape.hidden * 4 * 2 + 2 * shape.block * min(workers, groups)
     seconds = times.start + shape.layers * (shared + alone)

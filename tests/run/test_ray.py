@@ -53,6 +53,16 @@ def test_same_bytes_as_here(cluster: Any, source: Path, tmp_path: Path, options:
     assert here.tensors == there.tensors
 
 
+def test_evaluation(cluster: Any, tmp_path: Path) -> None:
+    """The windows are read on all machines: the same numbers."""
+    source = tiny_lm.folder(tmp_path / "source", tiny_lm.model())
+    changed = tiny_lm.folder(tmp_path / "changed", tiny_lm.disturbed(tiny_lm.model(), 0.02))
+    given: dict[str, Any] = {"text": tiny_lm.TEXT, "context": 64, "max_tokens": 5 * 64 + 9}
+    here = bitfold.evaluate(changed, source, **given)
+    there = bitfold.evaluate(changed, source, **given, executor=f"ray:{cluster.address}")
+    assert (there.perplexity, there.kl_mean, there.top1) == (here.perplexity, here.kl_mean, here.top1)
+
+
 def test_a_machine_and_the_driver_are_lost_in_the_middle(cluster: Any, source: Path, tmp_path: Path) -> None:
     """Nothing that was finished is done again."""
     out, quiet = tmp_path / "out", tmp_path / "quiet"

@@ -161,6 +161,7 @@ class Processes:
         for worker in self._all:
             worker.process.join(5)
             worker.process.kill()
+            worker.process.join()  # until then its times are not counted among those of children
         self._all.clear()
 
 
