@@ -57,7 +57,7 @@ def learning(source: Path, **more: Any) -> Distillation:
 
 def test_what_is_in_floating_point_learns_with_the_packed_part(source: Path, half: Path, tmp_path: Path) -> None:
     """It takes back more than scales and norms alone; packed codes and the embedding stay."""
-    fast = {"steps": 24, "plain_rate": 0.01}
+    fast = {"steps": 24, "plain_rate": 0.01, "weight_rate": 0.01}
     scales = distill(half, source, tmp_path / "scales", learning(source, **fast))
     both = distill(half, source, tmp_path / "both", learning(source, weights=True, looks=1, **fast))
     assert both.kl_before == pytest.approx(scales.kl_before)

@@ -161,7 +161,7 @@ def test_blocks_run_twice_and_weights_decoded_again_learn_the_same(source: Path,
     found = []
     for way in ((True, False), (True, True), (False, True)):
         student = students.Student(load_folder(quantized, dtype=torch.float32), blocks, students.Fit(*way, 0))
-        groups = student.groups(1.0, 1.0)
+        groups = student.groups(1.0, 1.0, 1.0)
         for p in [p for group in groups for p in group.parameters.values()]:
             p.requires_grad_(True)
         student.learn(ids, teacher, 1.0)

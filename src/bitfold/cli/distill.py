@@ -28,7 +28,8 @@ def distill(
     seqlen: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
     batch: Annotated[int, typer.Option(help="Windows of a step.")] = 2,
     rate: Annotated[float, typer.Option(help="Learning rate of row scales, which are factors.")] = 4e-3,
-    plain_rate: Annotated[float, typer.Option(help="Of norms, biases, weights, times their root mean square.")] = 1e-3,
+    plain_rate: Annotated[float, typer.Option(help="Of norms and biases, times their root mean square.")] = 1e-3,
+    weight_rate: Annotated[float, typer.Option(help="Of --weights, times their root mean square.")] = 2e-4,
     weights: Annotated[
         bool, typer.Option("--weights", help="In a folder that is packed in part the other layers learn, too.")
     ] = False,
@@ -50,7 +51,7 @@ def distill(
     from bitfold.training.options import Distillation
 
     spec = with_column(text, text_column) or "default"
-    how = Distillation(spec, minutes, steps, seqlen, batch, rate, plain_rate, seed=seed, weights=weights)
+    how = Distillation(spec, minutes, steps, seqlen, batch, rate, plain_rate, weight_rate, seed=seed, weights=weights)
     team = joined()
     found = run(folder, teacher, output_dir, how, max_memory=ceiling, restart=restart, revision=revision, team=team)
     if team.rank > 0:

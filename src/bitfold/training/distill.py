@@ -141,7 +141,7 @@ class _Pupil:
     how: Distillation
 
     def groups(self) -> list[Group]:
-        return self.student.groups(self.how.rate, self.how.plain_rate)
+        return self.student.groups(self.how.rate, self.how.plain_rate, self.how.weight_rate)
 
     def learn(self, window: int, share: float) -> float:
         return self.student.learn(self.lessons.ids[window], self.lessons.window(window), share)

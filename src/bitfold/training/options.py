@@ -20,7 +20,8 @@ class Distillation:
         seqlen: tokens of a window; fewer if the model takes no more.
         batch: windows of a step.
         rate: of row scales; a factor of 1 moves so far in a first step.
-        plain_rate: of norms and biases, times their root mean square; of `weights` as well.
+        plain_rate: of norms and biases, times their root mean square.
+        weight_rate: of `weights`, likewise: there are thousands of times as many, and ten times as fast they unlearn.
         likeliest: words of each of the teacher's predictions that are kept.
         windows: of the text at most, those held out included.
         start_token: windows begin as the tokenizer begins a text.
@@ -39,6 +40,7 @@ class Distillation:
     batch: int = 2
     rate: float = 4e-3
     plain_rate: float = 1e-3
+    weight_rate: float = 2e-4
     likeliest: int = 256
     windows: int = 512
     start_token: bool = True
@@ -52,7 +54,7 @@ class Distillation:
             raise UsageError("distillation needs some time, or at least one step", hint="--minutes 30")
         if self.seqlen < 8 or self.batch < 1 or self.windows < 2 or self.likeliest < 1:
             raise UsageError("distillation needs windows of at least eight tokens, two of them, and one word of each")
-        if not (self.rate >= 0 and self.plain_rate >= 0):
+        if not min(self.rate, self.plain_rate, self.weight_rate) >= 0:
             raise UsageError("a learning rate is not negative")
 
 

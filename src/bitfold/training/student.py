@@ -61,15 +61,15 @@ class Student:
         self._blocks = blocks if fit.recompute else []
         self.layers = install(model, dtype, keep=fit.keep)
         self.plain = {name: p for name, p in model.named_parameters() if p.dim() == 1 and p.is_floating_point()}
-        self.plain |= matrices(model, blocks) if weights else {}
-        if not self.layers and not self.plain:
+        self.matrices = matrices(model, blocks) if weights else {}
+        if not self.layers and not self.plain and not self.matrices:
             raise ModelError("has no row scales, norms or biases to train", where=type(model).__name__)
         self._reading = Reading(model)
 
-    def groups(self, rate: float, plain_rate: float) -> list[Group]:
-        """What is trained, row factors at one rate, norms and biases at the other."""
+    def groups(self, rate: float, plain_rate: float, weight_rate: float) -> list[Group]:
+        """What is trained: row factors, norms and biases, matrices, each at a rate of its own."""
         factors = {name: layer.factor for name, layer in self.layers.items() if layer.factor is not None}
-        return [Group(factors, rate), Group(self.plain, plain_rate)]
+        return [Group(factors, rate), Group(self.plain, plain_rate), Group(self.matrices, weight_rate)]
 
     def learn(self, ids: torch.Tensor, teacher: TopRows, share: float) -> float:
         """One window there and back; its mean KL(teacher || student), nats a token.
