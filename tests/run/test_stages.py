@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -117,20 +116,6 @@ def test_stages_end_in_a_folder_like_any_other(source: Path, tmp_path: Path, mon
     assert {e.format.name for name, e in entries.items() if "layers" in name} == {"trellis-2"}
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     assert bitfold.load(out)(input_ids=torch.arange(8)[None]).logits.isfinite().all()
-
-
-@pytest.mark.parametrize("blocks", [1, 2, 5, 18, 30])
-def test_parts_become_smaller(blocks: int) -> None:
-    """All blocks are in one part; no part is empty, and none is larger than an earlier one but for rounding."""
-    for stages in range(1, blocks + 1):
-        edges = module.edges_of(blocks, stages)
-        sizes = [end - begin for begin, end in pairwise(edges)]
-        assert edges[0] == 0
-        assert sum(sizes) == edges[-1] == blocks
-        assert len(sizes) == stages
-        assert min(sizes) >= 1
-        assert all(later <= earlier + 1 for earlier, later in pairwise(sizes))
-    assert module.edges_of(30, 5) == [0, 10, 18, 24, 28, 30]
 
 
 def test_what_the_teacher_predicts_is_kept(

@@ -102,7 +102,7 @@ DistillOption = Annotated[
 StagesOption = Annotated[
     int,
     typer.Option(
-        help="With --distill: quantize the blocks in so many parts; between them the rest is trained, 2/3 of the time."
+        help="With --distill: quantize the blocks in so many parts; between them the rest is trained, half of the time."
     ),
 ]
 ExportOption = Annotated[
@@ -241,9 +241,7 @@ def _go(request: Any, options: Any, learning: tuple[float | None, int], *, tenso
 
     minutes, stages = learning
     if minutes is None and stages != 1:
-        raise UsageError(
-            "trains between the parts for two thirds of the time", where="--stages", hint="--distill 60, say"
-        )
+        raise UsageError("trains between the parts for half of the time", where="--stages", hint="--distill 60, say")
     if minutes is None:
         report = run(request, options)
         if json:

@@ -33,8 +33,8 @@ def quantize_and_distill(
         request: a run that ends in a folder.
         options: how.
         minutes: of distillation, on the calibration text.
-        stages: parts of the blocks that are quantized one after the other; between them, for two thirds of the time,
-            what is still in floating point learns to make up for what is packed. See `stages`.
+        stages: parts of the blocks that are quantized one after the other; between them, for half of the time, what is
+            still in floating point learns to make up for what is packed. See `stages`.
 
     Returns:
         The reports of both; None for the first where an earlier call has done it, for the second where nothing is

@@ -4,8 +4,7 @@ Scales and norms can take back a part of what rounding loses; the weights of blo
 back more, since they are free. So the blocks are quantized in parts, and between two of them the rest of the model
 learns the original's predictions again, on the text that it is calibrated on. The order of QuIP#'s fine-tuning
 (Tseng et al. 2024, arXiv 2402.04396, section 5: layers that are not quantized yet are trained before their turn), here
-with the whole rest of the model and the divergence at its end as loss. Nothing behind the last part makes up for what
-it loses, so parts become smaller.
+with the whole rest of the model and the divergence at its end as loss.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from bitfold.training.distill import distill
 from bitfold.training.options import Distillation
 from bitfold.training.student import blocks_of
 
-BETWEEN = 2 / 3  # of the time to learn: what is behind the parts learns most of what can be won back
+BETWEEN = 0.5  # of the time to learn; smaller last parts and two thirds of the time won nothing (docs/log.md)
 _WINDOWS = 64  # of the text that a stage learns from; the next stage reads those behind them
 
 
@@ -60,11 +59,11 @@ class Staged:
         if not 1 <= stages <= len(blocks):
             what = f"{stages} stages, and the model has {len(blocks)} blocks"
             raise UsageError(what, where="--stages", hint=f"1 to {len(blocks)}")
-        current, edges = self.original, edges_of(len(blocks), stages)
+        current = self.original
         for stage in range(stages - 1):
             trained = self._folder("trained", stage)
             if not (trained / "config.json").is_file():
-                part = blocks[edges[stage] : edges[stage + 1]]
+                part = blocks[len(blocks) * stage // stages : len(blocks) * (stage + 1) // stages]
                 progress.say(f"stage {stage + 1} of {stages}: {part[0]} to {part[-1]}")
                 self._stage(stage, replace(request, source=str(current)), options, only(rules, part), stages)
             current = trained
@@ -115,15 +114,6 @@ def _rules_and_blocks(request: Request, options: RunOptions) -> tuple[Recipe, li
     """What a run would do, where that is left open, and the paths of the model's blocks."""
     with open_model(request, options) as opened:
         return plan(opened, request, options).job.rules, blocks_of(opened.model)
-
-
-def edges_of(blocks: int, stages: int) -> list[int]:
-    """Where the parts of so many blocks begin and end: the first has `stages` times as many as the last."""
-    edges = [0]
-    for stage in range(stages):
-        done = 1 - (stages - stage - 1) * (stages - stage) / (stages * (stages + 1))
-        edges.append(min(max(edges[-1] + 1, int(blocks * done + 0.5)), blocks - (stages - stage - 1)))
-    return edges
 
 
 def only(rules: Recipe, blocks: Sequence[str]) -> Recipe:
