@@ -78,7 +78,7 @@ def test_gradients_of_a_model_that_is_certain_of_everything(
     if dtype == torch.float32:
         (fallback,) = report.fallbacks
         assert "certain of the text" in fallback["why"]
-    assert all(t.error is not None and t.error < 0.05 and not t.flags for t in report.quantized)
+    assert all(t.error is not None and t.error < 0.2 and not t.flags for t in report.quantized)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from bitfold.calibration import BlockWalk, fisher
 from bitfold.calibration import walk as walks
 from bitfold.calibration.resume import Bookmarks
 from bitfold.calibration.tail import Tail
+from bitfold.calibration.walk import At
 from bitfold.recipes.recipe import Recipe, Rule
 from bitfold.training.reading import Reading
 
@@ -30,9 +31,9 @@ def test_the_original_is_not_run_in_vain(source: Path, tmp_path: Path, monkeypat
     runs: list[int] = []
     original = BlockWalk._run_original
 
-    def counted(walk: BlockWalk, index: int, *rest: Any) -> Any:
-        runs.append(index)
-        return original(walk, index, *rest)
+    def counted(walk: BlockWalk, at: At, *rest: Any) -> Any:
+        runs.append(at.index)
+        return original(walk, at, *rest)
 
     monkeypatch.setattr(BlockWalk, "_run_original", counted)
     bitfold.quantize(source, tmp_path / "without", **options)

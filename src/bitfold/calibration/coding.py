@@ -20,7 +20,7 @@ from bitfold.qtensor import QTensor, cut_rows, rows_stack
 from bitfold.recipes.scheme import Scheme
 from bitfold.transforms import Transform
 
-_RIDGE = 0.02  # of the mean diagonal, in the drift correction
+_RIDGE = 0.1  # of the mean diagonal, in the drift correction: what the text says least about moves least
 _PIECE = 1 << 18  # weights compared at a time
 
 

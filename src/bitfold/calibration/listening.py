@@ -21,7 +21,7 @@ from bitfold.calibration.shape import walk_shape
 from bitfold.calibration.spill import Keyed, Spill, Stream
 from bitfold.calibration.statistics import WINDOWS, Sums, Wanted
 from bitfold.calibration.tensors import Reader, original
-from bitfold.calibration.walk import BlockWalk, Run, Text, member
+from bitfold.calibration.walk import At, BlockWalk, Run, Text, earlier, member
 from bitfold.checkpoints import Source
 from bitfold.checkpoints.shards import save_tensors
 from bitfold.errors import ModelError
@@ -75,7 +75,7 @@ class Errand:
         opening: opens the run.
         where: folder of the walk, file of the text, path of the list of blocks, ceiling of memory in bytes or None.
         index: of the block.
-        groups: its groups of layers.
+        groups: its groups of layers, each with the place where its output is added, see `additions.sums_behind`.
         solved: files of the new weights of the groups that are quantized, in their order.
         windows: first one, and the one after the last.
         streams: activations that enter the block, of the quantized model, and of the original one where it is compared.
@@ -85,11 +85,16 @@ class Errand:
     opening: Callable[[], Opened]
     where: tuple[str, str, str, int | None]
     index: int
-    groups: tuple[tuple[str, ...], ...]
+    groups: tuple[tuple[tuple[str, ...], str | None], ...]
     solved: tuple[str, ...]
     windows: tuple[int, int]
     streams: Mapping[str, Facts]
     about: tuple[int | None, bool, int]
+
+    def at(self) -> At:
+        """How far the block is."""
+        groups, places = [list(group) for group, _ in self.groups], [place for _, place in self.groups]
+        return At(self.index, groups, len(self.solved), places)
 
 
 @dataclass(frozen=True)
@@ -143,8 +148,7 @@ class _Bench:
         if seat.index != errand.index:
             block = self._enter(errand.index)
             seat.index, seat.kept, seat.originals = errand.index, [], None
-            groups = [list(group) for group in errand.groups]
-            seat.answers = AnswerReplay(block, groups, stop - first, Spill(self.folder))
+            seat.answers = AnswerReplay(block, errand.at().groups, stop - first, Spill(self.folder))
         return seat
 
     def _enter(self, index: int) -> nn.Module:
@@ -268,37 +272,35 @@ def listen(errand: Errand) -> Heard:
 def _listen(bench: _Bench, errand: Errand) -> Heard:
     seat = bench.seat(errand)
     walk, run = seat.walk, seat.walk.run(errand.index)
-    groups = [list(group) for group in errand.groups]
+    at = errand.at()
     compared = "original" in errand.streams
     if compared and seat.originals is None:
         bench.apply(())
         outputs = Stream(bench.aside("original"))
-        seat.kept = walk.run_original(errand.index, groups, run, outputs, Spill(bench.folder))
+        seat.kept = walk.run_original(at, run, outputs, Spill(bench.folder))
         seat.originals = outputs
     bench.apply(errand.solved)
-    number = len(errand.solved)
     assert seat.answers is not None
-    seat.answers.replay(number)
+    seat.answers.replay(at.number)
     try:
-        if number < len(groups):
-            return Heard(part=_measured(bench, seat, errand, run, groups[number]))
+        if at.number < len(at.groups):
+            return Heard(part=_measured(bench, seat, errand, run, at))
         return _handed_on(bench, seat, run)
     finally:
         if seat.answers is not None:  # it is done with once its block is
             seat.answers.forget()
 
 
-def _measured(bench: _Bench, seat: _Seat, errand: Errand, run: Run, group: list[str]) -> str:
+def _measured(bench: _Bench, seat: _Seat, errand: Errand, run: Run, at: At) -> str:
     prefix, walk = seat.walk.inside(errand.index), seat.walk
-    full = [f"{prefix}{layer}" for layer in group]
+    full = [f"{prefix}{layer}" for layer in at.group]
     block = bench.model.get_submodule(prefix.rstrip("."))
-    layer = member(block, group[0])
+    layer = member(block, at.group[0])
     assert isinstance(layer, nn.Module)
     sums = Sums(layer.get_parameter("weight").shape, bench.wanted(full[0], errand.about))
-    kept = seat.kept[len(errand.solved)] if seat.kept else None
-    walk.runner(block, run, walk.streams["quantized"]).measure(
-        group[0], sums, kept, walk.text.weight(full), closing=False
-    )
+    original = None if seat.originals is None else earlier(at.place, seat.kept, at.number, seat.originals)
+    runner = walk.runner(block, run, walk.streams["quantized"])
+    runner.measure(at.group[0], sums, original, walk.text.weight(full), closing=False, place=at.place)
     path = bench.aside("heard")
     save_tensors(sums.part(), path)
     return str(path)

@@ -9,6 +9,8 @@ from bitfold.methods.hessian import ALIGNED
 from bitfold.recipes.catalog import AUTO, find_method
 from bitfold.text.tokens import BUNDLED
 
+DRIFT = 0.75  # of the way, where nobody says; measured, docs/log.md
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -19,7 +21,8 @@ class Calibration:
             writes it), the name of a data set of the Hub, or a mix; see `text.documents`, `text.mixes`.
         nsamples: windows of text.
         seqlen: tokens of a window; None = 2048, or what the model has positions for.
-        drift: how far the target moves towards making up for the loss of the layers before, 0 to 1.
+        drift: how far the target moves towards making up for the loss of the layers before, 0 to 1: in a layer's inputs
+            and, where its output is added to what others have made, in that sum.
         fisher: weight tokens by the gradient of the loss; None = if the model is small enough to afford it.
         columns: inputs whose Hessian is kept whole; layers with more are solved in ranges of at most so many, which
             costs some accuracy and saves memory; None = whole, unless a ceiling of memory is named that needs this.
@@ -30,7 +33,7 @@ class Calibration:
     text: str = BUNDLED
     nsamples: int = 32
     seqlen: int | None = None
-    drift: float = 0.5
+    drift: float = DRIFT
     fisher: bool | None = None
     columns: int | None = None
     refit: bool = True
@@ -63,7 +66,7 @@ def settings(
     if text is None and found is not None and not found.needs_text:
         return None
     corrects = found is None or found.corrects
-    strength = (0.5 if corrects else 0.0) if drift is None else drift
+    strength = (DRIFT if corrects else 0.0) if drift is None else drift
     seqlen = seqlen or (found.seqlen if found is not None else None)
     weighed = fisher if corrects or fisher is not None else False
     return Calibration(text or BUNDLED, nsamples, seqlen, strength, weighed, columns, refit, start_token)

@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import nn
 
+from bitfold.calibration.additions import OUTPUT
 from bitfold.calibration.catcher import Stop
 from bitfold.calibration.experts import Listener
-from bitfold.calibration.spill import Keyed
 from bitfold.calibration.statistics import WINDOWS, Statistics, Sums, Wanted
 
 HESSIANS = 2 << 30  # bytes of the Hessians of experts in memory at a time, where there is room
 SUMMED = 8  # bytes of a number of a Hessian while it is summed
-Passes = Callable[[], Iterator[None]]  # a pass over all samples, one at each step
+Passes = Callable[[], Iterator[object]]  # a pass over all samples, one at each step: what the module answered
 
 
 class Runner:
@@ -59,36 +59,54 @@ class Runner:
         self,
         layer: str,
         sums: Sums,
-        original: Keyed | None = None,
+        original: Callable[[int], torch.Tensor | None] | None = None,
         weight: torch.Tensor | None = None,
         *,
         closing: bool = True,
+        place: str | None = None,
     ) -> None:
         """Sum over the inputs of a layer.
 
         Args:
             layer: its name in the module.
             sums: takes them.
-            original: the same inputs in the original model, by sample.
+            original: the same inputs in the original model, by the number of the sample; or what is at the place there.
             weight: of the tokens (samples, tokens).
             closing: whether groups of windows are closed; else what was heard is for `Sums.part`.
+            place: where the layer's output is added, if the deficit of that sum is to be known; see `sums_behind`.
         """
-        found: list[torch.Tensor] = []
+        found, reached = list[torch.Tensor](), list[torch.Tensor]()
 
-        def stop(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            found.append(inputs[0].reshape(-1, inputs[0].shape[-1]))
+        def enter(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            found.append(_by_token(inputs[0]))
+            if place is None:
+                raise Stop
+
+        def arrive(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            reached.append(_by_token(inputs[0]))
             raise Stop
 
-        handle = self._module.get_submodule(layer).register_forward_pre_hook(stop)
+        handles = [self._module.get_submodule(layer).register_forward_pre_hook(enter)]
+        if place:
+            handles.append(self._module.get_submodule(place).register_forward_pre_hook(arrive))
         try:
-            for i, _ in enumerate(self._passes()):
+            for i, answer in enumerate(self._passes()):
                 if found:  # an expert may be idle
-                    before = None if original is None else original.get(i)
-                    sums.add(found.pop(), before, None if weight is None else weight[i].reshape(-1, 1))
+                    before, of_tokens = None if original is None else original(i), None
+                    if weight is not None:
+                        of_tokens = weight[i].reshape(-1, 1)
+                    if place == OUTPUT and isinstance(answer, torch.Tensor):
+                        reached.append(_by_token(answer))
+                    if place is None or before is None:
+                        sums.add(found.pop(), before, of_tokens)
+                    else:
+                        now = reached.pop()
+                        sums.add(found.pop(), None, of_tokens, _by_token(before).to(now.device) - now)
                 if closing and i % WINDOWS == WINDOWS - 1:
                     sums.close()
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def measure_together(self, sums: dict[str, Sums], weights: dict[str, torch.Tensor]) -> None:
         """Of the inputs of several layers in one pass, which goes to its end."""
@@ -139,15 +157,20 @@ class Runner:
 
 
 def passes(step: Callable[[int], object], samples: int) -> Passes:
-    """Passes of which each step calls `step` with the number of the sample."""
+    """Passes of which each step calls `step` with the number of the sample; its answer, unless it was cut short."""
 
-    def begin() -> Iterator[None]:
+    def begin() -> Iterator[object]:
         for i in range(samples):
+            answer: object = None
             with contextlib.suppress(Stop):
-                step(i)
-            yield
+                answer = step(i)
+            yield answer
 
     return begin
+
+
+def _by_token(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _noter(note: Callable[[str, torch.Tensor], None], name: str) -> Callable[..., None]:

@@ -33,7 +33,7 @@ from bitfold.system.memory import Ceiling
 from bitfold.transforms import Diagonal
 
 _counter = itertools.count()
-_WEIGHTS, _FACTORS, _APART, _LOSSES, _FIELD = "weights", "factors", "apart", "losses", "field."
+_WEIGHTS, _FACTORS, _DEFICIT, _APART, _LOSSES, _FIELD = "weights", "factors", "deficit", "apart", "losses", "field."
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,8 @@ def cut(pieces: list[slice], workers: int) -> list[tuple[int, int]]:
 
 def _statistics(known: Statistics) -> dict[str, torch.Tensor]:
     kinds = {"hessian": known.hessian, **({} if known.cross is None else {"cross": known.cross})}
-    return {f"{kind}.{i}": m for kind, some in kinds.items() for i, (_, m) in enumerate(diagonal_blocks(some))}
+    found = {f"{kind}.{i}": m for kind, some in kinds.items() for i, (_, m) in enumerate(diagonal_blocks(some))}
+    return found if known.deficit is None else {**found, _DEFICIT: known.deficit}
 
 
 def _factors(coding: Coding) -> dict[str, torch.Tensor]:
@@ -157,11 +158,12 @@ def code_rows(task: Rows) -> Answer | Exception:
         w = file.get_slice(_WEIGHTS)[task.rows[0] : task.rows[1]]
         keys = set(file.keys())
         hessian, cross = (_moments(file, keys, kind) for kind in ("hessian", "cross"))
+        deficit = file.get_slice(_DEFICIT)[task.rows[0] : task.rows[1]] if _DEFICIT in keys else None
         transform = transform_of(decision.scheme, decision.site, seed)
         if _FACTORS in keys:
             transform = Diagonal(w.shape[1], file.get_tensor(_FACTORS))
     assert hessian is not None
-    known = Statistics(hessian, cross, tokens, in_basis=in_basis)
+    known = Statistics(hessian, cross, tokens, in_basis=in_basis, deficit=deficit)
     shapes = ((len(w), w.shape[1]),)
     coding = Coding(
         decision.scheme, (", ".join(task.names),), shapes, transform, known, False, task.drift, seed, refit, True

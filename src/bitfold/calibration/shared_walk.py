@@ -25,7 +25,7 @@ from bitfold.calibration.runner import Runner
 from bitfold.calibration.shared_rows import code_together, shared_out
 from bitfold.calibration.spill import Keyed, Stream
 from bitfold.calibration.statistics import WINDOWS, Statistics, Sums, Wanted
-from bitfold.calibration.walk import At, BlockWalk, Run, Tuner, member
+from bitfold.calibration.walk import At, BlockWalk, Earlier, Run, Tuner, member
 from bitfold.checkpoints.shards import save_tensors
 from bitfold.executors.protocol import Executor, Needs, Task, run_all
 from bitfold.system.backend import fast_dtype
@@ -112,13 +112,13 @@ class SharedWalk(BlockWalk):
         self._alone = tuner is not None
         yield from super().block(index, layers, stacks, tuner, wanted)
 
-    def _run_original(self, index: int, groups: list[list[str]], run: Run) -> tuple[list[Keyed], Stream]:
+    def _run_original(self, at: At, run: Run) -> tuple[list[Keyed], Stream]:
         """The others do that on their way; their outputs come with those of the finished block."""
         if self._alone:
-            return super()._run_original(index, groups, run)
-        return [], self._spill.stream(f"original-{index + 1}")
+            return super()._run_original(at, run)
+        return [], self._spill.stream(f"original-{at.index + 1}")
 
-    def _hear(self, at: At, sums: Sums, runner: Runner, original: Keyed | None) -> None:
+    def _hear(self, at: At, sums: Sums, runner: Runner, original: Earlier | None) -> None:
         """See `BlockWalk`."""
         if self._alone:
             super()._hear(at, sums, runner, original)
@@ -170,7 +170,7 @@ class SharedWalk(BlockWalk):
     def _errand(self, at: At, first: int) -> Errand:
         stop = min(first + WINDOWS, len(self._quantized))
         streams = {name: Facts.of(stream, first, stop) for name, stream in self.streams.items() if name in _RUN}
-        groups = tuple(tuple(group) for group in at.groups)
+        groups = tuple((tuple(group), place) for group, place in zip(at.groups, at.places, strict=True))
         solved = tuple(str(self._solved(at, number)) for number in range(at.number))
         where = (str(self._folder), str(self._inputs), self.chain.path, self._team.limit)
         return Errand(self._team.opening, where, at.index, groups, solved, (first, stop), streams, self._about)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -15,7 +16,7 @@ from bitfold.methods.hessian import BlockDiagonal, Moments, column_ranges, diago
 _COLUMNS = 512  # of the correction worked out at a time
 _WEIGHTS = 1 << 24  # corrected at a time
 ROWS = 1024  # of a product at a time
-_HESSIAN, _CROSS = "hessian", "cross"
+_HESSIAN, _CROSS, _DEFICIT = "hessian", "cross", "deficit"
 WINDOWS = 4  # of the text that make a group: multiplied in float32, then added in float64
 
 
@@ -44,6 +45,8 @@ class Statistics:
     Args:
         hessian: (k, k) float32, sum of s x x^T over tokens, x from the quantized model; or squares of it.
         cross: (k, k) float32, sum of s f x^T, f the same inputs in the original model; None where nobody asked.
+        deficit: (n, k) float32, sum of s d x^T, in place of it where the output of the layer is added to what others
+            made: d is what that sum was in the original model, less what it is now, with the weight still as it was.
         tokens: how many were seen.
         absmax: (k,) largest |x| of each channel, or None where nobody looked.
         mean: (k,) mean |x| of each channel, not weighted, or None.
@@ -56,6 +59,7 @@ class Statistics:
     absmax: torch.Tensor | None = None
     mean: torch.Tensor | None = None
     in_basis: bool = False
+    deficit: torch.Tensor | None = None
 
     def target(
         self,
@@ -68,7 +72,9 @@ class Statistics:
     ) -> torch.Tensor:
         """The weight that makes up for what the layers before have lost, part of the way (QEP, Qronos).
 
-        (1 - a) W + a W C H^-1 is the least-squares solution of W f = W' x at a = 1; C and H are damped alike.
+        (1 - a) W + a W C H^-1 is the least-squares solution of W f = W' x at a = 1; C and H are damped alike. Of a
+        layer with a deficit D, W + a D H^-1 is that of W x + d = W' x: it makes up for the whole sum behind it (LoaQ,
+        Lin and Wan 2025, arXiv 2509.06297).
 
         Args:
             w: (n, k) float32, in the basis of the statistics.
@@ -78,20 +84,30 @@ class Statistics:
             pieces: rows that are multiplied at a time; other ones round otherwise.
         """
         mean = float(self.hessian.diagonal().mean())
-        if self.cross is None or strength == 0 or mean == 0 or not math.isfinite(mean):
+        known = self.deficit is not None or self.cross is not None
+        if not known or strength == 0 or mean == 0 or not math.isfinite(mean):
             return w  # nothing ever reaches the layer; or overflow does, which the solver refuses by name
-        moved = torch.empty_like(w)  # first (W C - W H): the ridge is on both sides
+        if self.deficit is None:
+            moved = self._lacking(w, pieces)
+        else:
+            moved = self.deficit if last else self.deficit.clone()
+        if last:
+            self.cross = self.deficit = None
+        for part, h in diagonal_blocks(self.hessian):
+            _divide([moved[rows, part] for rows in pieces], h, damp)
+        return moved.mul_(strength).add_(w)
+
+    def _lacking(self, w: torch.Tensor, pieces: Sequence[slice]) -> torch.Tensor:
+        """W C - W H, which is the deficit of the layer's output alone: the ridge is on both sides."""
+        assert self.cross is not None
+        moved = torch.empty_like(w)
         for (part, h), (_, c) in zip(diagonal_blocks(self.hessian), diagonal_blocks(self.cross), strict=True):
             for at in range(part.start, part.stop, _COLUMNS):
                 here = slice(at - part.start, min(at + _COLUMNS, part.stop) - part.start)
                 difference = c[:, here] - h[:, here]
                 for rows in pieces:
                     moved[rows, at : at + here.stop - here.start] = w[rows, part] @ difference
-        if last:
-            self.cross = None
-        for part, h in diagonal_blocks(self.hessian):
-            _divide([moved[rows, part] for rows in pieces], h, damp)
-        return moved.mul_(strength).add_(w)
+        return moved
 
 
 def _divide(some: Sequence[torch.Tensor], hessian: torch.Tensor, damp: float) -> None:
@@ -127,10 +143,10 @@ class TuningBlock:
 
 @dataclass(frozen=True)
 class _Heard:
-    """Inputs of a window (tokens, k), those in the original model, weights of the tokens (tokens, 1)."""
+    """Inputs of a window (tokens, k), those in the original model or a deficit, weights of the tokens (tokens, 1)."""
 
     x: torch.Tensor
-    matched: torch.Tensor
+    other: torch.Tensor
     weight: torch.Tensor | None
 
 
@@ -158,17 +174,24 @@ class Sums:
         self._totals: dict[str, list[torch.Tensor]] = {}
         self._pending: list[_Heard] = []
         self._absmax = self._sizes = self._group = torch.zeros(0)  # largest, summed, summed of the group at hand
+        self._rows: int | None = None  # of a deficit, if there is one
         self.tokens = 0
 
-    def add(self, x: torch.Tensor, original: torch.Tensor | None, weight: torch.Tensor | None) -> None:
+    def add(
+        self,
+        x: torch.Tensor,
+        original: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        deficit: torch.Tensor | None = None,
+    ) -> None:
         """Inputs (tokens, k), the same tokens in the original model, weights of the tokens (tokens, 1).
 
         They are kept until `close`. Where the original model's tokens are others (an expert got more or fewer), there
-        is no drift to correct.
+        is no drift to correct. `deficit` (tokens, n): see `Statistics`; of all windows, or of none.
         """
         if not self._ranges:
             self._begin(x.shape[1], x.device)
-        original, weight = (None if t is None else t.to(x.device) for t in (original, weight))
+        original, weight, deficit = (None if t is None else t.to(x.device) for t in (original, weight, deficit))
         size = x.abs()
         if len(x):
             self._absmax = torch.maximum(self._absmax, size.amax(0))
@@ -176,8 +199,10 @@ class Sums:
         self.tokens += len(x)
         same = original is None or original.shape != x.shape
         x = self._into_basis(x)
-        matched = x if same or original is None or not self._wanted.cross else self._into_basis(original)
-        self._pending.append(_Heard(x, matched, None if weight is None or len(weight) != len(x) else weight))
+        other = x if same or original is None or not self._wanted.cross else self._into_basis(original)
+        if deficit is not None:
+            other, self._rows = deficit, deficit.shape[1]
+        self._pending.append(_Heard(x, other, None if weight is None or len(weight) != len(x) else weight))
 
     def _begin(self, k: int, device: torch.device) -> None:
         self._ranges = column_ranges(k, self._wanted.columns)
@@ -189,9 +214,13 @@ class Sums:
 
     def _matrices(self, dtype: torch.dtype) -> dict[str, list[torch.Tensor]]:
         sizes = [part.stop - part.start for part in self._ranges]
-        kinds = (_HESSIAN, _CROSS) if self._wanted.cross else (_HESSIAN,)
-        device = self._absmax.device
-        return {kind: [torch.zeros(size, size, dtype=dtype, device=device) for size in sizes] for kind in kinds}
+        device, found = self._absmax.device, {_HESSIAN: [(size, size) for size in sizes]}
+        if self._rows is not None:
+            found[_DEFICIT] = [(self._rows, size) for size in sizes]
+        elif self._wanted.cross:
+            found[_CROSS] = found[_HESSIAN]
+        zeros = partial(torch.zeros, dtype=dtype, device=device)
+        return {kind: [zeros(shape) for shape in shapes] for kind, shapes in found.items()}
 
     def close(self) -> None:
         """The windows since the last time make a group: their products are added."""
@@ -205,11 +234,12 @@ class Sums:
         """Some rows of the products at a time, for a whole one more would take half the room of the sums."""
         for kind, matrices in into.items():
             for part, matrix in zip(self._ranges, matrices, strict=True):
+                first = 0 if kind == _DEFICIT else part.start
                 for at in range(0, len(matrix), ROWS):
-                    rows = slice(part.start + at, min(part.start + at + ROWS, part.stop))
-                    product = torch.zeros(rows.stop - rows.start, len(matrix), device=matrix.device)
+                    rows = slice(first + at, first + min(at + ROWS, len(matrix)))
+                    product = torch.zeros(rows.stop - rows.start, matrix.shape[1], device=matrix.device)
                     for heard in self._pending:
-                        left = (heard.x if kind == _HESSIAN else heard.matched)[:, rows]
+                        left = (heard.x if kind == _HESSIAN else heard.other)[:, rows]
                         left = left if heard.weight is None else left * heard.weight
                         product.addmm_(left.T, heard.x[:, part])
                     matrix[at : at + len(product)] += product
@@ -228,6 +258,8 @@ class Sums:
             return
         if not self._ranges:
             self._begin(len(part["absmax"]), part["absmax"].device)
+        if f"{_DEFICIT}.0" in part:
+            self._rows = len(part[f"{_DEFICIT}.0"])
         self._totals = self._totals or self._matrices(torch.float64)
         for kind, matrices in self._totals.items():
             for i, matrix in enumerate(matrices):
@@ -243,10 +275,13 @@ class Sums:
             empty = torch.zeros(self._shape[-1], self._shape[-1])
             return Statistics(empty, None, 0)
         n = max(1, self.tokens)
-        found = {kind: _joined([m.div_(n).float() for m in some]) for kind, some in self._totals.items()}
+        found = {kind: [m.div_(n).float() for m in some] for kind, some in self._totals.items()}
         self._totals = {}
         sizes, in_basis = (self._sizes / n).float(), self._wanted.basis is not None
-        return Statistics(found[_HESSIAN], found.get(_CROSS), self.tokens, self._absmax, sizes, in_basis)
+        cross = _joined(found[_CROSS]) if _CROSS in found else None
+        deficit = torch.cat(found[_DEFICIT], 1) if _DEFICIT in found else None
+        known = (self.tokens, self._absmax, sizes, in_basis, deficit)
+        return Statistics(_joined(found[_HESSIAN]), cross, *known)
 
 
 def _joined(parts: list[torch.Tensor]) -> Moments:

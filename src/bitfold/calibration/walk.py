@@ -9,12 +9,13 @@ together, so that every Hessian is that of the inputs the layer will really see.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import nn
 
+from bitfold.calibration.additions import OUTPUT, sums_behind
 from bitfold.calibration.calls import Call, moved
 from bitfold.calibration.catcher import Catcher, run_block
 from bitfold.calibration.embedded import Tensors
@@ -28,6 +29,8 @@ from bitfold.nn import set_tensor
 from bitfold.system.backend import CPU
 
 Run = Callable[[int, torch.Tensor], torch.Tensor]  # number of a sample, its input -> its output
+_NOTHING = Wanted(cross=False)
+Earlier = Callable[[int], torch.Tensor | None]  # number of a sample -> something of it in the original model
 Tuner = Callable[[str, TuningBlock], None]
 
 
@@ -51,16 +54,23 @@ class Text:
 
 @dataclass(frozen=True)
 class At:
-    """How far a block is: its number, its groups of layers (by names within it), how many of them are quantized."""
+    """How far a block is: its number, its groups of layers (by names within it), how many of them are quantized, and
+    where the outputs of the groups are added (see `sums_behind`)."""
 
     index: int
     groups: list[list[str]]
     number: int
+    places: list[str | None]
 
     @property
     def group(self) -> list[str]:
         """The next one."""
         return self.groups[self.number]
+
+    @property
+    def place(self) -> str | None:
+        """Of the next one."""
+        return self.places[self.number]
 
 
 class BlockWalk:
@@ -215,7 +225,8 @@ class BlockWalk:
         stacked = {n.removeprefix(f"{name}."): experts for n, experts in (stacks or {}).items()}
         groups = self.runner(block, run, self._original).groups(inside, list(stacked))
         both = self._compared and self._apart
-        kept, outputs = self._run_original(index, groups, run) if both else ([], self._quantized)
+        at = At(index, groups, 0, self._places(index, run, groups, wanted) if both else [None] * len(groups))
+        kept, outputs = self._run_original(at, run) if both else ([], self._quantized)
         finished = AnswerReplay(block, groups, len(self._quantized), self._spill)
         runner = self.runner(block, run, self._quantized)
         for number, group in enumerate(groups):
@@ -225,21 +236,36 @@ class BlockWalk:
                 yield full, runner.measure_experts(group[0], stacked[group[0]])
                 continue
             sums = Sums(block.get_parameter(f"{group[0]}.weight").shape, wanted(full[0]))
-            at = At(index, groups, number)
-            self._hear(at, sums, runner, kept[number] if kept else None)
+            self._hear(replace(at, number=number), sums, runner, earlier(at.places[number], kept, number, outputs))
             yield full, [sums.statistics()]
             del sums
         if tuner is not None:
             finished.close()
             tuner(name, TuningBlock(block, run, self._quantized, outputs))
         finished.replay(len(groups))
-        self._hand_on(At(index, groups, len(groups)), run, outputs, inside, finished)
+        self._hand_on(replace(at, number=len(groups)), run, outputs, inside, finished)
         for store in kept:
             store.drop()
 
-    def _hear(self, at: At, sums: Sums, runner: Runner, original: Keyed | None) -> None:
+    def _places(
+        self, index: int, run: Run, groups: list[list[str]], wanted: Callable[[str], Wanted]
+    ) -> list[str | None]:
+        """Where outputs of groups are added, if they are compared with the original model.
+
+        Not of layers whose inputs are taken in ranges: a deficit is as large as the weight, and they are short of room.
+        """
+        block, path = self.model.get_submodule(self.chain.blocks[index].path), self.inside(index)
+        about = [wanted(f"{path}{g[0]}") if isinstance(member(block, g[0]), nn.Module) else _NOTHING for g in groups]
+        asked = [one.cross and one.columns is None for one in about]
+        if not any(asked):
+            return [None] * len(groups)
+        found = sums_behind(block, lambda: run(0, self._original[0]), groups)
+        return [place if one else None for place, one in zip(found, asked, strict=True)]
+
+    def _hear(self, at: At, sums: Sums, runner: Runner, original: Earlier | None) -> None:
         """Sum over what enters a group of layers."""
-        runner.measure(at.group[0], sums, original, self.text.weight(f"{self.inside(at.index)}{n}" for n in at.group))
+        weight = self.text.weight(f"{self.inside(at.index)}{n}" for n in at.group)
+        runner.measure(at.group[0], sums, original, weight, place=at.place)
 
     def runner(self, block: nn.Module, run: Run, inputs: Stream) -> Runner:
         """Runs of a block over all windows."""
@@ -269,25 +295,29 @@ class BlockWalk:
         for i, x in enumerate(self._quantized):
             into.append(run(i, x))
 
-    def _run_original(self, index: int, groups: list[list[str]], run: Run) -> tuple[list[Keyed], Stream]:
+    def _run_original(self, at: At, run: Run) -> tuple[list[Keyed], Stream]:
         """What enters each group, and what comes out, of the block as it was."""
-        outputs = self._spill.stream(f"original-{index + 1}")
-        return self.run_original(index, groups, run, outputs, self._spill), outputs
+        outputs = self._spill.stream(f"original-{at.index + 1}")
+        return self.run_original(at, run, outputs, self._spill), outputs
 
-    def run_original(self, index: int, groups: list[list[str]], run: Run, outputs: Stream, spill: Spill) -> list[Keyed]:
-        """Inputs of each group by sample of the block as it was: nothing in it is quantized yet; and its outputs.
+    def run_original(self, at: At, run: Run, outputs: Stream, spill: Spill) -> list[Keyed]:
+        """Run the block as it was, nothing in it being quantized yet.
+
+        Returns:
+            For each group, by sample: what enters it; or what is where its outputs are added, if that is inside the
+            block.
 
         Args:
-            index: of the block.
-            groups: of its layers.
+            at: the block.
             run: (number of a sample, its input) -> its output.
             outputs: takes the outputs.
             spill: where the inputs wait.
         """
-        block, handles = self.model.get_submodule(self.chain.blocks[index].path), []
-        kept = [Keyed(spill.scratch()) for _ in groups]
-        for store, group in zip(kept, groups, strict=True):
-            if isinstance(found := member(block, group[0]), nn.Module):
+        block, handles = self.model.get_submodule(self.chain.blocks[at.index].path), []
+        kept = [Keyed(spill.scratch()) for _ in at.groups]
+        for store, group, place in zip(kept, at.groups, at.places, strict=True):
+            found = member(block, group[0]) if place is None else block.get_submodule(place)
+            if place != OUTPUT and isinstance(found, nn.Module):
                 handles.append(found.register_forward_pre_hook(_keeper(store, outputs)))
         for i, x in enumerate(self._original):
             outputs.append(run(i, x))
@@ -309,6 +339,13 @@ def _keeper(store: Keyed, outputs: Stream) -> Callable[..., None]:
         store[len(outputs)] = inputs[0].reshape(-1, inputs[0].shape[-1])
 
     return keep
+
+
+def earlier(place: str | None, kept: list[Keyed], number: int, outputs: Stream) -> Earlier | None:
+    """What a group is compared with: of what was kept of the block as it was, or its outputs."""
+    if place == OUTPUT:
+        return outputs.__getitem__
+    return kept[number].get if kept else None
 
 
 def member(block: nn.Module, name: str) -> nn.Module | nn.Parameter:

@@ -130,11 +130,20 @@ def _moments(group: GroupShape, calibration: Calibration) -> tuple[int, int]:
     return sum(sizes), max(sizes)
 
 
+def _compared(group: GroupShape, calibration: Calibration) -> int:
+    """Bytes of what the inputs have to do with the original model: as large as H, or as W where that is added."""
+    if calibration.drift == 0:
+        return 0
+    h, part = _moments(group, calibration)
+    return max(h, 4 * group.n * group.k) if group.layers == 1 and h == part else h
+
+
 def measuring(group: GroupShape, calibration: Calibration, seqlen: int) -> int:
     """Bytes while the statistics of a group are summed in double precision: H, what it has to do with the original."""
     h, _ = _moments(group, calibration)
-    both = 2 if calibration.drift > 0 else 1
-    return SUMMED // 4 * h * both + 4 * (3 + both * WINDOWS) * seqlen * group.k + 4 * PRODUCT_ROWS * group.k
+    c = _compared(group, calibration)
+    inputs = (3 + WINDOWS) * group.k + (WINDOWS * max(group.k, group.n) if c else 0)
+    return SUMMED // 4 * (h + c) + 4 * inputs * seqlen + 4 * PRODUCT_ROWS * group.k
 
 
 def solving(group: GroupShape, calibration: Calibration) -> int:
@@ -145,7 +154,7 @@ def solving(group: GroupShape, calibration: Calibration) -> int:
     stacked, corrects = w * (group.layers > 1), calibration.drift > 0
     own = w if stacked or corrects or group.in_basis else 0
     # The products before the factorization; then the double copy that is factored in place, rows solved in double.
-    correcting = stacked + w + max(2 * h, h + 2 * part + 4 * rows) if corrects else 0
+    correcting = stacked + w + max(h + _compared(group, calibration), h + 2 * part + 4 * rows) if corrects else 0
     turning = max(own + w, own + 2 * h) if group.in_basis else 0
     factoring = own + 2 * h + 2 * part  # H, the factors so far, a double copy and the factor made from it
     feeding_back = own + 2 * h + 5 * rows + w // 4 + w // 4
