@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,6 +16,14 @@ from bitfold.serving.protocol import common
 from tiny_lm import tokenizer
 
 VOCABULARY, END = 257, 256
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait for it: an answer is there a moment before its place is free. At most half a minute."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
 
 
 def next_token(text: Sequence[int]) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from serving.fakes import FakeDecoder
+from serving.fakes import FakeDecoder, until
 
 httpx = pytest.importorskip("httpx", reason="httpx is not installed")
 
@@ -28,13 +28,6 @@ def refused(response: Any, status: int, code: str | None = None) -> dict[str, An
 
 def post(server: Any, path: str = CHAT, headers: dict[str, str] | None = None, **body: Any) -> Any:
     return httpx.post(server.url + path, json=body, headers=headers, timeout=60)
-
-
-def until(condition: Any) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(

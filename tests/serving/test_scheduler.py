@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -14,7 +13,7 @@ from bitfold.errors import BitfoldError
 from bitfold.serving.guessing import Guessing
 from bitfold.serving.metrics import Metrics
 from bitfold.serving.scheduler import _ALONE, Closed, QueueFull, Scheduler
-from serving.fakes import END, FakeDecoder, Text, next_token
+from serving.fakes import END, FakeDecoder, Text, next_token, until
 
 
 @pytest.fixture
@@ -31,13 +30,6 @@ def start(
 ) -> Scheduler:
     run.append(Scheduler(decoder, Metrics(), waiting, guessing))
     return run[-1]
-
-
-def until(condition: object) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 @pytest.mark.parametrize("guesses", [0, None, 7], ids=["plain", "auto", "guessed"])
