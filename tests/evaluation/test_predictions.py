@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitfold.errors import UsageError
-from bitfold.evaluation.predictions import OCTAVE, STEP, Writer, pack_rows, unpack_rows
+from bitfold.evaluation.predictions import OCTAVE, STEP, DiskPredictions, Writer, pack_rows, unpack_rows
 
 
 def test_a_full_disk_is_found_out_before_writing(tmp_path: Path) -> None:
@@ -20,6 +22,25 @@ def test_a_full_disk_is_found_out_before_writing(tmp_path: Path) -> None:
         writer.append(torch.zeros(2, 1000))
     writer.close(complete=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_write_the_same_predictions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither gets into the other's file, and what lies there from long ago is removed, what is new is not."""
+    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
+    for name, age in (("p.1.partial", 10**6), ("p.2.partial", 0), ("q.3.partial", 10**6)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, times=(time.time() - age,) * 2)
+    writers = []
+    for process in (1001, 1002):
+        monkeypatch.setattr(os, "getpid", lambda process=process: process)
+        writers.append(Writer(tmp_path / "p", total_rows=6))
+    for rows in logits.split(3):
+        for writer in writers:
+            writer.append(rows)
+    for writer in writers:
+        writer.close(complete=True)
+        assert torch.equal(DiskPredictions(tmp_path / "p", 50).take(6), unpack_rows(pack_rows(logits)))
+    assert {path.name for path in tmp_path.iterdir()} == {"p", "p.2.partial", "q.3.partial"}
 
 
 @settings(max_examples=30, deadline=None)

@@ -11,8 +11,10 @@ exact. Low and high bytes are Huffman-coded apart: 9 to 10 bits an entry.
 
 from __future__ import annotations
 
+import os
 import shutil
 import struct
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +35,7 @@ _BELOW = 65535
 _SIGNED = 32768  # taken off codes, which then fit int16
 _HEAD = struct.Struct("<II")  # rows, compressed bytes
 TOGETHER = 32  # rows compressed by one thread, and compared at once: a few megabytes
+_ABANDONED = 86400.0  # seconds after which nobody writes any more
 _EXPECTED = 1.3  # bytes an entry, for the question whether the disk has room
 
 
@@ -157,11 +160,17 @@ class DiskPredictions:
 
 
 class Writer:
-    """Appends rows to a file that becomes visible under its name only when it is whole."""
+    """Appends rows to a file that becomes visible under its name only when it is whole.
+
+    Several processes may write the same predictions into one folder at a time: each has a file of its own until then.
+    """
 
     def __init__(self, path: Path, total_rows: int) -> None:
         self.path, self.total_rows = path, total_rows
-        self.partial = path.with_name(path.name + ".partial")
+        self.partial = partial_of(path)
+        for other in path.parent.glob(f"{path.name}.*.partial"):
+            if time.time() - other.stat().st_mtime > _ABANDONED:
+                other.unlink(missing_ok=True)
         self._file = self.partial.open("wb")
         self._checked = False
 
@@ -184,6 +193,11 @@ class Writer:
             self.partial.replace(self.path)
         else:
             self.partial.unlink(missing_ok=True)
+
+
+def partial_of(path: Path) -> Path:
+    """Where this process writes a file until it is whole."""
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")
 
 
 def _require_space(path: Path, needed: int) -> None:

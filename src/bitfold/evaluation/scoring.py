@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from bitfold.errors import CheckpointError, ModelError, UsageError
-from bitfold.evaluation.predictions import TOGETHER, VERSION, DiskPredictions, Predictions, Writer
+from bitfold.evaluation.predictions import TOGETHER, VERSION, DiskPredictions, Predictions, Writer, partial_of
 from bitfold.evaluation.reading import Passages, Piece
 from bitfold.models.model_ref import ModelRef
 from bitfold.models.vocabulary import refuse_unknown_tokens
@@ -229,7 +229,9 @@ def reference_on_disk(reference: ModelRef, setting: Setting, folder: Path) -> tu
     key = f"{reference.fingerprint()[:24]}-{setting.passages.digest()[:24]}-{dtype}-v{VERSION}"
     facts, data = folder / f"{key}.json", folder / f"{key}.predictions"
     if not (facts.is_file() and data.is_file()):
-        facts.write_text(json.dumps(_write_predictions(reference, setting, data)), encoding="utf-8")
+        found = json.dumps(_write_predictions(reference, setting, data))
+        partial_of(facts).write_text(found, encoding="utf-8")
+        partial_of(facts).replace(facts)
     try:
         known = json.loads(facts.read_text(encoding="utf-8"))
         return DiskPredictions(data, int(known["vocabulary"])), [float(x) for x in known["lost"]]
